@@ -1,0 +1,1 @@
+"""Benchmarks: Pillion beside no mesh and Envoy, interleaved in one run, reported as ratios."""
