@@ -1,0 +1,203 @@
+"""What agent and proxy say to each other: the proxy listens on a unix socket it made before it gave up
+its privileges, the agent dials each worker. A frame is ``u32 length, u32 nfds, JSON``; its descriptors
+(SCM_RIGHTS) ride with its bytes, in order. Sans-IO: bytes and descriptors in, messages out.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from mesh.model import Item
+
+FRAME_BYTES_MAX = 64 << 20  # a whole snapshot at the planned scale fits
+FRAME_FDS_MAX = 128  # the kernel takes 253 in one sendmsg
+_HEADER = struct.Struct("!II")
+
+
+class Base(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True):
+    """A message; the tag names it."""
+
+
+# ---- agent -> proxy
+
+
+class LocalWorkload(msgspec.Struct, frozen=True):
+    """A workload of this node as the proxy needs it."""
+
+    key: str  # item key
+    netns: int  # netns cookie (SO_NETNS_COOKIE)
+    cgroup: int  # cgroup id
+
+
+class Hello(Base, frozen=True, tag="hello"):
+    node: str
+    origin_format: str  # struct format of pl_origin, from the loader's layouts
+    origin_fields: tuple[str, ...]
+    caller_format: str  # struct format of pl_caller
+    caller_fields: tuple[str, ...]
+    origin_level: int = 0x50494C
+    origin_opt: int = 1
+    caller_opt: int = 2
+
+
+class Update(Base, frozen=True, tag="update"):
+    """Replace (full) or change the state. Answered by Ack with the digest of the state after it."""
+
+    revision: int
+    full: bool
+    put: dict[str, Item] = {}
+    delete: tuple[str, ...] = ()
+    local: tuple[LocalWorkload, ...] = ()  # always complete
+    generation: int = 0  # bumped when a decision may change: open streams are re-evaluated
+
+
+class Listener(Base, frozen=True, tag="listener"):
+    """One descriptor: a bound socket inside a workload's netns. kind: outbound | hbone | dns-udp | dns-tcp."""
+
+    id: str  # "<netns cookie>/<kind>/<family>"
+    kind: str
+    netns: int
+    address: str
+    port: int
+
+
+class CloseListener(Base, frozen=True, tag="close-listener"):
+    id: str
+
+
+class Stock(Base, frozen=True, tag="stock"):
+    """As many descriptors as the frame carries: fresh TCP client sockets made in ``netns``."""
+
+    netns: int
+    family: int  # socket.AF_INET or AF_INET6
+
+
+class Svid(Base, frozen=True, tag="svid"):
+    """One descriptor: a sealed memfd with the PEM key."""
+
+    spiffe: str
+    chain: str  # PEM, leaf first
+    serial: str  # hex
+    not_after: float  # unix seconds
+
+
+class DropSvid(Base, frozen=True, tag="drop-svid"):
+    spiffe: str
+
+
+class Scrape(Base, frozen=True, tag="scrape"):
+    """Asks for Metrics."""
+
+
+class Drain(Base, frozen=True, tag="drain"):
+    """Finish what is open within ``seconds``, take nothing new."""
+
+    seconds: float = 30.0
+
+
+# ---- proxy -> agent
+
+
+class Ready(Base, frozen=True, tag="ready"):
+    worker: int
+    pid: int
+
+
+class Ack(Base, frozen=True, tag="ack"):
+    revision: int
+    digest: str
+
+
+class Nack(Base, frozen=True, tag="nack"):
+    revision: int
+    error: str
+
+
+class NeedStock(Base, frozen=True, tag="need-stock"):
+    netns: int
+    family: int
+    count: int
+
+
+class Metrics(Base, frozen=True, tag="metrics"):
+    worker: int
+    text: str  # Prometheus exposition
+
+
+class Flow(Base, frozen=True, tag="flow"):
+    """A verdict of user space, for ``pillion flows``. Also the agent's form for kernel events."""
+
+    time: float  # unix seconds
+    verdict: str  # allowed | denied | audited
+    reason: str  # rule ("shop/web-allow#0") or the counted drop reason
+    source: str = ""  # spiffe or "unknown"
+    destination: str = ""  # workload or service item key
+    source_address: str = ""
+    destination_address: str = ""
+    protocol: str = "tcp"
+    layer: str = "L4"
+    method: str = ""
+    path: str = ""
+    status: int = 0
+    revision: int = 0
+    direction: str = ""  # outbound | inbound
+    node: str = ""
+
+
+Message = (
+    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Scrape | Drain
+    | Ready | Ack | Nack | NeedStock | Metrics | Flow
+)  # fmt: skip
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+class LinkError(ValueError):
+    """The other end broke the framing; close the link."""
+
+
+def encode(message: Message, nfds: int = 0) -> bytes:
+    """One frame. Send its first byte together with the ``nfds`` descriptors."""
+    body = _encoder.encode(message)
+    if len(body) > FRAME_BYTES_MAX or nfds > FRAME_FDS_MAX:
+        raise LinkError(f"frame of {len(body)} bytes and {nfds} descriptors is over the limit")
+    return _HEADER.pack(len(body), nfds) + body
+
+
+class Decoder:
+    """Collects bytes and descriptors, yields whole messages with theirs."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+
+    def feed(self, data: bytes, fds: list[int]) -> list[tuple[Message, list[int]]]:
+        """Messages completed by this read. Raises LinkError; the caller then owns no descriptor of ours: see `take_fds`."""
+        self._buffer += data
+        self._fds += fds
+        out: list[tuple[Message, list[int]]] = []
+        while len(self._buffer) >= _HEADER.size:
+            length, nfds = _HEADER.unpack_from(self._buffer)
+            if length > FRAME_BYTES_MAX or nfds > FRAME_FDS_MAX:
+                raise LinkError(f"frame header asks for {length} bytes and {nfds} descriptors")
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            if len(self._fds) < nfds:
+                raise LinkError("descriptors are missing")
+            try:
+                message = _decoder.decode(memoryview(self._buffer)[_HEADER.size : end])
+            except msgspec.MsgspecError as error:
+                raise LinkError(f"not a message: {error}") from error
+            del self._buffer[:end]
+            out.append((message, self._fds[:nfds]))
+            del self._fds[:nfds]
+        return out
+
+    def take_fds(self) -> list[int]:
+        """Descriptors not handed out; the caller closes them."""
+        fds, self._fds = self._fds, []
+        return fds

@@ -1,0 +1,55 @@
+import pytest
+
+from mesh.explain import ExplainError, why
+from tests.mesh.build import compiled, spiffe
+from tests.mesh.shop import SHOP
+
+STATE = compiled(SHOP)
+
+
+@pytest.mark.parametrize(
+    ("question", "outcome", "rule", "kind"),
+    [
+        (("jobs/batch-1", "shop/web", "GET", "/api/x"), "allowed", "shop/web#0", "proxy"),
+        (("jobs/batch-1", "web.shop.mesh", "GET", "/api/x", 80), "allowed", "shop/web#0", "proxy"),
+        (("jobs/batch-1", "shop/web", "POST", "/api/x"), "denied", "no-allow-rule", "proxy"),
+        (("jobs/batch-1", "shop/web", "GET", "/other"), "no_route", "", "proxy"),
+        (("jobs/batch-1", "shop/web"), "needs_l7", "shop/web#0", "proxy"),
+        (("shop/web-1", "shop/redis"), "allowed", "shop/redis#0", "native"),
+        ((spiffe("shop", "web"), "shop/redis"), "allowed", "shop/redis#0", "native"),
+        (("mesh.local/ns/shop/sa/web", "Workload/shop/redis-1", None, "", 6379), "allowed", "shop/redis#0", "proxy"),
+        (("evil/intruder", "jobs/batch"), "denied", "pillion-system/no-evil#0", "native"),
+        (("jobs/batch-1", "jobs/batch"), "denied", "mesh-default", "native"),
+        (("unknown", "shop/web", "GET", "/api/x"), "denied", "", "proxy"),
+        (("unknown", "shop/redis"), "denied", "no-allow-rule", "native"),
+    ],
+)
+def test_answers(question, outcome, rule, kind):
+    answer = why(STATE, *question, revision=7)
+    assert (answer.outcome, answer.rule, answer.path_kind, answer.revision) == (outcome, rule, kind, 7)
+    assert answer.detail
+    assert answer.source.proof
+
+
+def test_the_evidence_is_told():
+    answer = why(STATE, "jobs/batch-1", "shop/web", "GET", "/api/x")
+    assert answer.source.spiffe == spiffe("jobs", "batch")
+    assert "node n3" in answer.source.proof[0]
+    assert [endpoint.workload for endpoint in answer.endpoints] == ["Workload/shop/web-1", "Workload/shop/web-2"]
+    assert answer.endpoints[0].policies == ("shop/web ALLOW",)
+    assert answer.route == "shop/web#0"
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        (("shop/wep-1", "shop/redis"), "did you mean shop/web-1"),
+        (("shop/web-1", "shop/redi"), "did you mean shop/redis"),
+        (("shop/web-1", "shop/redis", None, "", 80), "it has 6379, 8125"),
+        (("shop/web-1", "Workload/shop/redis-1", None, "", 80), "it has 6379, 8125"),
+        (("spiffe://mesh.local/ns/shop/sa/nobody", "shop/redis"), "no workload runs as"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_near_ones(question, told):
+    with pytest.raises(ExplainError, match=told):
+        why(STATE, *question)
