@@ -1,0 +1,214 @@
+"""``python -m controller``: one controller with its state in a directory of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from controller.agents import AgentApi
+from controller.api import OperatorApi
+from controller.ca import Authority, replace_file
+from controller.events import Telemetry
+from controller.grants import Grants
+from controller.publish import Publisher
+from controller.registry import Registry
+from controller.server import BODY_BYTES_MAX, Gate, Tls, serve
+from controller.sqlite import SqliteStore
+from controller.status import Status
+from controller.store import StoreError
+from mesh.identity import IdentityError, check_trust_domain
+
+UPKEEP_INTERVAL_S = 60.0
+
+log = structlog.get_logger()
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pillion-controller", description=__doc__)
+    parser.add_argument("--state-dir", type=Path, required=True, help="database and keys; back it up as a whole")
+    parser.add_argument("--run-dir", type=Path, required=True, help="controller.sock and ready")
+    parser.add_argument("--listen", type=_address, action="append", required=True, metavar="IP:PORT")
+    parser.add_argument(
+        "--advertise", type=_address, action="append", metavar="IP:PORT", help="what nodes dial; default: --listen"
+    )
+    parser.add_argument("--trust-domain", type=_trust_domain, default="mesh.local")
+    return parser.parse_args(argv)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        if not 0 <= int(port) <= 65535 or (address.version == 6) != host.startswith("["):
+            raise ValueError(port)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 10.0.0.1:15443 or [fd00::1]:15443") from error
+    return str(address), int(port)
+
+
+def _trust_domain(text: str) -> str:
+    try:
+        return check_trust_domain(text)
+    except IdentityError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def url(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the state directory for this process alone; StoreError while another one has it."""
+    descriptor = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"{directory} is in use by another controller; stop that one or give this one another --state-dir"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    state, run_dir = options.state_dir, options.run_dir
+    for directory in (state, run_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
+    ready: Path = run_dir / "ready"
+    with locked(state):
+        ready.unlink(missing_ok=True)
+        store = await SqliteStore.open(state / "pillion.db")
+        try:
+            await _serve(options, store, ready)
+        finally:
+            ready.unlink(missing_ok=True)
+            await store.close()
+
+
+async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -> None:
+    telemetry = Telemetry()
+    advertised = options.advertise or options.listen
+    authority = await Authority.open(store, options.state_dir / "ca", options.trust_domain)
+    registry = await Registry.open(store, authority, options.trust_domain)
+    await authority.renew_intermediate()
+    await registry.prune(time.time())
+    addresses = sorted({host for host, _ in (*options.listen, *advertised) if not ipaddress.ip_address(host).is_unspecified})
+    tls = Tls(authority, store, options.trust_domain, addresses)
+    await tls.renew()
+    publisher = Publisher(registry, telemetry)
+    await publisher.attempt()
+    status = Status(registry, publisher)
+    app = web.Application(
+        client_max_size=BODY_BYTES_MAX,
+        middlewares=[Gate(store, authority, registry, telemetry, options.trust_domain).middleware],
+    )
+    app.add_routes(
+        OperatorApi(store, authority, registry, publisher, status, telemetry, tls, [url(a) for a in advertised]).routes()
+    )
+    app.add_routes(AgentApi(store, authority, registry, Grants(registry), publisher, telemetry).routes())
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner, servers = await serve(app, options.listen, tls, options.run_dir / "controller.sock")
+    bundle = options.state_dir / "bundle.pem"
+    tasks = [
+        asyncio.create_task(publisher.run(), name="publisher"),
+        asyncio.create_task(_upkeep(authority, registry, tls, bundle), name="upkeep"),
+        asyncio.create_task(stop.wait(), name="stop"),
+    ]
+    try:
+        replace_file(bundle, "".join(authority.bundle).encode(), mode=0o644)
+        ready.write_text(f"{os.getpid()}\n")
+        log.info("serving", listen=[url(address) for address in options.listen], revision=registry.revision)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        ready.unlink(missing_ok=True)
+        log.info("stopping")
+        for server in servers:
+            server.close()
+        for view in publisher.nodes.values():
+            if view.close is not None:
+                view.close("controller_stops")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await runner.cleanup()
+
+
+async def _sign_off(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "pillion"  # not which versions of what
+
+
+async def _upkeep(authority: Authority, registry: Registry, tls: Tls, bundle: Path) -> None:
+    """What has to happen now and then; a failure is logged and tried again."""
+    while True:
+        await asyncio.sleep(UPKEEP_INTERVAL_S)
+        try:
+            replace_file(bundle, "".join(authority.bundle).encode(), mode=0o644)
+            await registry.prune(time.time())
+            if await authority.renew_intermediate() or time.time() >= tls.renew_at:
+                await tls.renew()
+        except Exception:
+            log.exception("upkeep failed; trying again", in_s=UPKEEP_INTERVAL_S)
+
+
+class _Json(logging.Formatter):
+    """Libraries' log lines in the form of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main() -> None:
+    """Exit code 1 when the state or an address cannot be used, with the reason on stderr."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    # What peers send wrong is answered and counted; aiohttp would add a traceback for each.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    options = arguments()
+    try:
+        asyncio.run(run(options))
+    except (StoreError, OSError) as error:
+        log.error("cannot serve", error=str(error))
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

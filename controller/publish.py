@@ -1,0 +1,157 @@
+"""Compiles the registry into one State for each change and wakes the streams; what each node knows is kept here.
+
+Compilation is debounced: changes that arrive together are compiled once. The published revision is always one that
+a transaction returned, so "wait until every node has revision N" means what an operator expects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from controller.events import Telemetry
+from controller.registry import Registry
+from mesh.compile import Allocations, Reach, compile_state
+from mesh.model import State
+from mesh.resources import Resource
+from mesh.snapshot import Versioned, item_digest
+
+DEBOUNCE_S = 0.02
+RETRY_S = 1.0
+DIGEST_MODULUS = 1 << 256
+INFLIGHT_MAX = 4  # deltas sent to a node and not yet answered; past it changes gather
+
+log = structlog.get_logger()
+
+
+@dataclass
+class NodeView:
+    """What the controller knows of one node. ``base``: what it said it has; ``inflight``: sent, not answered."""
+
+    name: str
+    connected: bool = False
+    ready: bool = False
+    detail: str = ""
+    error: str = ""
+    digest_ok: bool = True
+    base: Versioned | None = None
+    inflight: dict[int, Versioned] = field(default_factory=dict)
+    repair: bool = True  # the next frame must be a whole snapshot
+    epoch: int = 0  # changes when what the node has became unknown: a frame prepared before is void
+    close: Callable[[str], None] | None = None  # ends the open stream, with a reason
+
+    @property
+    def acked(self) -> int:
+        return self.base.revision if self.base else 0
+
+    @property
+    def last(self) -> Versioned | None:
+        """The newest state that was sent."""
+        return next(reversed(self.inflight.values())) if self.inflight else self.base
+
+    def acknowledge(self, revision: int, digest: str) -> None:
+        """Takes an ack; a wrong digest or an unknown revision asks for repair."""
+        sent = self.inflight.get(revision)
+        if sent is None:
+            return  # of a frame before a repair, or twice
+        for older in [known for known in self.inflight if known <= revision]:
+            del self.inflight[older]
+        if sent.digest == digest:
+            self.base, self.digest_ok, self.error = sent, True, ""
+        else:
+            self.digest_ok, self.error = False, f"digest of revision {revision} differs; sending the whole state again"
+            self.forget()
+
+    def refuse(self, revision: int, error: str) -> None:
+        """Takes a nack."""
+        self.error = f"revision {revision}: {error}"[:1000]
+        self.forget()
+
+    def forget(self) -> None:
+        """What the node has is unknown; acks of older frames will mean nothing."""
+        self.base, self.repair = None, True
+        self.epoch += 1
+        self.inflight.clear()
+
+
+class Publisher:
+    """Owns the published State and the node views."""
+
+    def __init__(self, registry: Registry, telemetry: Telemetry) -> None:
+        self._registry, self._telemetry = registry, telemetry
+        self.revision = 0
+        self.state: State = {}
+        self.nodes: dict[str, NodeView] = {}
+        self._reach = Reach({})
+        self._reach_lock = threading.Lock()  # it fills caches; frames are made in threads
+        self._digests: dict[str, int] = {}  # of every item of the published state; replaced, never changed
+        self._changed = asyncio.Condition()
+        self.error = ""
+
+    def node(self, name: str) -> NodeView:
+        return self.nodes.setdefault(name, NodeView(name))
+
+    async def run(self) -> None:
+        """Compiles whenever the registry is ahead; ends only by cancellation."""
+        while True:
+            await self._registry.newer_than(self.revision)
+            await asyncio.sleep(DEBOUNCE_S if self.revision else 0)
+            if not await self.attempt():
+                await asyncio.sleep(RETRY_S)
+
+    async def attempt(self) -> bool:
+        """Compiles; on a failure nodes keep the last good state and the operator sees why in status."""
+        try:
+            await self.compile()
+        except Exception as error:
+            self.error = f"revision {self._registry.revision} cannot be compiled: {error!r}"
+            log.exception("compile failed", revision=self._registry.revision)
+            await self.wake()
+            return False
+        return True
+
+    async def compile(self) -> None:
+        """Compiles the registry as it is now and publishes the result."""
+        revision, resources, allocations = self._registry.inputs()
+        started = time.perf_counter()
+        state, digests, reach = await asyncio.to_thread(self._compile, resources, allocations)
+        self._telemetry.compile_seconds.observe(time.perf_counter() - started)
+        self._telemetry.revision.set(revision)
+        self._telemetry.resources.set(len(resources))
+        self.state, self._digests, self._reach, self.revision, self.error = state, digests, reach, revision, ""
+        await self.wake()
+
+    def _compile(self, resources: Sequence[Resource], allocations: Allocations) -> tuple[State, dict[str, int], Reach]:
+        old, known = self.state, self._digests
+        state: State = {}
+        digests: dict[str, int] = {}
+        for key, item in compile_state(resources, allocations).items():
+            before = old.get(key)
+            # An item that did not change keeps its identity: later comparisons are a pointer's, digests are kept.
+            if before is not None and before == item:
+                state[key], digests[key] = before, known[key]
+            else:
+                state[key], digests[key] = item, item_digest(key, item)
+        return state, digests, Reach(state)
+
+    async def wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until ``condition()``; it is looked at after every publication, ack and (dis)connection."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+    def for_node(self, name: str) -> Versioned:
+        """The published state as ``name`` may see it, with its digest. Computes; call it in a thread."""
+        with self._reach_lock:
+            revision, state, digests, reach = self.revision, self.state, self._digests, self._reach
+            seen = reach.of(name)
+        total = sum(digests[key] if state.get(key) is item else item_digest(key, item) for key, item in seen.items())
+        return Versioned(revision, seen, total % DIGEST_MODULUS)

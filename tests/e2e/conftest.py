@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import Lab
+from tests.e2e.mesh import Mesh
+
+
+@pytest.fixture(scope="session")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """One populated mesh for all end-to-end tests; each test leaves it as it found it."""
+    scratch: Path = tmp_path_factory.mktemp("mesh")
+    for folder in (scratch, *list(scratch.parents)[:2]):
+        folder.chmod(0o755)  # nginx's worker is not root
+    lab = Lab("e2e")
+    lab.down()
+    try:
+        made = Mesh(lab, scratch)
+        made.populate()
+        yield made
+    finally:
+        lab.down()

@@ -1,0 +1,185 @@
+"""The mesh the end-to-end tests share: two nodes, HTTP and echo servers on both, a client, an intruder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from lab import Lab, Workload
+
+PROGRAMS = Path(__file__).with_name("programs")
+NS = "shop"
+HTTP_PORT, ECHO_PORT = 8080, 7000
+TRUST_DOMAIN = "mesh.local"
+
+NGINX = """daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log stderr crit;
+events {{ worker_connections 1024; }}
+http {{ access_log off; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
+ uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s; keepalive_requests 1000000;
+ server {{ listen [::]:8080 ipv6only=off; location / {{ return 200 "{name} for $remote_addr\\n"; }} }} }}
+"""
+
+
+def service(name: str, app: str, port: int, protocol: str) -> str:
+    return f"""---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: {NS}}}
+spec:
+  selector: {{app: {app}}}
+  ports: [{{name: main, port: {port}, targetPort: {port}, appProtocol: {protocol}}}]
+"""
+
+
+def policy(name: str, app: str, *, action: str = "ALLOW", who: str = "client", operation: str = "") -> str:
+    to = f"\n    to: [{{operation: {operation}}}]" if operation else ""
+    return f"""---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: {name}, namespace: {NS}}}
+spec:
+  selector: {{matchLabels: {{app: {app}}}}}
+  action: {action}
+  rules:
+  - from: [{{source: {{principals: ["{TRUST_DOMAIN}/ns/{NS}/sa/{who}"]}}}}]{to}
+"""
+
+
+SERVICES = (
+    service("web", "web", HTTP_PORT, "http")
+    + service("far", "far", HTTP_PORT, "http")
+    + service("echo", "echo", ECHO_PORT, "tcp")
+    + service("echo-far", "echo-far", ECHO_PORT, "tcp")
+    + service("dark", "dark", ECHO_PORT, "tcp")
+)
+POLICIES = "".join(policy(app, app) for app in ("web", "far", "echo", "echo-far"))
+
+SERVERS = (("web", "n1"), ("far", "n2"), ("echo", "n1"), ("echo-far", "n2"), ("dark", "n1"))
+
+
+class Mesh:
+    """A lab with servers in it, and the questions tests ask of it."""
+
+    def __init__(self, lab: Lab, scratch: Path) -> None:
+        self.lab = lab
+        self.scratch = scratch
+        self.w: dict[str, Workload] = {}
+
+    def populate(self, resources: str = SERVICES + POLICIES) -> None:
+        self.lab.up(nodes=2)
+        specs = [("client", "n1"), ("intruder", "n1"), ("far-client", "n2"), *SERVERS]
+        workloads = self.lab.add_workloads(
+            {"node": node, "name": name, "namespace": NS, "service_account": name, "labels": {"app": name}}
+            for name, node in specs
+        )
+        self.w = {workload.name: workload for workload in workloads}
+        for name, _node in SERVERS:
+            self.serve(name)
+        if resources:
+            self.apply(resources)
+
+    def serve(self, name: str) -> None:
+        workload = self.w[name]
+        if name in ("web", "far"):
+            directory = self.scratch / name
+            directory.mkdir(exist_ok=True)
+            config = directory / "nginx.conf"
+            config.write_text(NGINX.format(dir=directory, name=name))
+            workload.start(["nginx", "-c", str(config), "-e", "stderr"], name="server")
+            self.listening(name, HTTP_PORT)
+        else:
+            workload.start([sys.executable, str(PROGRAMS / "echo.py"), str(ECHO_PORT)], name="server")
+            self.listening(name, ECHO_PORT)
+
+    def listening(self, name: str, port: int) -> None:
+        argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htnl", f"sport = :{port}"]
+        until(lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip(), f"{name} does not listen")
+
+    def apply(self, text: str) -> int:
+        revision = self.lab.apply(text)
+        self.lab.wait(revision)
+        return revision
+
+    def delete(self, kind: str, name: str) -> None:
+        self.lab.wait(self.lab.delete(kind, NS, name))
+
+    def curl(self, source: str, url: str, *options: str) -> tuple[int, str]:
+        """Status (0: no answer) and body."""
+        argv = ["curl", "-sS", "--max-time", "5", "-o", "-", "-w", "\n%{http_code}", *options, url]
+        out = self.w[source].run(argv, timeout=15)
+        body, _, code = out.stdout.rpartition("\n")
+        return int(code or 0), body or out.stderr
+
+    def program(self, source: str, program: str, *arguments: object) -> Background:
+        argv = [sys.executable, str(PROGRAMS / program), *map(str, arguments)]
+        return Background(self.w[source], argv)
+
+    def echo(self, source: str, host: str, timeout_s: float = 5.0) -> str:
+        """The address the echo server saw; raises AssertionError with the client's error if refused."""
+        done = self.w[source].run(
+            [sys.executable, str(PROGRAMS / "hold.py"), host, str(ECHO_PORT), "0.1"], timeout=timeout_s + 10
+        )
+        report = json.loads(done.stdout.splitlines()[-1])
+        if report["error"]:
+            raise Refused(report["error"])
+        return done.stdout.split()[1]
+
+    def metric(self, node: str, name: str, **labels: str) -> float:
+        """Sum over the samples of a node's metrics that carry these labels."""
+        text = self.lab.agent_api(node, "GET", "/metrics")
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and all(sample.labels.get(k) == v for k, v in labels.items())
+        )
+
+    def denied(self, node: str, reason: str) -> float:
+        """How often a reason was counted, in the kernel or the proxy."""
+        return self.metric(node, "pillion_datapath_total", reason=reason) + self.metric(
+            node, "pillion_denied_total", reason=reason
+        )
+
+    def flows(self, node: str) -> list[dict[str, Any]]:
+        text = self.lab.agent_api(node, "GET", "/v1/flows?limit=1000")
+        if not isinstance(text, str):
+            return [text]
+        return [json.loads(line) for line in text.splitlines()]
+
+
+class Refused(AssertionError):
+    """The connection was refused or ended."""
+
+
+class Background:
+    """A program of ours running in a workload, and what it reported."""
+
+    def __init__(self, workload: Workload, argv: list[str]) -> None:
+        self.popen = subprocess.Popen(
+            workload.place.argv(argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def first_line(self) -> str:
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline()
+
+    def report(self, timeout_s: float) -> dict[str, Any]:
+        out, err = self.popen.communicate(timeout=timeout_s)
+        assert out.strip(), f"the program said nothing: {err}"
+        return dict(json.loads(out.splitlines()[-1]))
+
+
+def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0) -> Any:
+    """Poll until truthy; fail with `what` past the deadline."""
+    end = time.monotonic() + deadline_s
+    while not (value := done()):
+        assert time.monotonic() < end, f"{what} within {deadline_s:g} s"
+        time.sleep(0.02)
+    return value

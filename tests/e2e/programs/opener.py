@@ -1,0 +1,57 @@
+"""Resolves a name and makes one request on a new connection, `rate` times a second. argv: url rate seconds.
+Prints "started" after the first success, then JSON: {"ok", "failed", "first_errors", "slowest_ms", "statuses"}."""
+
+import http.client
+import json
+import sys
+import threading
+import time
+from urllib.parse import urlsplit
+
+url, rate, seconds = urlsplit(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+ok, statuses, errors, slowest = 0, {}, [], 0.0
+lock, started = threading.Lock(), threading.Event()
+
+
+def one(at: float) -> None:
+    global ok, slowest
+    began = time.monotonic()
+    try:
+        conn = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=5)
+        conn.request("GET", url.path or "/", headers={"Connection": "close"})
+        status = conn.getresponse()
+        body = status.read()
+        conn.close()
+        with lock:
+            statuses[status.status] = statuses.get(status.status, 0) + 1
+            if status.status == 200:
+                ok += 1
+            elif len(errors) < 5:
+                errors.append(f"+{at:.1f} s: {status.status} {body[:200]!r}")
+    except OSError as failure:
+        with lock:
+            statuses["error"] = statuses.get("error", 0) + 1
+            if len(errors) < 5:
+                errors.append(f"+{at:.1f} s: {failure!r}")
+    with lock:
+        slowest = max(slowest, time.monotonic() - began)
+    if not started.is_set():
+        started.set()
+        print("started", flush=True)
+
+
+threads = []
+begin = time.monotonic()
+count = int(rate * seconds)
+for index in range(count):
+    time.sleep(max(0.0, begin + index / rate - time.monotonic()))
+    thread = threading.Thread(target=one, args=(index / rate,))
+    thread.start()
+    threads.append(thread)
+for thread in threads:
+    thread.join()
+print(
+    json.dumps(
+        {"ok": ok, "failed": count - ok, "first_errors": errors, "slowest_ms": round(slowest * 1000), "statuses": statuses}
+    )
+)
