@@ -54,7 +54,8 @@ class Update(Base, frozen=True, tag="update"):
 
 
 class Listener(Base, frozen=True, tag="listener"):
-    """One descriptor: a bound socket inside a workload's netns. kind: outbound | hbone | dns-udp | dns-tcp."""
+    """One descriptor: a bound socket inside a workload's netns. kind: outbound | hbone | dns-udp | dns-tcp |
+    dns-forward (UDP, of the node's netns, several: questions to Config.dns_upstreams)."""
 
     id: str  # "<netns cookie>/<kind>/<family>"
     kind: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     scratch: Path = tmp_path_factory.mktemp("mesh")
     for folder in (scratch, *list(scratch.parents)[:2]):
         folder.chmod(0o755)  # nginx's worker is not root
-    lab = Lab("e2e")
+    lab = Lab(os.environ.get("PILLION_LAB", "e2e"))  # another name: two runs at once do not meet
     lab.down()
     try:
         made = Mesh(lab, scratch)

@@ -1,0 +1,172 @@
+/* Carries what connect() knew to the accepted socket: storage of the client's socket, at TCP_CONNECT_CB (first to know
+ * the source port) into `arriving`, at PASSIVE_ESTABLISHED into storage of the accepted socket. */
+
+#define SOL_TCP 6
+#define TCP_USER_TIMEOUT 18
+#define GIVE_UP_MS 1000
+
+static inline void local_of(struct bpf_sock_ops *s, struct pl_addr *a)
+{
+  u32 ip = s->local_ip4; /* read in any case: a choice between two context fields is no fixed offset */
+
+  a->w[0] = s->local_ip6[0];
+  a->w[1] = s->local_ip6[1];
+  a->w[2] = s->local_ip6[2];
+  a->w[3] = s->local_ip6[3];
+  BARRIER;
+  if (s->family == AF_INET)
+    set_v4(a, ip);
+}
+
+static inline void remote_of(struct bpf_sock_ops *s, struct pl_addr *a)
+{
+  u32 ip = s->remote_ip4; /* read in any case: a choice between two context fields is no fixed offset */
+
+  a->w[0] = s->remote_ip6[0];
+  a->w[1] = s->remote_ip6[1];
+  a->w[2] = s->remote_ip6[2];
+  a->w[3] = s->remote_ip6[3];
+  BARRIER;
+  if (s->family == AF_INET)
+    set_v4(a, ip);
+}
+
+/* client: this end opened the connection */
+static inline void flow_of(struct bpf_sock_ops *s, bool client, struct pl_flow *f)
+{
+  struct pl_addr local, remote;
+
+  local_of(s, &local);
+  remote_of(s, &remote);
+  if (client)
+    set_flow(f, netns_cookie(s), &local, s->local_port, &remote, ntoh32(s->remote_port));
+  else
+    set_flow(f, netns_cookie(s), &remote, ntoh32(s->remote_port), &local, s->local_port);
+}
+
+static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
+{
+  struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0);
+  struct pl_arrival a = {};
+  struct pl_flow f = {};
+  struct pl_caller *caller;
+  struct pl_origin *o;
+  struct pl_source *source;
+  struct pl_addr shown;
+  int give_up = GIVE_UP_MS;
+
+  if (!conn)
+    return;
+  a.kind = conn->kind;
+  flow_of(s, true, &f);
+  if (conn->kind == PL_ARRIVAL_PROXY) {
+    caller = callers.sk_storage_get(sk, 0, 0);
+    if (!caller)
+      goto unrecorded;
+    a.origin.client = caller->addr;
+    a.origin.client_port = caller->port;
+    a.origin.identity = caller->identity;
+  } else if (conn->kind == PL_ARRIVAL_NATIVE || conn->kind == PL_ARRIVAL_LOCAL) {
+    a.origin.client = f.src;
+    a.origin.client_port = f.sport;
+    a.origin.workload = conn->source;
+    a.origin.identity = conn->identity;
+  } else if (conn->kind == PL_ARRIVAL_CAPTURED) {
+    o = origins.sk_storage_get(sk, 0, 0);
+    if (!o)
+      goto unrecorded;
+    shown = f.src;
+    if (is_loopback(&shown)) { /* loopback is nobody's own address */
+      source = sources.lookup(&o->workload);
+      if (source) {
+        if (is_v4(&shown)) {
+          if (!is_zero(&source->v4))
+            shown = source->v4;
+        } else if (!is_zero(&source->v6)) {
+          shown = source->v6;
+        }
+      }
+    }
+    o->client = shown;
+    o->client_port = f.sport;
+    a.origin = *o;
+  } else {
+    return;
+  }
+  if (arriving.update(&f, &a) == 0) {
+    bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+    return;
+  }
+unrecorded:
+  conn->flags |= PL_CONN_UNRECORDED; /* egress.c drops its SYN, and counts */
+  conn->generation = 0;
+  bpf_setsockopt(s, SOL_TCP, TCP_USER_TIMEOUT, &give_up, sizeof(give_up)); /* fail in a second, not in two minutes */
+}
+
+static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
+{
+  struct pl_conn conn = {}; /* generation 0: the first packet is evaluated, by who owns the socket */
+  struct pl_flow f = {};
+  struct pl_arrival *a;
+
+  flow_of(s, false, &f);
+  conn.port = f.dport;
+  conn.proto = IPPROTO_TCP;
+  conn.kind = PL_CONN_OUTSIDE;
+  a = arriving.lookup(&f);
+  if (a) {
+    conn.kind = a->kind;
+    conn.identity = a->origin.identity;
+    conn.workload = conn.source = a->origin.workload;
+    if (a->kind == PL_ARRIVAL_CAPTURED)
+      origins.sk_storage_get(sk, &a->origin, BPF_SK_STORAGE_GET_F_CREATE);
+    if (a->kind == PL_ARRIVAL_PROXY) {
+      conn.peer = a->origin.client;
+      conn.peer_port = a->origin.client_port;
+    }
+  }
+  conn.flags = PL_CONN_SERVER;
+  conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE);
+  if (a)
+    arriving.delete(&f);
+}
+
+static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
+{
+  struct pl_creator none = {}, *creator;
+
+  /* a client's socket that was disconnected and listens now must not carry its old admission */
+  conns.sk_storage_delete(sk);
+  origins.sk_storage_delete(sk);
+  creator = creators.sk_storage_get(sk, &none, BPF_SK_STORAGE_GET_F_CREATE); /* an MPTCP listener has none */
+  if (creator)
+    creator->netns = netns_cookie(s);
+}
+
+static inline void closed_client(struct bpf_sock_ops *s, struct bpf_sock *sk)
+{
+  struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0);
+  struct pl_flow f = {};
+
+  if (!conn || (conn->flags & PL_CONN_SERVER))
+    return;
+  flow_of(s, true, &f);
+  arriving.delete(&f);
+}
+
+int on_sockops(struct bpf_sock_ops *s)
+{
+  struct bpf_sock *sk = s->sk; /* read once: each read is a new maybe-null to the verifier */
+
+  if (!sk)
+    return 1;
+  if (s->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+    connecting(s, sk);
+  else if (s->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+    accepted(s, sk);
+  else if (s->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+    listening(s, sk);
+  else if (s->op == BPF_SOCK_OPS_STATE_CB && s->args[1] == TCP_STATE_CLOSE)
+    closed_client(s, sk);
+  return 1;
+}

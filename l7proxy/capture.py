@@ -1,0 +1,177 @@
+"""The outbound listener: a captured connection is asked where it wanted to go, and gets the session that speaks it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING
+
+from l7proxy.config import Config, Destination
+from l7proxy.kernel import Origin
+from l7proxy.learn import Learner
+from l7proxy.opaque import Relay
+from l7proxy.session import HttpSession
+from l7proxy.target import Caller
+from l7proxy.upstream import RESET
+from mesh.link import Listener
+from mesh.model import Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from l7proxy.worker import Worker
+
+ACCEPTS_PER_TURN = 64
+ACCEPT_PAUSE_S = 0.2
+PER_IDENTITY_MAX = 8192  # open client connections of one identity on this worker
+ALL_MAX = 32768
+
+
+class Capture:
+    """One listening socket of one netns; the agent has called listen(), which this process may not."""
+
+    def __init__(self, worker: Worker, listener: Listener, sock: socket.socket) -> None:
+        self.worker, self.listener, self.sock = worker, listener, sock
+        self.closed = False
+        self._tasks: set[asyncio.Task[object]] = set()
+        worker.loop.add_reader(sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Accepts no more; open connections stay."""
+        if not self.closed:
+            self.closed = True
+            self.worker.loop.remove_reader(self.sock.fileno())
+            self.sock.close()
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, _ = self.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # out of descriptors: what is open goes on, the rest waits
+                self.worker.log.warning("accept failed", listener=self.listener.id, error=str(error))
+                self.worker.loop.remove_reader(self.sock.fileno())
+                self.worker.loop.call_later(ACCEPT_PAUSE_S, self._again)
+                return
+            self._begin(sock)
+
+    def _again(self) -> None:
+        if not self.closed:
+            self.worker.loop.add_reader(self.sock.fileno(), self._accept)
+
+    def _begin(self, sock: socket.socket) -> None:
+        worker, listener = self.worker, self.listener
+        origin = worker.kernel.origin(sock)
+        if origin is None or (origin.netns != listener.netns and listener.netns):
+            worker.metrics.denied("no_origin")
+            refuse(sock)
+            return
+        session = outbound(worker, origin)
+        if session is None:
+            refuse(sock)
+            return
+        sock.setblocking(False)
+        task: asyncio.Task[object] = worker.loop.create_task(worker.loop.connect_accepted_socket(lambda: session, sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._begun)
+
+    def _begun(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.worker.metrics.count("accept_failed")  # the client left meanwhile
+
+
+def refuse(sock: socket.socket) -> None:
+    """RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
+
+
+def outbound(worker: Worker, origin: Origin) -> HttpSession | Relay | None:
+    """The session for a captured connection; None: it is refused, and counted."""
+    config = worker.config
+    workload = config.by_id.get(origin.workload)
+    if workload is None or workload.identity != origin.identity:
+        worker.metrics.denied("unknown_workload")
+        return None
+    key = f"Workload/{workload.namespace}/{workload.name}"
+    if key not in config.local:
+        worker.metrics.denied("unknown_workload")
+        return None
+    caller = Caller(workload.spiffe, workload.identity, origin.client_address, origin.client_port, key)
+    destination = config.destination(origin.address, origin.port)
+    if destination is None:
+        worker.metrics.denied("no_service")
+        worker.flow(
+            verdict="denied",
+            reason="no_service",
+            source=workload.spiffe,
+            source_address=f"{origin.client_address}:{origin.client_port}",
+            destination_address=f"{origin.address}:{origin.port}",
+            direction="outbound",
+        )
+        return None
+    return session_for(worker, config, caller, destination, origin.netns, inbound=False)
+
+
+def session_for(
+    worker: Worker,
+    config: Config,
+    caller: Caller,
+    destination: Destination,
+    source_netns: int,
+    *,
+    inbound: bool,
+    opened: Callable[[int, str], None] | None = None,
+) -> HttpSession | Relay | None:
+    """By what the port speaks. None when there are too many connections."""
+    if len(worker.sessions) >= ALL_MAX or worker.by_identity.get(caller.identity, 0) >= PER_IDENTITY_MAX or worker.draining:
+        worker.metrics.denied("draining" if worker.draining else "overloaded")
+        return None
+    scope = worker.scope(config, caller, destination, inbound=inbound)
+    mode = destination.mode
+    learner: Learner | None = None
+    if mode is Protocol.AUTO:
+        learned_key = (destination.service or (destination.endpoint.key if destination.endpoint else ""), destination.port)
+        mode = worker.learned.known.get(learned_key, Protocol.AUTO)
+        if mode is Protocol.AUTO:
+            learner = Learner(worker, learned_key)
+    if mode is Protocol.HTTP:
+        session = HttpSession(worker, scope, caller, source_netns)
+        if opened is not None:
+            opened(200, "")
+        return session
+    return Relay(worker, scope, caller, source_netns, learner=learner, opened=opened)
+
+
+def inbound(
+    worker: Worker, transport: asyncio.Transport, caller: Caller, workload_key: str, port: int, opened: Callable[[int, str], None]
+) -> asyncio.Protocol:
+    """The destination's side of a stream; see `Worker.serve_inbound`."""
+    config = worker.config
+    workload, v6 = config.workloads.get(workload_key), ":" in caller.address
+    # The kernel shows the caller's address to the server: both are of one family, or it can not
+    address = next((a for a in workload.addresses if (":" in a) == v6), "") if workload else ""
+    destination = config.at_workload(workload_key, port, address)
+    session: HttpSession | Relay | None = None
+    if destination is None:
+        worker.metrics.denied("no_service")
+        opened(503, "no_service")
+    else:
+        scope = worker.scope(config, caller, destination, inbound=True)
+        endpoint = destination.endpoint
+        if destination.mode is Protocol.TCP and endpoint is not None:
+            verdict = scope.transport_verdict(endpoint)
+            if not verdict.allowed:
+                worker.metrics.denied("policy_denied")
+                worker.connection_flow(scope, caller, endpoint, "denied", verdict.rule)
+                opened(403, f"policy_denied {verdict.rule}")
+                return asyncio.Protocol()
+        session = session_for(worker, config, caller, destination, 0, inbound=True, opened=opened)
+        if session is None:
+            opened(503, "overloaded")
+    if session is None:
+        return asyncio.Protocol()
+    session.connection_made(transport)
+    return session

@@ -1,0 +1,121 @@
+"""The worker's end of the link: accepts the agent, reads frames with their descriptors, writes frames without any."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from mesh import link
+
+if TYPE_CHECKING:
+    from l7proxy.worker import Worker
+
+READ_BYTES = 1 << 18
+FDS_PER_READ = 253  # what the kernel puts into one message
+UNSENT_BYTES_MAX = 8 << 20  # an agent that does not read is dropped; it dials again
+
+
+class LinkServer:
+    """One agent at a time: a new one replaces the old, whose end may not have been noticed."""
+
+    def __init__(self, worker: Worker, listen: socket.socket) -> None:
+        self.worker, self.listen = worker, listen
+        self.connection: socket.socket | None = None
+        self.decoder = link.Decoder()
+        self.unsent = bytearray()
+        self.writing = False
+
+    def start(self) -> None:
+        self.listen.setblocking(False)
+        self.worker.loop.add_reader(self.listen.fileno(), self._accept)
+
+    def close(self) -> None:
+        self.worker.loop.remove_reader(self.listen.fileno())
+        self._drop()
+
+    def send(self, message: link.Message) -> None:
+        """Dropped while there is no agent."""
+        if self.connection is None:
+            return
+        self.unsent += link.encode(message)
+        if len(self.unsent) > UNSENT_BYTES_MAX:
+            self.worker.log.warning("the agent does not read; dropped")
+            self._drop()
+        elif not self.writing:
+            self.writing = True
+            self.worker.loop.call_soon(self._flush)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self.listen.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return
+        connection.setblocking(False)
+        if not self.worker.kernel.check_agent(connection):
+            self.worker.log.warning("the link was dialled by another user than root; refused")
+            connection.close()
+            return
+        self._drop()
+        self.connection, self.decoder = connection, link.Decoder()
+        self.worker.loop.add_reader(connection.fileno(), self._read)
+        self.worker.linked()
+
+    def _read(self) -> None:
+        connection = self.connection
+        if connection is None:
+            return
+        try:
+            data, fds, flags, _ = socket.recv_fds(connection, READ_BYTES, FDS_PER_READ, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self._drop()
+            return
+        if not data or flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            self._drop()
+            return
+        try:
+            messages = self.decoder.feed(data, fds)
+        except link.LinkError as error:
+            self.worker.log.error("the agent broke the link's framing; dropped", error=str(error))
+            self._drop()
+            return
+        for message, its_fds in messages:
+            try:
+                self.worker.handle(message, its_fds)
+            except Exception:  # one message must not end the link, and with it every later one
+                self.worker.log.exception("a message of the agent failed", message=type(message).__name__)
+                self.worker.metrics.count("link_message_failed")
+
+    def _flush(self) -> None:
+        connection = self.connection
+        if connection is None:
+            self.writing = False
+            return
+        try:
+            sent = connection.send(self.unsent)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self._drop()
+            return
+        del self.unsent[:sent]
+        if self.unsent:
+            self.worker.loop.add_writer(connection.fileno(), self._flush)
+        else:
+            self.writing = False
+            self.worker.loop.remove_writer(connection.fileno())
+
+    def _drop(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            self.worker.loop.remove_reader(connection.fileno())
+            self.worker.loop.remove_writer(connection.fileno())
+            connection.close()
+        for fd in self.decoder.take_fds():
+            os.close(fd)
+        self.unsent.clear()
+        self.writing = False

@@ -1,0 +1,237 @@
+"""The shell of `http1.cycle.Cycle`: an asyncio protocol for the client's side, whatever carries it (a captured
+socket, a stream of a tunnel), that carries out the cycle's commands. Nothing here waits, and nothing makes a task."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import TYPE_CHECKING, cast
+
+from l7proxy.config import Endpoint
+from l7proxy.errors import Reply, denied, reply
+from l7proxy.http1.added import with_headers
+from l7proxy.http1.cycle import CLOSED, IDLE, RAW, Cycle
+from l7proxy.http1.head import RequestHead
+from l7proxy.scope import Candidate, Plan, Scope
+from l7proxy.target import Caller, DialError
+from l7proxy.upstream import UpstreamConnection, reset
+
+if TYPE_CHECKING:
+    from l7proxy.worker import Worker
+
+TRIES_MAX = 5  # endpoints tried for one request
+
+
+class HttpSession(Cycle, asyncio.Protocol):
+    """One client connection that carries HTTP. ``source_netns``: see `Target`."""
+
+    __slots__ = (
+        "caller",
+        "candidate",
+        "lost",
+        "plan",
+        "scope",
+        "source_netns",
+        "started",
+        "transport",
+        "tried",
+        "upstream",
+        "worker",
+    )
+
+    def __init__(self, worker: Worker, scope: Scope, caller: Caller, source_netns: int) -> None:
+        super().__init__(worker.heads, scope.config.limits, worker.clock)
+        self.worker, self.scope, self.caller, self.source_netns = worker, scope, caller, source_netns
+        self.plan: Plan | None = None
+        self.candidate: Candidate | None = None
+        self.upstream: UpstreamConnection | None = None
+        self.tried: list[Endpoint] = []
+        self.started = 0.0
+        self.lost = False
+
+    # ---- the client's transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.to_client = self.transport.write
+        self.worker.sessions.add(self)
+
+    data_received = Cycle.client_data
+
+    def eof_received(self) -> bool:
+        self.client_eof()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self.lost = True
+        self.worker.sessions.discard(self)
+        self.client_lost()
+
+    def pause_writing(self) -> None:
+        self.client_blocked()
+        if self.upstream is not None:
+            self.upstream.pause()
+
+    def resume_writing(self) -> None:
+        if self.upstream is not None:
+            self.upstream.resume()
+        self.client_drained()
+
+    # ---- commands
+
+    def decide(self, head: RequestHead) -> None:
+        self.started = perf_counter()
+        worker = self.worker
+        scope = self.scope
+        if scope.config is not worker.config:
+            again = worker.rescope(scope)
+            if again is None:
+                self.refuse(reply("no_service", keep=False))
+                return
+            scope = self.scope = again
+            self.limits = scope.config.limits
+        plan = self.plan = scope.plans.get(head) or scope.plan(head)
+        if self.tried:
+            self.tried = []
+        candidate = plan.only
+        if candidate is None or plan.error is not None:
+            picked = scope.pick(plan, self.tried)
+            if isinstance(picked, Reply):
+                self.refuse(picked)
+                return
+            candidate = picked
+        self._go(candidate, head)
+
+    def again(self, head: RequestHead) -> None:
+        if self.candidate is not None:
+            self._go(self.candidate, head, fresh=True)
+
+    def _go(self, candidate: Candidate, head: RequestHead, *, fresh: bool = False) -> None:
+        self.candidate = candidate
+        if candidate.error is not None:
+            self.refuse(candidate.error)
+            return
+        pool = candidate.pool
+        if pool.retired:
+            pool = candidate.pool = self.worker.upstreams.pool(self.caller, candidate.endpoint)
+        connection = None if fresh else pool.take()
+        if connection is None:
+            connection = self.worker.upstreams.open(pool, self.caller, self.source_netns, self)
+            if connection is None:
+                self.refuse(reply("overloaded"))
+                return
+            self.upstream = connection
+            pool.health.outstanding += 1
+            return
+        self.upstream = connection
+        connection.sink = self
+        pool.health.outstanding += 1
+        self.to_upstream = connection.write
+        self.forward(head.raw if not candidate.add_headers else self._rewritten(candidate, head), reused=True)
+
+    def upstream_open(self, connection: UpstreamConnection) -> None:
+        head, candidate = self.request, self.candidate
+        if head is None or candidate is None:
+            return
+        self.to_upstream = connection.write
+        self.forward(head.raw if not candidate.add_headers else self._rewritten(candidate, head), reused=False)
+
+    def upstream_failed(self, error: DialError) -> None:
+        """Before any byte was sent: another endpoint may do."""
+        connection, self.upstream = self.upstream, None
+        if connection is not None:
+            connection.pool.health.outstanding -= 1
+        if self.candidate is not None and self.plan is not None and self.request is not None:
+            self.tried.append(self.candidate.endpoint)
+            if error.elsewhere and len(self.tried) < TRIES_MAX:
+                picked = self.scope.pick(self.plan, self.tried)
+                if isinstance(picked, Candidate):
+                    self._go(picked, self.request)
+                    return
+        self.refuse(Reply(error.status, error.reason, error.detail))
+
+    def _rewritten(self, candidate: Candidate, head: RequestHead) -> bytes:
+        workload = self.scope.config.workloads.get(candidate.endpoint.key)
+        return with_headers(head, candidate.add_headers, self.caller.spiffe, workload.spiffe if workload else "")
+
+    def release(self, reusable: bool) -> None:
+        connection = self.upstream
+        if connection is not None:
+            self.upstream = None
+            connection.pool.health.outstanding -= 1
+            if reusable:
+                self.worker.upstreams.keep(connection)
+            else:
+                connection.close()
+
+    def abandon(self) -> None:
+        connection = self.upstream
+        if connection is not None:
+            self.upstream = None
+            connection.pool.health.outstanding -= 1
+            connection.abort()
+
+    def end_client(self) -> None:
+        if not self.lost and self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def close_client(self) -> None:
+        if not self.lost:
+            self.transport.close()
+
+    def reset_client(self) -> None:
+        if not self.lost:
+            reset(self.transport)
+
+    def end_upstream(self) -> None:
+        if self.upstream is not None and not self.upstream.lost:
+            self.upstream.transport.write_eof()
+
+    def pause_client(self) -> None:
+        if not self.lost:
+            self.transport.pause_reading()
+
+    def resume_client(self) -> None:
+        if not self.lost:
+            self.transport.resume_reading()
+
+    def upstream_full(self) -> None:
+        """The server reads slowly."""
+        if not self.client_paused:
+            self.client_paused = True
+            self.pause_client()
+
+    def upstream_drained(self) -> None:
+        if self.client_paused:
+            self._resume()
+
+    def finished(self, status: int, why: str) -> None:
+        candidate = self.candidate
+        seconds = perf_counter() - self.started if self.request is not None else 0.0
+        series = candidate.series if candidate is not None else self.scope.refused
+        series.done(status, seconds)
+        worker = self.worker
+        if why or worker.flow_budget > 0 or worker.access is not None or (candidate is not None and candidate.audits):
+            worker.exchange(self, status, why, seconds)
+        self.candidate = None
+        self.plan = None
+
+    # ---- from the worker
+
+    def recheck(self) -> None:
+        """A new configuration: what runs now is decided anew, and cut if it is denied."""
+        if self.rq in (IDLE, CLOSED) or self.request is None or self.candidate is None:
+            return
+        scope = self.worker.rescope(self.scope)
+        endpoint = self.candidate.endpoint
+        if scope is not None and endpoint.key in scope.config.workloads:
+            candidate = scope.candidate(Plan(self.request), endpoint)
+            if candidate.error is None:
+                return
+            self.worker.denied_open(self.scope, candidate.rule)
+            if self.rq != RAW and not self.response_bytes:
+                self.abandon()
+                self.rs = IDLE
+                self.refuse(denied(candidate.rule))
+                return
+        self.cut()

@@ -1,0 +1,381 @@
+"""Connections to endpoints: which endpoint, kept where, dialled how.
+
+A pool belongs to one (caller identity, caller address, endpoint): the server sees the caller's address on the
+connection, so no two callers ever share one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Collection, Sequence
+from random import random
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from l7proxy.config import Endpoint
+from l7proxy.target import Caller, DialError, Target
+
+if TYPE_CHECKING:
+    from l7proxy.worker import Worker
+
+IDLE_PER_POOL_MAX = 128
+OPEN_PER_POOL_MAX = 4096
+IDLE_S = 60.0
+FAILED_FIRST_S, FAILED_MAX_S = 1.0, 30.0  # an endpoint that refused is left alone for this long, doubling
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
+
+PoolKey = tuple[str | None, str, Endpoint]
+
+
+class Dial(Protocol):
+    """A dial under way."""
+
+    def cancel(self) -> Any:
+        """Neither success nor failure is wanted any more."""
+
+
+class Sink(Protocol):
+    """Who uses an `UpstreamConnection` during an exchange."""
+
+    def upstream_open(self, connection: UpstreamConnection) -> None: ...
+    def upstream_failed(self, error: DialError) -> None: ...
+    def upstream_data(self, data: bytes) -> None: ...
+    def upstream_eof(self) -> None: ...
+    def upstream_lost(self, error: Exception | None) -> None: ...
+    def upstream_full(self) -> None: ...
+    def upstream_drained(self) -> None: ...
+
+
+class Health:
+    """What is known of one endpoint, across configurations."""
+
+    __slots__ = ("failed_until", "failures", "outstanding")
+
+    def __init__(self) -> None:
+        self.outstanding = 0
+        self.failures = 0
+        self.failed_until = 0.0
+
+
+class Pool:
+    """Open connections of one caller to one endpoint."""
+
+    __slots__ = ("endpoint", "health", "idle", "key", "open", "retired")
+
+    def __init__(self, key: PoolKey, health: Health) -> None:
+        self.key, self.endpoint, self.health = key, key[2], health
+        self.idle: list[UpstreamConnection] = []
+        self.open = 0
+        self.retired = False  # swept away: look it up anew
+
+    def take(self) -> UpstreamConnection | None:
+        """The connection used last, or None."""
+        while self.idle:
+            connection = self.idle.pop()
+            if getattr(connection.transport, "retired", False):  # its tunnel takes no more work: rotation, or a node that leaves
+                connection.close()
+            elif not connection.lost:
+                return connection
+        return None
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """A server's connection, local or through a tunnel, whoever uses it now."""
+
+    __slots__ = ("counted", "dial", "idle_since", "lost", "pool", "reader_paused", "sink", "transport", "upstreams", "write")
+
+    def __init__(self, upstreams: Upstreams, pool: Pool, sink: Sink) -> None:
+        self.upstreams, self.pool = upstreams, pool
+        self.sink: Sink | None = sink
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.write: Callable[[bytes], None] = _unconnected
+        self.dial: Dial | None = None
+        self.lost = self.reader_paused = False
+        self.idle_since = 0.0
+        self.counted = True
+        pool.open += 1
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.dial = None
+        self.transport = cast(asyncio.Transport, transport)
+        if self.lost:  # given up while it was being made
+            self.transport.abort()
+            return
+        self.write = self.transport.write
+        health = self.pool.health
+        health.failures, health.failed_until = 0, 0.0
+        if self.sink is None:
+            self.upstreams.keep(self)
+        else:
+            self.sink.upstream_open(self)
+
+    def failed(self, error: DialError) -> None:
+        """The dial's other outcome."""
+        self.dial = None
+        self._gone()
+        self.upstreams.blame(self.pool.health, error)
+        if self.sink is not None:
+            sink, self.sink = self.sink, None
+            sink.upstream_failed(error)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is not None:
+            sink.upstream_data(data)
+        else:  # nobody asked: whatever it means, it must not become the next answer
+            self.upstreams.worker.metrics.count("unsolicited_response")
+            self.abort()
+
+    def eof_received(self) -> bool:
+        if self.sink is not None:
+            self.sink.upstream_eof()
+            return True
+        self.transport.close()
+        self.lost = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone()
+        if self in self.pool.idle:
+            self.pool.idle.remove(self)
+        if self.sink is not None:
+            sink, self.sink = self.sink, None
+            sink.upstream_lost(exc)
+
+    def pause_writing(self) -> None:
+        if self.sink is not None:
+            self.sink.upstream_full()
+
+    def resume_writing(self) -> None:
+        if self.sink is not None:
+            self.sink.upstream_drained()
+
+    def pause(self) -> None:
+        if not self.reader_paused and not self.lost:
+            self.reader_paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.reader_paused and not self.lost:
+            self.reader_paused = False
+            self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """RST; or give the dial up."""
+        self.sink = None
+        if self.dial is not None:
+            self.dial.cancel()
+            self.dial = None
+            self._gone()
+        elif self.transport is not None and not self.lost:
+            self.lost = True
+            reset(self.transport)
+
+    def _gone(self) -> None:
+        """Once."""
+        self.lost = True
+        if self.counted:
+            self.counted = False
+            self.pool.open -= 1
+
+    def close(self) -> None:
+        self.sink = None
+        if not self.lost:
+            self.lost = True
+            self.transport.close()
+
+
+class Upstreams:
+    """All pools of a worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.pools: dict[PoolKey, Pool] = {}
+        self.health: dict[Endpoint, Health] = {}
+
+    def pool(self, caller: Caller, endpoint: Endpoint) -> Pool:
+        key = (caller.spiffe, caller.address, endpoint)
+        found = self.pools.get(key)
+        if found is None:
+            found = self.pools[key] = Pool(key, self.health_of(endpoint))
+        return found
+
+    def health_of(self, endpoint: Endpoint) -> Health:
+        found = self.health.get(endpoint)
+        if found is None:
+            found = self.health[endpoint] = Health()
+        return found
+
+    def choose(self, endpoints: Sequence[Endpoint], tried: Collection[Endpoint], now: float) -> Endpoint | None:
+        """The one of two drawn that has fewer requests outstanding; those that refused lately only if all did."""
+        if not tried and len(endpoints) > 1:  # nearly always two healthy ones are drawn at once
+            one, two = _draw(endpoints)
+            first, second = self.health_of(one), self.health_of(two)
+            if first.failed_until <= now and second.failed_until <= now:
+                return one if first.outstanding <= second.outstanding else two
+        fresh = [endpoint for endpoint in endpoints if endpoint not in tried] if tried else list(endpoints)
+        if len(fresh) > 1:
+            healthy = [endpoint for endpoint in fresh if self.health_of(endpoint).failed_until <= now]
+            fresh = healthy or fresh
+        if len(fresh) < 2:
+            return fresh[0] if fresh else None
+        one, two = _draw(fresh)
+        return one if self.health_of(one).outstanding <= self.health_of(two).outstanding else two
+
+    def blame(self, health: Health, error: DialError) -> None:
+        """An endpoint could not be reached."""
+        self.worker.metrics.count(f"dial_{error.reason}")
+        if error.reason in ("connect_refused", "connect_timeout", "connect_reset", "tls_failed", "peer_identity"):
+            health.failed_until = self.worker.clock.now + min(FAILED_MAX_S, FAILED_FIRST_S * 2**health.failures)
+            health.failures = min(health.failures + 1, 8)
+
+    def open(self, pool: Pool, caller: Caller, source_netns: int, sink: Sink) -> UpstreamConnection | None:
+        """Dials; ``sink`` hears upstream_open or upstream_failed, never from within this call. None: too many are open."""
+        if pool.open >= OPEN_PER_POOL_MAX:
+            return None
+        connection = UpstreamConnection(self, pool, sink)
+        connection.dial = self.dial(pool.endpoint, caller, source_netns, connection, connection.failed, opaque=False)
+        return connection
+
+    def dial(
+        self,
+        endpoint: Endpoint,
+        caller: Caller,
+        source_netns: int,
+        protocol: asyncio.Protocol,
+        failed: Callable[[DialError], None],
+        *,
+        opaque: bool,
+    ) -> Dial:
+        """By the endpoint's node: a socket of its netns, or the tunnel."""
+        worker = self.worker
+        workload = worker.config.workloads.get(endpoint.key)
+        if workload is None:
+            return worker.loop.call_soon(failed, DialError("no_endpoints", f"{endpoint.key} is gone."))
+        target = Target(workload, endpoint.address, endpoint.port, caller, source_netns, opaque)
+        if not endpoint.local:
+            return worker.dial_remote(target, protocol, failed)
+        return LocalDial(worker, target, protocol, failed)
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Back to its pool."""
+        pool = connection.pool
+        connection.sink = None
+        if connection.lost or len(pool.idle) >= IDLE_PER_POOL_MAX:
+            connection.close()
+            return
+        connection.resume()
+        connection.idle_since = self.worker.clock.now
+        pool.idle.append(connection)
+
+    def sweep(self, now: float) -> None:
+        """Once a second: closes what idles too long, forgets what is gone."""
+        for key, pool in list(self.pools.items()):
+            idle = pool.idle
+            while idle and idle[0].idle_since < now - IDLE_S:
+                idle.pop(0).close()
+            if not pool.open:
+                pool.retired = True
+                del self.pools[key]
+        workloads = self.worker.config.workloads
+        for endpoint in [e for e, health in self.health.items() if not health.outstanding and e.key not in workloads]:
+            del self.health[endpoint]
+
+    def close_idle(self, gone: Callable[[Endpoint], bool]) -> None:
+        """After a new configuration: connections to endpoints that are no more."""
+        for pool in self.pools.values():
+            if pool.idle and gone(pool.endpoint):
+                for connection in pool.idle:
+                    connection.close()
+                pool.idle.clear()
+
+
+class LocalDial:
+    """From the stock of the endpoint's netns, as the caller, to the endpoint's address."""
+
+    __slots__ = ("failed", "protocol", "target", "task", "worker")
+
+    def __init__(self, worker: Worker, target: Target, protocol: asyncio.Protocol, failed: Callable[[DialError], None]) -> None:
+        self.worker, self.target, self.protocol, self.failed = worker, target, protocol, failed
+        self.task: asyncio.Task[None] = worker.loop.create_task(self._run())
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+    async def _run(self) -> None:
+        sock: socket.socket | None = None
+        try:
+            sock = await self._socket()
+            async with asyncio.timeout(self.worker.config.mesh.connect_timeout_s):
+                self.worker.kernel.set_caller(sock, self.target.caller)
+                await self.worker.loop.sock_connect(sock, (self.target.address, self.target.port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.worker.loop.create_connection(lambda: self.protocol, sock=sock)
+            return
+        except DialError as error:
+            outcome = error
+        except TimeoutError:
+            outcome = DialError("connect_timeout", f"{self._where()} did not answer.")
+        except ConnectionRefusedError:
+            outcome = DialError("connect_refused", f"{self._where()} refused.")
+        except PermissionError:
+            outcome = DialError("dial_denied", f"{self._where()} may not be dialled.")
+        except OSError as error:
+            outcome = DialError("connect_reset", f"{self._where()}: {error.strerror or error}.")
+        except asyncio.CancelledError:
+            if sock is not None:
+                sock.close()
+            raise
+        if sock is not None:
+            sock.close()
+        self.failed(outcome)
+
+    async def _socket(self) -> socket.socket:
+        worker, target = self.worker, self.target
+        key = f"Workload/{target.workload.namespace}/{target.workload.name}"
+        local = worker.config.local.get(key)
+        if local is None:
+            raise DialError("no_endpoints", f"{key} left this node.")
+        family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
+        sock = worker.stock.take(local.netns, family)
+        if sock is None:
+            waiter: asyncio.Future[socket.socket | None] = worker.loop.create_future()
+            worker.stock.wait(local.netns, family, lambda found: _give(waiter, found), worker.config.mesh.connect_timeout_s)
+            sock = await waiter
+        if sock is None:
+            raise DialError("no_stock", f"No socket for {key}.", elsewhere=True)
+        return sock
+
+    def _where(self) -> str:
+        workload = self.target.workload
+        return f"Workload {workload.namespace}/{workload.name} port {self.target.port}"
+
+
+def _give(waiter: asyncio.Future[socket.socket | None], sock: socket.socket | None) -> None:
+    if not waiter.done():
+        waiter.set_result(sock)
+    elif sock is not None:
+        sock.close()
+
+
+def _draw(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, Endpoint]:
+    """Two different ones."""
+    count = len(endpoints)
+    first = int(random() * count)
+    return endpoints[first], endpoints[(first + 1 + int(random() * (count - 1))) % count]
+
+
+def _unconnected(data: bytes) -> None:
+    raise RuntimeError(f"bug: {len(data)} bytes written before the connection was made")
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Ends a connection so that the other end knows it was cut: RST, or RST_STREAM."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        except OSError:
+            pass  # gone already
+    transport.abort()

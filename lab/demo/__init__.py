@@ -1,0 +1,1 @@
+"""A small shop of real parts on two nodes, and what a mesh does for it: `python -m lab.demo [--keep]`."""

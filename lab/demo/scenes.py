@@ -1,0 +1,208 @@
+"""What the demo shows, one function for each line. A scene returns what it observed; NotSeen tells what was instead."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lab.demo import wire
+from lab.demo.shop import NotSeen, Shop, is_virtual
+
+Scene = Callable[[Shop], str]
+SPLIT_REQUESTS = 1000
+SPLIT_PERCENT = (6.0, 14.0)  # around 10; four standard deviations of 1,000 draws
+PACKETS_MIN = 100
+MARKED_REQUESTS = 200
+CONNECT_FAIL_S_MAX = 3.0
+
+
+def expect(condition: object, observed: str) -> None:
+    if not condition:
+        raise NotSeen(observed)
+
+
+def discovery(shop: Shop) -> str:
+    found: dict[str, list[str]] = {}
+    for name in ("catalog.shop.mesh", "catalog"):
+        addresses = []
+        for family in ("ahostsv4", "ahostsv6"):
+            lines = shop["client"].run(["getent", family, name]).stdout.splitlines()
+            addresses += [line.split()[0] for line in lines[:1]]
+        found[name] = addresses
+    long, short = found["catalog.shop.mesh"], found["catalog"]
+    expect(len(long) == 2 and all(map(is_virtual, long)), f"catalog.shop.mesh resolved to {long}")
+    expect(short == long, f"the short name resolved to {short}")
+    return f"catalog.shop.mesh and catalog are {' and '.join(long)}"
+
+
+def same_node(shop: Shop) -> str:
+    answers = [shop.ask("client", "http://catalog-v1.shop.mesh/items") for _ in range(20)]
+    local = [answer for answer in answers if answer["by"] == "catalog-v1a"]
+    expect(local, "20 requests, none to the endpoint on the client's node")
+    expect(local[0]["caller"] in shop["client"].addresses, f"the server saw the caller as {local[0]['caller']}")
+    return f"client → catalog-v1a, both on n1: 200, the server sees the caller as {local[0]['caller']}"
+
+
+def cross_node(shop: Shop) -> str:
+    answer = shop.ask("client", "http://catalog-v2.shop.mesh/items")
+    expect(answer["caller"] in shop["client"].addresses, f"the server saw the caller as {answer['caller']}")
+    through = shop.ask("client", "http://front.shop.mesh/catalog/items")
+    expect(through["caller"] in shop["front"].addresses, f"behind nginx the caller was {through['caller']}")
+    return (
+        f"client on n1 → catalog-v2 on n2: 200, caller seen as {answer['caller']}; "
+        f"client → nginx → {through['by']}: caller seen as nginx's {through['caller']}"
+    )
+
+
+def split(shop: Shop) -> str:
+    report = shop.load("client", "catalog.shop.mesh", "/items", str(SPLIT_REQUESTS), 4)
+    new = report["by"].get("catalog-v2", 0)
+    percent = 100 * new / max(report["ok"], 1)
+    observed = f"{report['ok']} requests in {report['seconds']} s: v1 {report['ok'] - new}, v2 {new} ({percent:.1f} %)"
+    expect(report["errors"] == 0, f"{observed}, {report['errors']} errors: {report['first_errors']}")
+    expect(SPLIT_PERCENT[0] <= percent <= SPLIT_PERCENT[1], observed)
+    return observed
+
+
+def redis(shop: Shop) -> str:
+    value = secrets.token_hex(4)
+    done = shop["client"].run(["redis-cli", "-h", "redis.shop.mesh", "set", "demo", value], timeout=10)
+    expect(done.stdout.strip() == "OK", f"SET answered {done.stdout.strip()!r} {done.stderr.strip()!r}")
+    got = shop["client"].run(["redis-cli", "-h", "redis.shop.mesh", "get", "demo"], timeout=10).stdout.strip()
+    expect(got == value, f"GET answered {got!r}, {value!r} was set")
+    visits = shop.ask("client", "http://catalog-v2.shop.mesh/visits")["visits"]
+    expect(visits.isdigit(), f"catalog-v2 on n2 got {visits!r} from redis on n1")
+    return f"client on its node: SET, GET {got}; catalog-v2 from the other node: INCR {visits}"
+
+
+def mariadb(shop: Shop) -> str:
+    query = "SELECT name FROM shop.items WHERE id = 3"
+    argv = ["mariadb", "--no-defaults", "-h", "mariadb.shop.mesh", "-u", "shop", "-pshop", "--skip-ssl", "-N", "-e", query]
+    done = shop["client"].run(argv, timeout=15)
+    expect(done.stdout.strip() == "pillion", f"{done.stdout.strip()!r} {done.stderr.strip()[-200:]!r}")
+    return f"client on n1 → mariadb on n2, which speaks first: {query}: {done.stdout.strip()}"
+
+
+def intruder_l4(shop: Shop) -> str:
+    began = time.monotonic()
+    done = shop["intruder"].run(["redis-cli", "-h", "redis.shop.mesh", "get", "demo"], timeout=15)
+    took = time.monotonic() - began
+    said = (done.stdout + done.stderr).strip()
+    expect(
+        "refused" in said or "not permitted" in said or "reset" in said or "Could not connect" in said, f"redis-cli said {said!r}"
+    )
+    expect(took < CONNECT_FAIL_S_MAX, f"the refusal took {took:.1f} s")
+    why = shop.why("shop/intruder", "shop/redis")
+    expect(why["rule"] == "shop/redis-no-intruder#0", f"policy why names {why['rule']!r} ({why['detail']})")
+    denied = [flow for flow in shop.flows("n1") if flow["verdict"] == "denied" and "sa/intruder" in flow.get("source", "")]
+    expect(denied, "no denied flow of the intruder was told")
+    return f"redis-cli: {said.splitlines()[0][:70]} after {took * 1000:.0f} ms; flow: {denied[-1]['reason']}; rule {why['rule']}"
+
+
+def intruder_l7(shop: Shop) -> str:
+    look, _ = shop.curl("intruder", "http://catalog.shop.mesh/items")
+    expect(look == 200, f"GET /items, which a rule allows, answered {look}")
+    status, body = shop.curl("intruder", "http://catalog.shop.mesh/admin")
+    expect(status == 403 and "shop/catalog-admin" in body, f"GET /admin answered {status} {body.strip()[:200]}")
+    post, said = shop.curl("intruder", "http://catalog.shop.mesh/items", "-d", "x")
+    expect(post == 403, f"POST /items answered {post} {said.strip()[:200]}")
+    admin, _ = shop.curl("client", "http://catalog.shop.mesh/admin")
+    expect(admin == 200, f"the client's GET /admin answered {admin}")
+    return f"GET /items 200, GET /admin 403 “{body.strip()}”, POST /items 403; the client's GET /admin 200"
+
+
+def plaintext(shop: Shop) -> str:
+    target = shop["catalog-v1a"].address
+    before = shop.metric("n1", "pillion_datapath_total", reason="ingress_plaintext")
+    argv = ["curl", "-sS", "-o", "/dev/null", "--max-time", "2", "-w", "%{http_code}", f"http://{target}:8000/items"]
+    with shop.lab.capture("n1") as seen:
+        done = shop.lab.nodes["n2"].run(argv, timeout=15)
+    expect(done.returncode != 0 and done.stdout in ("", "000"), f"the dial was answered: {done.stdout} {done.stderr.strip()}")
+    dropped = shop.metric("n1", "pillion_datapath_total", reason="ingress_plaintext") - before
+    expect(dropped > 0, f"nothing was counted as ingress_plaintext; curl said {done.stderr.strip()!r}")
+    syns = len(wire.tcp_on(seen, 8000))
+    return f"node n2 → {target}:8000: {syns} packets arrived at n1, {dropped:.0f} dropped as ingress_plaintext, none answered"
+
+
+def encrypted(shop: Shop) -> str:
+    marker = f"marker-{secrets.token_hex(8)}"
+    with shop.lab.capture("n2") as seen:
+        report = shop.load("client", "catalog-v2.shop.mesh", "/echo", str(MARKED_REQUESTS), 1, marker)
+    expect(report["errors"] == 0, f"{report['errors']} errors: {report['first_errors']}")
+    packets, found = len(wire.tcp_on(seen, wire.HBONE_PORT)), seen.contains(marker.encode())
+    expect(packets > PACKETS_MIN, f"{packets} packets on :{wire.HBONE_PORT} between the nodes, {len(seen.frames)} in all")
+    expect(found == 0, f"the marker is in {found} of {len(seen.frames)} frames")
+    plain = wire.marker_without_mesh(f"{shop.lab.name}p", marker, MARKED_REQUESTS)
+    expect(plain > 0, "the marker was not seen without the mesh either: the capture proves nothing")
+    return f"{MARKED_REQUESTS} requests with a marker: {packets} packets on :15008, marker in 0; without the mesh in {plain}"
+
+
+def failover(shop: Shop) -> str:
+    result: dict[str, Any] = {}
+
+    def load() -> None:
+        result.update(shop.load("client", "catalog-v1.shop.mesh", "/items", "6s", 2))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    time.sleep(2.0)  # the scene's own time: the load shall have met both endpoints
+    shop["catalog-v1a"].kill()
+    thread.join()
+    try:
+        expect(result, "the load ended without a report")
+        by, killed_at = result["by"], 2.0
+        expect(by.get("catalog-v1a") and by.get("catalog-v1b"), f"answers came from {by}")
+        observed = f"{result['ok']} answers ({by}), {result['errors']} errors, slowest {result['slowest_ms']} ms"
+        expect(result["errors"] <= 4 and result["last_error_s"] < killed_at + 2.0, f"{observed}: {result['first_errors']}")
+        after = shop.load("client", "catalog-v1.shop.mesh", "/items", "100")
+        expect(after["errors"] == 0 and set(after["by"]) == {"catalog-v1b"}, f"afterwards: {after}")
+        return f"catalog-v1a killed under load: {observed}; then 100 of 100 by catalog-v1b"
+    finally:
+        server = shop.processes["catalog-v1a"]
+        argv = server.argv
+        shop.start("catalog-v1a", argv)
+        shop.await_listening("catalog-v1a")
+
+
+def rotation(shop: Shop) -> str:
+    endpoint, name = shop["catalog-v2"], "catalog.shop.mesh.local"
+    old, spiffe = wire.shown_certificate(shop["client"], endpoint.address, name)
+    result: dict[str, Any] = {}
+
+    def load() -> None:
+        result.update(shop.load("client", "catalog-v2.shop.mesh", "/items", "6s", 2))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    time.sleep(1.5)
+    for node in shop.lab.nodes:
+        shop.lab.agent_api(node, "POST", "/v1/rotate")
+    new, deadline = old, time.monotonic() + 10.0
+    while new == old and time.monotonic() < deadline:
+        new, _ = wire.shown_certificate(shop["client"], endpoint.address, name)
+    thread.join()
+    expect(result, "the load ended without a report")
+    expect(new != old, f"after 10 s :15008 still shows serial {old}")
+    expect(result["errors"] == 0, f"{result['errors']} errors in {result['ok']} requests: {result['first_errors']}")
+    told = shop.serials("n2").get("catalog-v2", "")
+    expect(told.lower().lstrip("0") == new.lstrip("0"), f"the wire shows {new}, the agent tells {told}")
+    return f"{spiffe}: serial …{old[-8:]} → …{new[-8:]} on the wire, {result['ok']} requests meanwhile, 0 errors"
+
+
+SCENES: dict[str, Scene] = {
+    "discovery by name": discovery,
+    "request, same node": same_node,
+    "request, cross node": cross_node,
+    "90/10 split": split,
+    "redis": redis,
+    "mariadb, server first": mariadb,
+    "intruder, L4": intruder_l4,
+    "intruder, L7": intruder_l7,
+    "plaintext to the pod": plaintext,
+    "encrypted between nodes": encrypted,
+    "endpoint killed": failover,
+    "certificates rotated": rotation,
+}

@@ -1,0 +1,67 @@
+"""What an observer between the nodes can see: frames by port, markers in them, certificates that are shown."""
+
+from __future__ import annotations
+
+import ssl
+import sys
+import textwrap
+from typing import Any
+
+from cryptography import x509
+
+from lab import Lab, Workload, process
+from lab.capture import Capture
+from lab.demo.shop import SERVICES, NotSeen
+from lab.process import Place
+
+HBONE_PORT = 15008
+
+_SHOW = textwrap.dedent("""
+    import socket, ssl, sys
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as sock:
+        with context.wrap_socket(sock, server_hostname=sys.argv[3]) as tls:
+            print(ssl.DER_cert_to_PEM_cert(tls.getpeercert(True)))
+""")
+
+
+def shown_certificate(observer: Workload, address: str, name: str) -> tuple[str, str]:
+    """(serial, URI) of the certificate that an endpoint's :15008 shows to anyone who asks.
+
+    Asked from the observer's network namespace, by a program outside the mesh: its dials are captured by nobody.
+    """
+    place = Place(observer.lab.nodes[observer.node].place.cgroup, observer.netns)
+    done = process.run(place, [sys.executable, "-c", _SHOW, address, str(HBONE_PORT), name])
+    if done.returncode != 0:
+        raise NotSeen(f"no TLS handshake with {address}:{HBONE_PORT}: {done.stderr.strip()[-300:]}")
+    certificate = x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(done.stdout.strip()))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return f"{certificate.serial_number:x}", str(names.get_values_for_type(x509.UniformResourceIdentifier)[0])
+
+
+def tcp_on(seen: Capture, port: int) -> list[Any]:
+    """The captured packets of TCP connections with a port, by scapy."""
+    from scapy.layers.inet import TCP
+
+    return [packet for packet in seen.packets() if packet.haslayer(TCP) and port in (packet[TCP].sport, packet[TCP].dport)]
+
+
+def marker_without_mesh(name: str, marker: str, requests: int) -> int:
+    """The same exchange in a lab `name` without a mesh: in how many frames between the nodes the marker is to be read."""
+    lab = Lab(name)
+    lab.down()
+    try:
+        lab.up(2, mesh=False)
+        server, client = lab.add_workload("n2", "catalog"), lab.add_workload("n1", "client")
+        process = server.start([sys.executable, str(SERVICES / "catalog.py"), "catalog", "v1", "8000"], "server")
+        while "catalog v1" not in process.output():
+            if not process.alive:
+                raise NotSeen(f"the server without mesh died: {process.output()[-300:]}")
+        load = [sys.executable, str(SERVICES / "load.py"), f"{server.address}:8000", "/echo", str(requests), "1", marker]
+        with lab.capture("n2") as seen:
+            client.run(load, timeout=30, check=True)
+        return seen.contains(marker.encode())
+    finally:
+        lab.down()

@@ -1,0 +1,127 @@
+"""``python -m nodeagent``: one agent for one node."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from mesh.identity import IdentityError, check_label
+from nodeagent.agent import Agent
+from nodeagent.api import serve
+from nodeagent.datapath_api import DatapathApi
+from nodeagent.files import private_directory
+from nodeagent.options import Options
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from error
+
+
+def _node(text: str) -> str:
+    try:
+        return check_label(text, "node")
+    except IdentityError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(prog="pillion-agent", description="Keeps one node of the mesh as the controller says.")
+    add = options.add_argument
+    add("--node", required=True, type=_node, help="the node's name, as in its NodeGrant and join token")
+    add("--address", action="append", default=[], type=_address, help="the node's own address; once for each family")
+    add("--join-token-file", type=_absolute, help="what `pillion node token NODE` printed; read again at every attempt")
+    add("--controller", action="append", default=[], help="https URL, instead of those in the join token")
+    add("--state-dir", required=True, type=_absolute, help="keys, certificates and the last good state; made 0700")
+    add("--run-dir", required=True, type=_absolute, help="agent.sock lives here")
+    add("--cgroup", required=True, type=_absolute, help="ancestor of all workloads; the programs are attached there")
+    add("--bpf-dir", type=_absolute, help="bpffs for pins (default RUN_DIR/bpf)")
+    add("--proxy-dir", type=_absolute, help="where the proxy's workers listen (default RUN_DIR/proxy)")
+    add("--workloads", type=_absolute, help="YAML file of this node's workloads; watched")
+    add(
+        "--policy-lease-s",
+        type=float,
+        default=0.0,
+        help="deny new connections when the controller is silent for longer; 0: never",
+    )
+    add("--fake-datapath", action="store_true", help="no kernel: everything but enforcement, to try things out")
+    return options
+
+
+def _datapath(arguments: argparse.Namespace) -> DatapathApi:
+    if arguments.fake_datapath:
+        from nodeagent.datapath_fake import FakeDatapath
+
+        return FakeDatapath()
+    from nodeagent.datapath_live import Datapath
+
+    return Datapath(arguments.cgroup, arguments.bpf_dir or arguments.run_dir / "bpf", arguments.run_dir)
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    agent = Agent(
+        Options(
+            node=arguments.node,
+            addresses=tuple(arguments.address),
+            state_dir=private_directory(arguments.state_dir),
+            run_dir=arguments.run_dir,
+            cgroup=arguments.cgroup,
+            proxy_dir=arguments.proxy_dir or arguments.run_dir / "proxy",
+            workloads=arguments.workloads,
+            join_token_file=arguments.join_token_file,
+            controllers=tuple(arguments.controller),
+            policy_lease_s=arguments.policy_lease_s,
+        ),
+        _datapath(arguments),
+    )
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    runner = await serve(agent, arguments.run_dir / "agent.sock")
+    try:
+        await agent.run()
+    finally:
+        await runner.cleanup()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 after SIGTERM, 2 for a wrong command line, 1 when the agent could not go on."""
+    arguments = parser().parse_args(argv)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
+    os.umask(0o077)
+    try:
+        asyncio.run(_run(arguments))
+    except OSError as error:
+        structlog.get_logger().error("agent_failed", error=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""What one rollout asks of the data path, in the order it promises to be safe in. Runs in the agent's kernel thread."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from mesh import link
+from mesh.dataplane import NodePlan, plan_node
+from mesh.model import Identity, Service, TlsMode, Workload
+from nodeagent import cgroups
+from nodeagent import reconcile_events as ev
+from nodeagent.datapath_api import DatapathApi, Member, OpenListener, Role
+from nodeagent.workloads import Spec
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Result:
+    """Of one application: what the agent may serve now."""
+
+    digest: str
+    listeners: dict[str, OpenListener] = field(default_factory=dict)
+    families: dict[int, frozenset[int]] = field(default_factory=dict)  # netns cookie -> socket families
+    serving: frozenset[str] = frozenset()
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class KernelWork:
+    """Blocking calls, one at a time: the caller owns a thread for them. Netns paths are looked up by their inode, so
+    that a workload made anew under an old name is another."""
+
+    def __init__(self, datapath: DatapathApi, node: str, cgroup: Path) -> None:
+        self._datapath, self._node, self._cgroup = datapath, node, cgroup
+        self._cookies: dict[str | None, tuple[tuple[int, int], int]] = {}
+        self._enrolled: set[tuple[str, int, int]] = set()
+        self._guarded: dict[str, tuple[tuple[str, ...], bool]] = {}
+        self._open: set[int] = set()  # cookies with listeners
+        self._plan = NodePlan()
+
+    def start(self) -> dict[str, bool]:
+        """Loads the programs. Raises DatapathError."""
+        for name in ("agent", "proxy", "workloads"):
+            cgroups.create(self._cgroup / name)
+        programs = self._datapath.load()
+        self._datapath.extend_lease(None)
+        return programs
+
+    # ---- where workloads are
+
+    def place(self, specs: Iterable[Spec]) -> dict[str, ev.Placed]:
+        """Cookie and cgroup id of each; never raises."""
+        specs = list(specs)
+        for netns in self._cookies.keys() - {spec.netns for spec in specs}:
+            self._lose(netns)
+        return {spec.key: self._place(spec) for spec in specs}
+
+    def _lose(self, netns: str | None) -> None:
+        """The path is nobody's any more, or another netns has it; one that is in use goes with the next rollout."""
+        known = self._cookies.pop(netns, None)
+        if known is not None and known[1] not in self._open:
+            self._datapath.forget(known[1])
+
+    def _place(self, spec: Spec) -> ev.Placed:
+        try:
+            group = cgroups.cgroup_id(Path(spec.cgroup))
+        except OSError as error:
+            return ev.Placed(spec, error=f"its cgroup {spec.cgroup} is not there: {error.strerror}")
+        try:
+            cookie = self._cookie(spec.netns)
+        except OSError as error:
+            return ev.Placed(spec, error=f"its netns {spec.netns or 'of the node'} is not there: {error.strerror}")
+        return ev.Placed(spec, cookie, group)
+
+    def _cookie(self, netns: str | None) -> int:
+        try:
+            stat = Path(netns or "/proc/self/ns/net").stat()
+        except OSError:
+            self._lose(netns)
+            raise
+        mark = stat.st_dev, stat.st_ino
+        known = self._cookies.get(netns)
+        if known is None or known[0] != mark:
+            self._lose(netns)
+            known = self._cookies[netns] = mark, self._datapath.adopt(Path(netns) if netns else None)
+        return known[1]
+
+    # ---- one state
+
+    def apply(self, order: ev.ApplyKernel) -> Result:
+        """Raises DatapathError, SnapshotError, ValueError, OSError: the maps' former content is then in force."""
+        local = [link.LocalWorkload(entry.spec.key, entry.netns, entry.cgroup) for entry in order.enrolled]
+        plan = plan_node(order.state, self._node, local)
+        self._datapath.set_members((*self._roles(), *(_member(entry) for entry in order.enrolled)))
+        result = Result("")
+        self._listen(order.enrolled, result)
+        self._name(order)
+        result.digest = self._datapath.apply(plan, order.generation)
+        self._plan = plan
+        self._guard(order.enrolled, result)
+        self._enrol(order.enrolled, result)
+        self._forget(order.enrolled)
+        result.serving = frozenset(entry.spec.key for entry in order.enrolled if entry.spec.key not in result.errors)
+        return result
+
+    def _roles(self) -> list[Member]:
+        """The agent and the proxy; a cgroup that is not there yet has no members."""
+        found = []
+        for name, role in (("agent", Role.AGENT), ("proxy", Role.PROXY)):
+            try:
+                found.append(Member(cgroups.cgroup_id(self._cgroup / name), role))
+            except OSError:
+                continue
+        return found
+
+    def _listen(self, enrolled: tuple[ev.Enrolled, ...], result: Result) -> None:
+        addresses: dict[int, list[str]] = {}
+        for entry in enrolled:
+            known = addresses.setdefault(entry.netns, [])
+            known += [address for address in entry.item.addresses if address not in known]
+        for netns, wanted in addresses.items():
+            try:
+                opened = self._datapath.open_listeners(netns, wanted)
+            except (OSError, KeyError) as error:
+                text = f"its listeners cannot be opened: {error}"
+                result.errors.update({entry.spec.key: text for entry in enrolled if entry.netns == netns})
+                continue
+            self._open.add(netns)
+            result.listeners.update({listener.id: listener for listener in opened})
+            families = {socket.AF_INET6 if ":" in address else socket.AF_INET for address in wanted}
+            result.families[netns] = frozenset(int(family) for family in families)
+
+    def _name(self, order: ev.ApplyKernel) -> None:
+        items = order.state.values()
+        self._datapath.set_names(
+            {item.id: item.spiffe for item in items if isinstance(item, Identity)},
+            {item.id: key for key, item in order.state.items() if isinstance(item, Workload)},
+            {item.id: key for key, item in order.state.items() if isinstance(item, Service)},
+        )
+        self._datapath.set_revision(self._node, order.revision)
+
+    def _guard(self, enrolled: tuple[ev.Enrolled, ...], result: Result) -> None:
+        wanted = {
+            entry.spec.veth: (entry.item.addresses, entry.item.tls is TlsMode.PERMISSIVE)
+            for entry in enrolled
+            if entry.spec.veth is not None
+        }
+        for veth in self._guarded.keys() - wanted.keys():
+            self._datapath.unguard_veth(veth)
+            del self._guarded[veth]
+        owners = {entry.spec.veth: entry.spec.key for entry in enrolled}
+        for veth, rules in wanted.items():
+            if self._guarded.get(veth) == rules:
+                continue
+            try:
+                self._datapath.guard_veth(veth, *rules)
+                self._guarded[veth] = rules
+            except Exception as error:  # pyroute2's own kinds among them; this workload is told, the others go on
+                result.errors.setdefault(owners[veth], f"its interface {veth} cannot be guarded: {error}")
+
+    def _enrol(self, enrolled: tuple[ev.Enrolled, ...], result: Result) -> None:
+        """Once for each place: what stood there before is ended."""
+        now = {(entry.spec.key, entry.netns, entry.cgroup): entry for entry in enrolled}
+        self._enrolled &= now.keys()
+        for mark, entry in now.items():
+            if mark in self._enrolled or entry.spec.key in result.errors:
+                continue
+            try:
+                report = self._datapath.enrol(entry.netns, Path(entry.spec.cgroup) if entry.spec.netns is None else None)
+            except Exception as error:  # it is not ready then, and tried again
+                result.errors[entry.spec.key] = f"older sockets cannot be looked at: {error}"
+                continue
+            if report.survived:
+                result.errors[entry.spec.key] = f"older connections cannot be ended: {report.survived[0]}"
+                continue
+            self._enrolled.add(mark)
+            log.info(
+                "enrolled",
+                workload=entry.spec.key,
+                spiffe=entry.item.spiffe,
+                destroyed=len(report.destroyed),
+                old_listeners=list(report.old_listeners[:8]),
+            )
+
+    def _forget(self, enrolled: tuple[ev.Enrolled, ...]) -> None:
+        """Let go of netns no workload is in, so that they can be deleted."""
+        kept = {entry.netns for entry in enrolled}
+        for cookie in self._open - kept:
+            self._datapath.forget(cookie)
+            self._open.discard(cookie)
+            self._cookies = {path: known for path, known in self._cookies.items() if known[1] != cookie}
+
+    # ---- the rest
+
+    def end_denied(self) -> int:
+        """Raises DatapathError, OSError."""
+        return self._datapath.end_denied(self._plan)
+
+    def repair(self) -> tuple[str, int]:
+        """(digest of the maps now, entries that were put right). Raises DatapathError, OSError."""
+        repaired = self._datapath.repair()
+        return self._datapath.observed_digest(), repaired
+
+    def stock(self, netns: int, family: int, count: int) -> list[int]:
+        """Raises OSError, KeyError."""
+        return self._datapath.make_stock(netns, family, count)
+
+
+def _member(entry: ev.Enrolled) -> Member:
+    permissive = entry.item.tls is TlsMode.PERMISSIVE
+    return Member(entry.cgroup, Role.WORKLOAD, entry.item.id, entry.item.identity, entry.netns, permissive)
+
+
+def frames(listeners: Mapping[str, OpenListener]) -> dict[str, tuple[link.Listener, int]]:
+    """As the fleet hands them on."""
+    return {
+        key: (link.Listener(entry.id, entry.kind, entry.netns, entry.address, entry.port), entry.fd)
+        for key, entry in listeners.items()
+    }

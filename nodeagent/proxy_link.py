@@ -1,0 +1,377 @@
+"""The agent's end of mesh.link: dials each worker's socket, keeps every worker supplied, dials again when one dies.
+
+The fleet holds what every worker must have besides the state: listeners and certificates. A worker is equipped when
+the core says its state stands; then it gets what it lacks, and later what changes. What a worker sends is untrusted:
+bounded, counted, and never more than a request for sockets of this node's workloads.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from mesh import link
+from nodeagent.keys import sealed_memfd
+from nodeagent.svid import Held
+
+log = structlog.get_logger()
+
+DIAL_EVERY_S = 0.2
+HELLO_S = 5.0  # from dialling to Ready
+READ_BYTES = 256 << 10
+READS_PER_TURN_MAX = 4
+OUT_BYTES_MAX = 256 << 20  # several whole states; past it the worker is not reading
+WORKERS_MAX = 256
+SCRAPE_S = 1.0
+STOCK_INITIAL = 32  # for each netns and family
+STOCK_ASK_MAX = 4096
+STOCK_RATE = 20_000.0  # sockets per second for one worker, and as many at once
+METRICS_CHARS_MAX = 16 << 20
+
+
+class FleetHandler(Protocol):
+    """Who hears of the workers. All calls come from the loop."""
+
+    def worker_up(self, worker: str) -> None: ...
+    def worker_down(self, worker: str, gone: bool) -> None: ...
+    def worker_acked(self, worker: str, revision: int, digest: str) -> None: ...
+    def worker_refused(self, worker: str, revision: int, error: str) -> None: ...
+    def flow(self, flow: link.Flow) -> None: ...
+    def stock_wanted(self, worker: str, netns: int, family: int, count: int) -> None: ...
+
+
+class WorkerLink:
+    """One connection. Frames leave in order; descriptors ride with the first byte of theirs."""
+
+    def __init__(self, name: str, sock: socket.socket, on_message: Callable[[WorkerLink, link.Message], None]) -> None:
+        self.name, self._sock, self._on_message = name, sock, on_message
+        self._loop = asyncio.get_running_loop()
+        self._decoder = link.Decoder()
+        self._out: deque[tuple[memoryview, list[int], list[int]]] = deque()  # bytes, descriptors, those of them to close
+        self._out_bytes = 0
+        self._writing = False
+        self.closed: asyncio.Future[str] = self._loop.create_future()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.pid = 0
+        self.index = -1
+        self.acked_revision = 0
+        self.equipped = False
+        self.listeners: set[str] = set()
+        self.svids: dict[str, str] = {}  # spiffe -> serial sent
+        self.stocked: set[tuple[int, int]] = set()
+        self.scrape: asyncio.Future[str] | None = None
+        self._allowance, self._allowed_at = STOCK_RATE, time.monotonic()
+        sock.setblocking(False)
+        self._loop.add_reader(sock, self._readable)
+
+    def close(self, reason: str) -> None:
+        """Once; `closed` then has the reason."""
+        if self.closed.done():
+            return
+        self._loop.remove_reader(self._sock)
+        if self._writing:
+            self._loop.remove_writer(self._sock)
+        for _, _, owned in self._out:
+            _close_all(owned)
+        self._out.clear()
+        _close_all(self._decoder.take_fds())
+        self._sock.close()
+        if self.scrape is not None and not self.scrape.done():
+            self.scrape.set_result("")
+        self.closed.set_result(reason)
+
+    def send(self, message: link.Message, fds: Iterable[int] = (), owned: bool = False) -> None:
+        """Queues a frame. ``owned``: the descriptors are closed when they are sent, or never will be."""
+        fds = list(fds)
+        if self.closed.done():
+            _close_all(fds if owned else [])
+            return
+        try:
+            data = link.encode(message, len(fds))
+        except link.LinkError as error:
+            _close_all(fds if owned else [])
+            self.close(str(error))
+            return
+        self._out.append((memoryview(data), fds, fds if owned else []))
+        self._out_bytes += len(data)
+        if self._out_bytes > OUT_BYTES_MAX:
+            self.close(f"the worker does not read: {self._out_bytes} bytes wait")
+        elif not self._writing:
+            self._write()
+
+    def _write(self) -> None:
+        while self._out:
+            data, fds, owned = self._out[0]
+            try:
+                control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                sent = self._sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                self.close(f"send: {error}")
+                return
+            _close_all(owned)
+            self._out_bytes -= sent
+            if sent < len(data):
+                self._out[0] = (data[sent:], [], [])
+            else:
+                self._out.popleft()
+        if bool(self._out) != self._writing:
+            self._writing = bool(self._out)
+            if self._writing:
+                self._loop.add_writer(self._sock, self._write)
+            else:
+                self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        for _ in range(READS_PER_TURN_MAX):
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, READ_BYTES, 0)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self.close(f"receive: {error}")
+                return
+            _close_all(fds)  # a worker has none to give
+            if not data:
+                self.close("closed by the worker")
+                return
+            try:
+                messages = self._decoder.feed(data, [])
+            except link.LinkError as error:
+                self.close(f"broke the framing: {error}")
+                return
+            for message, _ in messages:
+                self._on_message(self, message)
+                if self.closed.done():
+                    return
+
+    def allow_stock(self, count: int) -> int:
+        """How many of ``count`` sockets the worker may have now."""
+        now = time.monotonic()
+        self._allowance = min(STOCK_RATE, self._allowance + (now - self._allowed_at) * STOCK_RATE)
+        self._allowed_at = now
+        granted = max(0, min(count, STOCK_ASK_MAX, int(self._allowance)))
+        self._allowance -= granted
+        return granted
+
+
+class ProxyFleet:
+    """All workers under ``directory`` (``worker-<i>.sock``)."""
+
+    def __init__(self, directory: Path, hello: Callable[[], link.Hello], handler: FleetHandler) -> None:
+        self._directory, self._hello, self._handler = directory, hello, handler
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.links: dict[str, WorkerLink] = {}  # those that said Ready
+        self.listeners: dict[str, tuple[link.Listener, int]] = {}  # id -> (frame, descriptor of the data path)
+        self.svids: dict[str, Held] = {}
+        self.netns: dict[int, frozenset[int]] = {}  # cookie -> families the workers may have sockets of
+        self.counts = {"dials": 0, "lost": 0, "protocol_errors": 0, "stock_sent": 0, "stock_refused": 0}
+
+    async def run(self) -> None:
+        """Watches the directory until cancelled."""
+        try:
+            while True:
+                for path in self._sockets():
+                    if path.name not in self._tasks:
+                        self._tasks[path.name] = asyncio.create_task(self._keep(path), name=f"worker {path.name}")
+                await asyncio.sleep(DIAL_EVERY_S)
+        finally:
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _sockets(self) -> list[Path]:
+        try:
+            return sorted(self._directory.glob("worker-*.sock"))[:WORKERS_MAX]
+        except OSError:
+            return []
+
+    async def _keep(self, path: Path) -> None:
+        """Dials one worker again and again, until its socket is taken away."""
+        name = path.name.removesuffix(".sock")
+        pause = DIAL_EVERY_S
+        gone = False
+        try:
+            while True:
+                sock = await self._dial(path)
+                if sock is None:
+                    if not gone:
+                        gone = True
+                        self._handler.worker_down(name, True)
+                    if not path.exists():
+                        return
+                else:
+                    gone = False
+                    if await self._serve(name, sock):
+                        pause = DIAL_EVERY_S
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+                pause = min(pause * 1.5, 2.0)
+        finally:
+            self._tasks.pop(path.name, None)
+
+    async def _dial(self, path: Path) -> socket.socket | None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self.counts["dials"] += 1
+        try:
+            async with asyncio.timeout(HELLO_S):
+                await asyncio.get_running_loop().sock_connect(sock, str(path))
+        except BlockingIOError:  # its backlog is full: it exists and does not answer
+            sock.close()
+            await asyncio.sleep(DIAL_EVERY_S)
+            return await self._dial(path) if path.exists() else None
+        except TimeoutError:
+            sock.close()
+            return await self._dial(path) if path.exists() else None
+        except OSError:
+            sock.close()
+            return None
+        return sock
+
+    async def _serve(self, name: str, sock: socket.socket) -> bool:
+        """One link from Hello to its end; whether the worker ever said Ready."""
+        worker = WorkerLink(name, sock, self._message)
+        try:
+            worker.send(self._hello())
+            either: list[asyncio.Future[Any]] = [worker.ready, worker.closed]
+            await asyncio.wait(either, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
+            if not worker.ready.done():
+                worker.close("not ready in time")
+            reason = await asyncio.shield(worker.closed)  # a cancelled wait must not look like a closed link
+            if worker.pid:
+                self.counts["lost"] += 1
+                log.warning("worker_lost", worker=name, pid=worker.pid, reason=reason)
+            return bool(worker.pid)
+        finally:
+            worker.close("the agent stops")
+            if self.links.get(name) is worker:
+                del self.links[name]
+                self._handler.worker_down(name, False)
+
+    def _message(self, worker: WorkerLink, message: link.Message) -> None:
+        match message:
+            case link.Ready(index, pid):
+                if not worker.pid and pid > 0:
+                    worker.pid, worker.index = pid, index
+                    worker.ready.set_result(None)
+                    self.links[worker.name] = worker
+                    log.info("worker_ready", worker=worker.name, pid=pid)
+                    self._handler.worker_up(worker.name)
+            case _ if not worker.pid:
+                self.counts["protocol_errors"] += 1
+                worker.close("spoke before it was ready")
+            case link.Ack(revision, digest):
+                worker.acked_revision = revision
+                self._handler.worker_acked(worker.name, revision, digest[:128])
+            case link.Nack(revision, error):
+                self._handler.worker_refused(worker.name, revision, error[:500])
+            case link.NeedStock(netns, family, count):
+                granted = worker.allow_stock(count) if family in self.netns.get(netns, frozenset()) else 0
+                self.counts["stock_refused"] += max(0, min(count, STOCK_ASK_MAX) - granted)
+                if granted:
+                    self._handler.stock_wanted(worker.name, netns, family, granted)
+            case link.Metrics(_, text):
+                if worker.scrape is not None and not worker.scrape.done():
+                    worker.scrape.set_result(text[:METRICS_CHARS_MAX])
+            case link.Flow():
+                self._handler.flow(message)
+            case _:
+                self.counts["protocol_errors"] += 1
+                worker.close(f"a worker does not send {type(message).__name__}")
+
+    # ---- what the core and the shell ask
+
+    def update(self, name: str, update: link.Update) -> None:
+        if name in self.links:
+            self.links[name].send(update)
+
+    def drop(self, name: str, reason: str) -> None:
+        """Close the link; it is dialled again."""
+        if name in self.links:
+            self.links[name].close(reason)
+
+    def equip(self, name: str) -> None:
+        """Bring the worker's listeners, certificates and first sockets to what they should be."""
+        worker = self.links.get(name)
+        if worker is None:
+            return
+        worker.equipped = True
+        for spiffe in worker.svids.keys() - self.svids.keys():
+            del worker.svids[spiffe]
+            worker.send(link.DropSvid(spiffe))
+        for spiffe, held in self.svids.items():
+            if worker.svids.get(spiffe) != held.leaf.serial:
+                self._send_svid(worker, held)
+        for missing in worker.listeners - self.listeners.keys():
+            worker.listeners.discard(missing)
+            worker.send(link.CloseListener(missing))
+        for netns, families in self.netns.items():
+            for family in families:
+                if (netns, family) not in worker.stocked:
+                    worker.stocked.add((netns, family))
+                    self._handler.stock_wanted(name, netns, family, STOCK_INITIAL)
+        worker.stocked = {(netns, family) for netns, family in worker.stocked if netns in self.netns}
+        for key, (frame, fd) in self.listeners.items():
+            if key not in worker.listeners:
+                worker.listeners.add(key)
+                worker.send(frame, [os.dup(fd)], owned=True)  # the frame may wait longer than the listener lives
+
+    def _send_svid(self, worker: WorkerLink, held: Held) -> None:
+        try:
+            fd = sealed_memfd(held.key)
+        except OSError as error:
+            log.error("memfd_failed", error=str(error))
+            return
+        worker.svids[held.spiffe] = held.leaf.serial
+        worker.send(link.Svid(held.spiffe, held.chain, held.leaf.serial, held.leaf.not_after), [fd], owned=True)
+
+    def stock(self, name: str, netns: int, family: int, fds: list[int]) -> None:
+        """Fresh sockets for a worker; owned from here on."""
+        worker = self.links.get(name)
+        if worker is None:
+            _close_all(fds)
+            return
+        self.counts["stock_sent"] += len(fds)
+        for start in range(0, len(fds), link.FRAME_FDS_MAX):
+            worker.send(link.Stock(netns, family), fds[start : start + link.FRAME_FDS_MAX], owned=True)
+
+    async def scrape(self) -> dict[str, str]:
+        """Each worker's metrics text; a worker that does not answer within a second has none."""
+
+        async def one(worker: WorkerLink) -> str:
+            if worker.scrape is None or worker.scrape.done():
+                worker.scrape = asyncio.get_running_loop().create_future()
+                worker.send(link.Scrape())
+            try:
+                async with asyncio.timeout(SCRAPE_S):
+                    return await asyncio.shield(worker.scrape)
+            except TimeoutError:
+                return ""
+
+        workers = list(self.links.values())
+        texts = await asyncio.gather(*(one(worker) for worker in workers))
+        return {str(worker.index): text for worker, text in zip(workers, texts, strict=True)}
+
+    def drain(self, seconds: float) -> None:
+        """Tell every worker to finish."""
+        for worker in self.links.values():
+            worker.send(link.Drain(seconds))
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # closed before: nothing to do about it

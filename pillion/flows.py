@@ -1,0 +1,85 @@
+"""flows: verdicts as they happen, of one node or of all."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from typing import Annotated, Any
+
+import typer
+
+from pillion import output
+from pillion.client import Client
+from pillion.context import NodeOption, chosen
+from pillion.errors import CliError
+from pillion.output import Format
+
+QUEUE_FLOWS_MAX = 10_000
+
+
+def line(flow: dict[str, Any]) -> str:
+    """A flow for people, on one line."""
+    clock = time.strftime("%H:%M:%S", time.localtime(flow.get("time", 0)))
+    source = str(flow.get("source") or "unknown").removeprefix("spiffe://")
+    what = " ".join(str(flow[key]) for key in ("method", "path", "status") if flow.get(key))
+    fields = (
+        f"{clock}.{int(flow.get('time', 0) * 1000) % 1000:03d}",
+        flow.get("node", ""),
+        flow.get("verdict", "?").upper(),
+        f"{source} ({flow.get('source_address', '')})",
+        "→",
+        f"{flow.get('destination', '')} ({flow.get('destination_address', '')})",
+        f"{flow.get('protocol', '')}/{flow.get('layer', '')}",
+        what,
+        f"[{flow.get('reason', '')}]",
+    )
+    return output.printable(" ".join(str(field) for field in fields if field))
+
+
+def _follow(client: Client, target: str, into: queue.Queue[dict[str, Any] | CliError | None]) -> None:
+    try:
+        for flow in client.lines(target):
+            into.put(flow)
+        into.put(None)
+    except CliError as error:
+        into.put(error)
+
+
+def flows(
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on until interrupted")] = False,
+    node: NodeOption = None,
+    limit: Annotated[int, typer.Option(help="of the past, for each node", min=0, max=10_000)] = 100,
+    verdict: Annotated[str | None, typer.Option(help="only: allowed, denied or audited")] = None,
+    form: Annotated[Format, typer.Option("-o", "--output", help="table, or json: one object a line")] = Format.TABLE,
+) -> None:
+    """What the mesh allowed and denied, and by which rule."""
+    where = chosen.endpoints()
+    urls = {node: where.agent_of(node)} if node else dict(where.need_agents())
+    waiting: queue.Queue[dict[str, Any] | CliError | None] = queue.Queue(QUEUE_FLOWS_MAX)
+    target = f"/v1/flows?limit={limit}{'&follow=1' if follow else ''}"
+    for url in urls.values():
+        threading.Thread(target=_follow, args=(Client(url), target, waiting), daemon=True).start()
+    past: list[dict[str, Any]] = []
+    open_streams, failed = len(urls), 0
+    while open_streams:
+        item = waiting.get()
+        if item is None or isinstance(item, CliError):
+            open_streams -= 1
+            if item is not None:
+                failed += 1
+                typer.echo(f"error: {item.what}\n  {item.remedy}", err=True)
+        elif verdict is None or item.get("verdict") == verdict:
+            if follow:
+                _show(item, form)
+            else:
+                past.append(item)
+    for item in sorted(past, key=lambda flow: float(flow.get("time", 0))):
+        _show(item, form)
+    if failed == len(urls):
+        raise typer.Exit(1)
+
+
+def _show(flow: dict[str, Any], form: Format) -> None:
+    print(line(flow) if form is Format.TABLE else json.dumps(flow), flush=True)

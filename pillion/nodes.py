@@ -1,0 +1,175 @@
+"""status, node and identity: who is in the mesh, and in what state."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from pillion import output
+from pillion.context import FormatOption, chosen
+from pillion.errors import CliError
+from pillion.output import Format
+
+node_app = typer.Typer(help="Nodes: admit, cut, list.", no_args_is_help=True)
+identity_app = typer.Typer(help="Identities and their certificates.", no_args_is_help=False, invoke_without_command=True)
+
+TOKEN_TTL_S_MAX = 600
+
+
+def _agents() -> dict[str, dict[str, Any]]:
+    """Status of the agents reachable from here, by node; one that does not answer says so in `detail`."""
+    out: dict[str, dict[str, Any]] = {}
+    for name, client in chosen.agent_clients().items():
+        try:
+            status = client.get("/v1/status", timeout_s=10.0)
+            out[status["node"]] = status
+        except CliError as error:
+            out[name or "?"] = {"node": name, "ready": False, "detail": error.what, "workloads": [], "proxy": [], "programs": {}}
+    return out
+
+
+def status(form: FormatOption = Format.TABLE) -> None:
+    """The mesh at a glance: nodes, revisions, workloads, what is not as it should be. Exit code 1 if not all is ready."""
+    where = chosen.endpoints()
+    report: dict[str, Any] = {"origin": where.origin, "controller": None, "agents": {}}
+    if where.controller:
+        report["controller"] = chosen.controller_client().get("/v1/status")
+    if where.agents:
+        report["agents"] = _agents()
+    if not where.controller and not where.agents:
+        where.need_controller()
+    controller = report["controller"] or {"nodes": []}
+    ready = all(agent["ready"] for agent in report["agents"].values()) and all(
+        node["connected"] and node["ready"] for node in controller["nodes"] if not node["cut"]
+    )
+    report["ready"] = ready
+    if form is not Format.TABLE:
+        output.machine(report, form)
+    else:
+        _show_status(report, controller)
+    if not ready:
+        raise typer.Exit(1)
+
+
+def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
+    print(f"{report['origin']}: {'ready' if report['ready'] else 'NOT READY'}", end="")
+    if report["controller"]:
+        print(f", trust domain {controller['trust_domain']}, revision {controller['revision']}")
+        nodes = []
+        for node in controller["nodes"]:
+            state = "cut" if node["cut"] else "ready" if node["ready"] else "connected" if node["connected"] else "away"
+            nodes.append((node["name"], state, node["acked"], node.get("workloads"), node["digest_ok"], node.get("error")))
+        output.table(("NODE", "STATE", "REVISION", "WORKLOADS", "SAME STATE", "ERROR"), nodes)
+    else:
+        print()
+    rows = []
+    for agent in report["agents"].values():
+        for workload in agent["workloads"]:
+            svid = workload.get("svid") or {}
+            name = f"{workload['namespace']}/{workload['name']}"
+            rows.append((agent["node"], name, workload.get("spiffe"), svid.get("serial"), output.until(svid.get("not_after"))))
+    if rows:
+        print()
+        output.table(("NODE", "WORKLOAD", "IDENTITY", "CERTIFICATE", "FOR"), rows)
+    for agent in report["agents"].values():
+        off = [name for name, there in agent.get("programs", {}).items() if not there]
+        if off:
+            print(f"{agent['node']}: programs not attached: {', '.join(off)}")
+        if agent.get("detail"):
+            print(f"{agent['node']}: {output.printable(agent['detail'])}")
+
+
+@node_app.command("list")
+def node_list(form: FormatOption = Format.TABLE) -> None:
+    """Nodes the controller knows."""
+    nodes = chosen.controller_client().get("/v1/status")["nodes"]
+    if form is not Format.TABLE:
+        output.machine(nodes, form)
+        return
+    columns = ("connected", "ready", "cut", "acked", "workloads", "error")
+    output.table(("NODE", *(column.upper() for column in columns)), [(n["name"], *(n.get(c) for c in columns)) for n in nodes])
+
+
+@node_app.command("token")
+def node_token(
+    name: Annotated[str, typer.Argument(help="the node's name")],
+    ttl: Annotated[int, typer.Option(help="seconds it can be used", min=1, max=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_MAX,
+    readmit: Annotated[bool, typer.Option("--readmit", help="also a node that was cut")] = False,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """A token with which this node joins, once."""
+    answer = chosen.controller_client().call(
+        "POST", f"/v1/nodes/{quote(name, safe='')}/token", {"ttl_s": ttl, "readmit": readmit}
+    )
+    if form is not Format.TABLE:
+        output.machine(answer, form)
+        return
+    print(answer["token"])
+    print(f"usable once within {ttl} s; give it to the agent: --join-token-file", file=sys.stderr)
+
+
+@node_app.command("cut")
+def node_cut(name: Annotated[str, typer.Argument()]) -> None:
+    """Shut a node out at once: its certificates are no longer honoured."""
+    answer = chosen.controller_client().call("POST", f"/v1/nodes/{quote(name, safe='')}/cut")
+    revision = answer.get("revision") if isinstance(answer, dict) else None
+    print(f"node {name} is cut{f', revision {revision}' if revision else ''}")
+
+
+@identity_app.callback()
+def identity(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
+    """Identities and their certificates."""
+    if context.invoked_subcommand is None:
+        identity_list(form)
+
+
+@identity_app.command("list")
+def identity_list(form: FormatOption = Format.TABLE) -> None:
+    """Every identity of the mesh and its number."""
+    answer = chosen.controller_client().get("/v1/identities")
+    items = answer["items"]
+    if form is not Format.TABLE:
+        output.machine(items, form)
+        return
+    output.table(("ID", "IDENTITY", "WORKLOADS"), [(item["id"], item["spiffe"], ", ".join(item["workloads"])) for item in items])
+
+
+@identity_app.command("show")
+def identity_show(
+    name: Annotated[str, typer.Argument(help="SPIFFE id, namespace/service-account, or namespace/workload")],
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Where an identity runs, and its certificates."""
+    rows = []
+    for agent in _agents().values():
+        for workload in agent["workloads"]:
+            spiffe = str(workload.get("spiffe") or "")
+            names = {spiffe, spiffe.removeprefix("spiffe://"), f"{workload['namespace']}/{workload['name']}"}
+            parts = spiffe.split("/")
+            if len(parts) >= 7:
+                names.add(f"{parts[-3]}/{parts[-1]}")
+            if name in names:
+                rows.append({"node": agent["node"], **workload})
+    if not rows:
+        raise CliError(f"nothing here runs as {name!r}", "see: pillion identity list, pillion status")
+    if form is not Format.TABLE:
+        output.machine(rows, form)
+        return
+    columns = ("NODE", "WORKLOAD", "IDENTITY", "SERIAL", "FOR", "CGROUP")
+    cells = []
+    for row in rows:
+        svid = row.get("svid") or {}
+        cells.append(
+            (
+                row["node"],
+                f"{row['namespace']}/{row['name']}",
+                row.get("spiffe"),
+                svid.get("serial"),
+                output.until(svid.get("not_after")),
+                row.get("cgroup"),
+            )
+        )
+    output.table(columns, cells)

@@ -1,0 +1,241 @@
+"""run: any program of a plain host as a workload of the mesh.
+
+Its cgroup is made first, the agent is told and gets its certificate, and only then does the program start, in that
+cgroup and in the agent's network namespace, with no descriptor inherited: sockets made elsewhere would be refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote, urlsplit
+
+import typer
+
+from pillion.client import Client
+from pillion.context import NodeOption, chosen
+from pillion.errors import USAGE, CliError
+
+ENROL_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
+CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def agent_pid(url: str) -> int:
+    """The process behind an agent's unix socket."""
+    path = urlsplit(url).path
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            raise CliError(f"{url} does not answer: {error.strerror}", "is the agent running? see: pillion check") from error
+        pid, _, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
+def cgroup2_mount(mountinfo: str) -> Path:
+    for text in mountinfo.splitlines():
+        before, _, after = text.partition(" - ")
+        if after.split(" ", 1)[0] == "cgroup2":
+            return Path(before.split()[4])
+    raise CliError("no cgroup2 is mounted", "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+def cgroup_of(pid: int) -> Path:
+    """A process's cgroup on cgroup2."""
+    mount = cgroup2_mount(Path("/proc/self/mountinfo").read_text())
+    for text in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        if text.startswith("0::/") and text != "0::/":
+            return mount / text[4:]
+    raise CliError(f"the agent (pid {pid}) has no cgroup of its own", "start it in one below the node's: <node>/agent")
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="the program and its arguments, after --")],
+    service: Annotated[str, typer.Option(help="the service account it runs as; also its label app=…")],
+    namespace: Annotated[str, typer.Option("-n", "--namespace")] = "default",
+    port: Annotated[list[int] | None, typer.Option(help="a port it listens on; may repeat", min=1, max=65535)] = None,
+    label: Annotated[list[str] | None, typer.Option(help="key=value; may repeat")] = None,
+    name: Annotated[str | None, typer.Option(help="the workload's name (default: made up)")] = None,
+    node: NodeOption = None,
+) -> None:
+    """Run a program as a workload of this node's mesh; it leaves the mesh when it ends."""
+    if os.geteuid() != 0:
+        raise CliError("only root may put programs into the mesh", "run it with sudo")
+    labels = {"app": service}
+    for each in label or []:
+        key, equals, value = each.partition("=")
+        if not equals or not key:
+            raise CliError(f"label {each!r} is not key=value", "write for example --label version=v1", USAGE)
+        labels[key] = value
+    url = chosen.endpoints().agent_of(node)
+    if not url.startswith("unix://"):
+        raise CliError("the agent must be of this machine", "use its unix socket: --agent unix:///run/pillion/agent.sock", USAGE)
+    pid, client = agent_pid(url), Client(url)
+    parent = cgroup_of(pid).parent / "workloads"
+    sweep(parent, client)
+    name = name or f"{service}-{secrets.token_hex(3)}"
+    cgroup = parent / f"run-{namespace}.{name}"
+    try:
+        cgroup.mkdir(parents=True)
+    except FileExistsError as error:
+        raise CliError(f"a workload {namespace}/{name} is running already", "choose another --name") from error
+    body = {
+        "name": name,
+        "namespace": namespace,
+        "service_account": service,
+        "ports": port or [],
+        "labels": labels,
+        "cgroup": str(cgroup),
+    }
+    try:
+        client.call("POST", "/v1/workloads", body)
+        _await_certificate(client, namespace, name)
+        print(f"pillion: {namespace}/{name} runs as service account {service}", file=sys.stderr, flush=True)
+        if port and (hint := missing_service(namespace, labels, service, port[0])):
+            print(hint, file=sys.stderr, flush=True)
+        code = _run(command, cgroup, Path(f"/proc/{pid}/ns/net"))
+    finally:
+        leave(cgroup, client, namespace, name)
+    raise typer.Exit(code)
+
+
+def missing_service(namespace: str, labels: dict[str, str], service: str, port: int) -> str:
+    """How to be found by others, if no Service selects the workload yet and the controller can be asked; else nothing."""
+    where = chosen.endpoints()
+    if where.controller is None:
+        return ""
+    try:
+        items = Client(where.controller).get(f"/v1/resources?kind=Service&namespace={quote(namespace, safe='')}")["items"]
+    except CliError:
+        return ""
+    if any(item["spec"]["selector"].items() <= labels.items() for item in items):
+        return ""
+    metadata, ports = f"{{name: {service}, namespace: {namespace}}}", f"[{{port: {port}}}]"
+    spec = f"{{selector: {{app: {service}}}, ports: {ports}}}"
+    resource = f"{{apiVersion: v1, kind: Service, metadata: {metadata}, spec: {spec}}}"
+    return f"pillion: no Service selects it yet; others find it after\n  echo '{resource}' | pillion apply -f -"
+
+
+def _await_certificate(client: Client, namespace: str, name: str) -> None:
+    deadline = time.monotonic() + ENROL_TIMEOUT_S
+    while True:
+        status = client.get("/v1/status")
+        mine = next((w for w in status["workloads"] if (w["namespace"], w["name"]) == (namespace, name)), None)
+        if mine and mine.get("svid") and status["ready"]:
+            return
+        if mine and (refused := mine.get("refused") or mine.get("error")):
+            raise CliError(f"{namespace}/{name} is refused: {refused}", "grant it to this node: see pillion get NodeGrant")
+        if time.monotonic() > deadline:
+            detail = status.get("detail") or "no reason given"
+            raise CliError(f"{namespace}/{name} got no certificate within {ENROL_TIMEOUT_S:g} s: {detail}", "see: pillion status")
+        time.sleep(0.05)
+
+
+def _run(command: list[str], cgroup: Path, netns: Path) -> int:
+    """Fork, move the child, exec; pass signals on; its exit code (128 + signal, as shells do)."""
+    failure_r, failure_w = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _become(command, cgroup, netns, failure_w, parent)
+    os.close(failure_w)
+
+    def forward(number: int, _: Any) -> None:
+        os.kill(child, number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, forward)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the child itself
+    with os.fdopen(failure_r, "rb") as pipe:
+        failure = pipe.read(4096).decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    if failure:
+        raise CliError(f"{command[0]}: {failure}", "check the command; a path without / is looked up in PATH")
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def _become(command: list[str], cgroup: Path, netns: Path, failure: int, parent: int) -> NoReturn:
+    try:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before it could be watched
+            os._exit(127)
+        (cgroup / "cgroup.procs").write_text("0")
+        if os.stat(netns).st_ino != os.stat("/proc/self/ns/net").st_ino:
+            fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+            if _libc.setns(fd, CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "cannot enter the node's network namespace")
+        for fd in (0, 1, 2):
+            if is_internet_socket(fd):
+                null = os.open("/dev/null", os.O_RDWR)
+                os.dup2(null, fd)
+        low = min(failure, 3)
+        os.closerange(3, failure)
+        os.closerange(max(failure, low) + 1, os.sysconf("SC_OPEN_MAX"))
+        for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvp(command[0], command)  # noqa: S606  # becomes the program
+    except BaseException as error:
+        text = getattr(error, "strerror", None) or str(error)
+        os.write(failure, text.encode())
+    finally:
+        os._exit(127)
+
+
+def is_internet_socket(fd: int) -> bool:
+    """Whether a descriptor is a socket another cgroup could have made for the network."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(fd)) as probe:
+            return probe.family != socket.AF_UNIX
+    except OSError:
+        return False
+
+
+def leave(cgroup: Path, client: Client, namespace: str, name: str) -> None:
+    """End what is left of the workload and take it out of the mesh. Safe to repeat."""
+    try:
+        (cgroup / "cgroup.kill").write_text("1")
+    except OSError:
+        pass
+    try:
+        client.call("DELETE", f"/v1/workloads/{quote(namespace, safe='')}/{quote(name, safe='')}")
+    except CliError as error:
+        if getattr(error, "status", 0) != 404:
+            print(f"pillion: {namespace}/{name} could not be removed: {error.what}", file=sys.stderr)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while cgroup.exists():
+        try:
+            for directory, _, _ in os.walk(cgroup, topdown=False):
+                Path(directory).rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                print(f"pillion: {cgroup} could not be removed", file=sys.stderr)
+                return
+            time.sleep(0.02)
+
+
+def sweep(parent: Path, client: Client) -> None:
+    """Leftovers of runs that were killed: their cgroups are empty."""
+    for cgroup in parent.glob("run-*.*") if parent.is_dir() else []:
+        try:
+            old = time.time() - cgroup.stat().st_mtime > ENROL_TIMEOUT_S * 2
+            empty = "populated 0" in (cgroup / "cgroup.events").read_text()
+        except OSError:
+            continue
+        if old and empty:
+            namespace, _, name = cgroup.name.removeprefix("run-").partition(".")
+            leave(cgroup, client, namespace, name)

@@ -1,0 +1,77 @@
+"""Events as flows: pure, and the fake that stands in for a kernel."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mesh.dataplane import KernelVerdict, NodePlan, PolicyEntry, PolicyKey
+from mesh.link import Flow
+from nodeagent.datapath_api import DatapathApi, MapFull
+from nodeagent.datapath_fake import FakeDatapath
+from nodeagent.layouts import address
+from nodeagent.ring import Names, flow_of
+from tests.nodeagent.compiled import compiled_layouts
+
+
+def event(**changes: object) -> bytes:
+    fields: dict[str, object] = {
+        "time_ns": 2_000_000_000, "src": address("10.0.0.1"), "dst": address("fd77::2"),
+        "verdict": 0, "reason": 0, "src_identity": 301,
+        "src_workload": 501, "dst_workload": 502, "sport": 1000, "dport": 80, "proto": 6,
+    }  # fmt: skip
+    return compiled_layouts()["pl_event"].pack(**(fields | changes))  # type: ignore[arg-type]
+
+
+NAMES = Names(
+    ("first", "second"), {301: "spiffe://m/ns/n/sa/a"}, {501: "Workload/n/a", 502: "Workload/n/b"}, {}, {77: "n/let#0"}, "n1", 7
+)
+
+
+def test_numbers_become_names() -> None:
+    assert flow_of(event(), compiled_layouts()["pl_event"], NAMES, 10.0) == Flow(
+        time=12.0, verdict="denied", reason="first", source="spiffe://m/ns/n/sa/a", destination="Workload/n/b",
+        source_address="10.0.0.1:1000", destination_address="[fd77::2]:80", protocol="tcp", revision=7, node="n1",
+    )  # fmt: skip
+
+
+def test_an_admission_names_its_rule() -> None:
+    layout = compiled_layouts()["pl_event"]
+    assert flow_of(event(verdict=1, rule=77), layout, NAMES, 0.0).reason == "n/let#0"
+    assert flow_of(event(verdict=0, rule=77), layout, NAMES, 0.0).reason == "first"
+
+
+def test_numbers_nobody_knows_stay_numbers() -> None:
+    flow = flow_of(
+        event(reason=99, src_identity=999, dst_workload=999, verdict=1, proto=132), compiled_layouts()["pl_event"], NAMES, 0.0
+    )
+    assert (flow.reason, flow.source, flow.destination, flow.verdict, flow.protocol) == (
+        "id:99",
+        "id:999",
+        "id:999",
+        "allowed",
+        "132",
+    )
+    assert flow_of(event(src_identity=0, src_workload=0), compiled_layouts()["pl_event"], NAMES, 0.0).source == "unknown"
+
+
+async def test_the_fake_keeps_what_it_is_told() -> None:
+    fake = FakeDatapath(entries_max=1)
+    api: DatapathApi = fake
+    cookie = api.adopt(None)
+    assert api.adopt(None) == cookie and all(api.load().values())
+    listeners = api.open_listeners(cookie, ("10.0.0.1",))
+    assert {listener.kind for listener in listeners} == {"outbound", "dns-udp", "dns-tcp", "hbone"}
+    digest = api.apply(NodePlan(), 1)
+    more = {PolicyKey(1, n, 1, "tcp"): PolicyEntry(KernelVerdict.ALLOW, 1) for n in range(2)}
+    with pytest.raises(MapFull):
+        api.apply(NodePlan(policy=more), 2)
+    assert api.observed_digest() == digest and fake.generation == 1
+    flow = Flow(time=1.0, verdict="denied", reason="x")
+    fake.tell(flow)
+    stream = api.flows()
+    assert await asyncio.wait_for(anext(stream), 1) == flow
+    api.close()
+    with pytest.raises(StopAsyncIteration):
+        await asyncio.wait_for(anext(stream), 1)

@@ -1,0 +1,159 @@
+"""The filter on a veth's host side: raw frames from the workload's end, what comes out at the other workload."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+from scapy import all as scapy
+
+from mesh.dataplane import Dest, DestKey, DestKind, Dial, Egress, NodePlan
+from nodeagent import counters
+from nodeagent.datapath_api import DatapathError
+from nodeagent.datapath_live import Datapath
+from nodeagent.tc import VethGuard
+from tests.nodeagent.kernel_world import World, loaded, sh
+
+A4, A6 = "10.99.7.1", "fd99:7::1"
+PEER4, PEER6 = "10.99.7.2", "fd99:7::2"  # seen from the filter: the world outside this node
+
+
+class Rig:
+    """``b`` is the node: it guards its end of the veth. Frames come from ``a``'s end by AF_PACKET."""
+
+    def __init__(self, world: World, datapath: Datapath) -> None:
+        self.world, self.datapath = world, datapath
+        self.cookie = datapath.adopt(world.a.path)
+        self.node = datapath._places[datapath.adopt(world.b.path)]
+        self.workload = datapath._places[self.cookie]
+        self.guard: VethGuard = self.node.run(lambda: VethGuard(world.bpf_dir, world.run_dir))
+        self.sender = self.workload.run(self._packet_socket)
+        self.receiver = self.node.run(self._packet_socket)
+        self.receiver.settimeout(5)
+        self.sent = 0
+
+    @staticmethod
+    def _packet_socket() -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        sock.bind(("eth0", 3))
+        return sock
+
+    def counts(self) -> dict[str, int]:
+        return counters.read(self.datapath._maps["counters"], self.datapath._layouts.reasons, counters.possible_cpus())
+
+    def reason(self, packet: object) -> str:
+        """The reason for which the filter dropped it; "" if it passed."""
+        before = self.counts()
+        self.sender.send(bytes(scapy.Ether(dst="ff:ff:ff:ff:ff:ff") / packet))
+        self.sent += 1
+        marker = bytes(scapy.Ether(dst="ff:ff:ff:ff:ff:ff") / scapy.ARP(psrc="0.0.0.0", pdst=f"10.98.0.{self.sent}"))
+        self.sender.send(marker)
+        while self.receiver.recv(65536) != marker:  # frames keep their order: the verdict before it has been counted
+            pass
+        after = self.counts()
+        changed = [reason for reason in after if after[reason] != before[reason]]
+        assert len(changed) <= 1, changed
+        return changed[0] if changed else ""
+
+
+PLAN = NodePlan(
+    dests={DestKey("10.99.9.9", 0, "tcp"): Dest(DestKind.DENY, reason="port_undeclared")},
+    egress={"192.0.2.0/24": Egress(True, (443,)), "2001:db8::/32": Egress(True)},
+)
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with loaded() as (world, datapath):
+        made = Rig(world, datapath)
+        plan = replace(PLAN, dials=frozenset({Dial(made.cookie, "10.99.9.9", 15008), Dial(made.cookie, "fd99:9::9", 15008)}))
+        datapath.apply(plan, 1)
+        made.node.run(lambda: made.guard.guard("eth0", (A4, A6), made.cookie, 0))
+        with closing(made.sender), closing(made.receiver), closing(made.guard):
+            yield made
+
+
+def tcp(destination: str, port: int, source: str = A4, flags: str = "S", sport: int = 40000) -> object:
+    return scapy.IP(src=source, dst=destination) / scapy.TCP(sport=sport, dport=port, flags=flags)
+
+
+def tcp6(destination: str, port: int, source: str = A6, flags: str = "S", sport: int = 40000) -> object:
+    return scapy.IPv6(src=source, dst=destination) / scapy.TCP(sport=sport, dport=port, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("packet", "reason"),
+    [
+        (tcp("10.99.9.9", 15008), ""),
+        (tcp6("fd99:9::9", 15008), ""),
+        (tcp("10.99.9.9", 80), "outbound_denied"),
+        (tcp("10.99.9.9", 80, flags="SA", sport=15008), ""),
+        (tcp("10.99.9.9", 80, flags="S", sport=15008), "outbound_denied"),
+        (tcp("10.99.8.8", 15008), "outbound_denied"),
+        (scapy.IP(src=A4, dst="10.99.9.9") / scapy.UDP(sport=1, dport=15008), "outbound_denied"),
+        (scapy.IP(src=A4, dst="192.0.2.7", ihl=0, len=443) / scapy.TCP(dport=80), "egress_protocol"),
+        (tcp("192.0.2.7", 443), ""),
+        (tcp("192.0.2.7", 80), "outbound_denied"),
+        (tcp6("2001:db8::7", 80), ""),
+        (tcp6("2001:db9::7", 80), "outbound_denied"),
+        (tcp("192.0.2.7", 443, source="10.99.7.77"), "spoofed"),
+        (tcp6("2001:db8::7", 80, source="fd99:7::77"), "spoofed"),
+        (tcp(A4, 1), ""),  # a workload of this node: its ingress hook decides
+        (scapy.IP(src=A4, dst="192.0.2.7") / scapy.UDP(sport=1, dport=443), ""),
+        (scapy.IP(src=A4, dst="192.0.2.7") / scapy.ICMP() / b"tunnel", "egress_protocol"),
+        (scapy.IP(src=A4, dst="192.0.2.7", proto=132) / (b"sctp" * 8), "egress_protocol"),
+        (scapy.IP(src=A4, dst="192.0.2.7", proto=136) / (b"lite" * 8), "egress_protocol"),
+        (scapy.IP(src=A4, dst="192.0.2.7", frag=9) / (b"middle" * 8), "egress_protocol"),
+        (scapy.IPv6(src=A6, dst="2001:db8::7") / scapy.ICMPv6EchoRequest(), "egress_protocol"),
+        (scapy.IPv6(src=A6, dst="ff02::1:ff00:2", hlim=255) / scapy.ICMPv6ND_NS(tgt=PEER6), ""),
+        (scapy.IPv6(src=A6, dst=PEER6, hlim=255) / scapy.ICMPv6ND_NA(tgt=A6), ""),
+        (scapy.IPv6(src=A6, dst=PEER6, hlim=255) / scapy.ICMPv6ND_NA(tgt="fd99:7::77"), "spoofed"),
+        (scapy.ARP(psrc=A4, pdst=PEER4), ""),
+        (scapy.ARP(psrc="10.99.7.77", pdst=PEER4), "spoofed"),
+        (scapy.Raw(b"\0" * 64), "egress_protocol"),
+    ],
+)
+def test_what_passes(rig: Rig, packet: object, reason: str) -> None:
+    assert rig.reason(packet) == reason
+
+
+def test_guarding_again_moves_the_addresses(rig: Rig) -> None:
+    try:
+        rig.node.run(lambda: rig.guard.guard("eth0", ("10.99.7.3",), rig.cookie, 0))
+        assert rig.reason(tcp("192.0.2.7", 443)) == "spoofed"
+        assert rig.reason(tcp("192.0.2.7", 443, source="10.99.7.3")) == ""
+        assert (
+            sh("ip", "netns", "exec", rig.world.b.name, "tc", "filter", "show", "dev", "eth0", "ingress").count("pillion-veth")
+            == 1
+        )
+    finally:
+        rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))
+    assert rig.reason(tcp("192.0.2.7", 443)) == ""
+
+
+def test_permissive_answers_outside(rig: Rig) -> None:
+    answer = tcp("198.51.100.1", 55555, flags="SA", sport=8080)
+    assert rig.reason(answer) == "outbound_denied"
+    flag = rig.datapath._layouts.enums["PL_MEMBER_PERMISSIVE"]
+    try:
+        rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, flag))
+        assert rig.reason(answer) == ""
+        assert rig.reason(tcp("198.51.100.1", 55555, sport=8080)) == "outbound_denied"  # it may answer, not ask
+    finally:
+        rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))
+
+
+def test_an_interface_that_is_not_there(rig: Rig) -> None:
+    with pytest.raises(DatapathError, match="nothere"):
+        rig.node.run(lambda: rig.guard.guard("nothere", (A4,), rig.cookie, 0))
+    rig.node.run(lambda: rig.guard.unguard("nothere"))
+
+
+def test_unguarded_again_all_passes(rig: Rig) -> None:
+    rig.node.run(lambda: rig.guard.unguard("eth0"))
+    assert rig.reason(tcp("192.0.2.7", 80, source="10.99.7.77")) == ""
+    assert not list(rig.guard._map)
+    rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))

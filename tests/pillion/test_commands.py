@@ -1,0 +1,316 @@
+"""Each command against a controller and an agent of our own making."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pillion import flows
+from tests.pillion.conftest import Cli, Fake
+
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  selector: {app: web}
+  ports: [{port: 80, targetPort: 8080}]
+"""
+ITEM = yaml.safe_load(SERVICE)
+NODE = {"name": "n1", "connected": True, "acked": 7, "ready": True, "workloads": 1, "cut": False, "digest_ok": True, "error": ""}
+STATUS = {"revision": 7, "trust_domain": "mesh.local", "error": "", "nodes": [NODE]}
+WORKLOAD = {
+    "name": "web-1",
+    "namespace": "shop",
+    "spiffe": "spiffe://mesh.local/ns/shop/sa/web",
+    "cgroup": "/x",
+    "svid": {"serial": "abc", "not_after": 4e9},
+}
+AGENT: dict[str, Any] = {
+    "node": "n1",
+    "ready": True,
+    "detail": "",
+    "workloads": [WORKLOAD],
+    "proxy": [],
+    "programs": {"connect4": True},
+}
+
+
+def test_nothing_known_is_told_with_a_remedy(cli: Cli) -> None:
+    done = cli("get", "svc")
+    assert done.code == 1
+    assert done.err.splitlines() == [
+        "error: no controller is known",
+        "  start a lab (pillion lab up) or name one: --controller unix:///run/pillion/controller.sock",
+    ]
+
+
+def test_a_dead_controller(cli: Cli, tmp_path: Path) -> None:
+    done = cli("--controller", f"unix://{tmp_path}/gone.sock", "status")
+    assert done.code == 1 and "does not answer: No such file" in done.err
+
+
+def test_apply_sends_all_files_at_once(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    results = [{"kind": "Service", "namespace": "shop", "name": "web", "result": "created"}]
+    controller.on("POST /v1/apply", {"revision": 7, "results": results})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.yaml").write_text(SERVICE)
+    (tmp_path / "d" / "b.yml").write_text(SERVICE.replace("web", "api"))
+    (tmp_path / "d" / "notes.txt").write_text("not yaml: [")
+    done = cli("--controller", controller.url, "apply", "-f", tmp_path / "d")
+    assert (done.code, done.out) == (0, "Service shop/web created\nrevision 7\n")
+    assert len(controller.asked) == 1 and controller.asked[0][2].count("kind: Service") == 2
+    assert cli("--controller", controller.url, "apply", "-f", tmp_path / "d", "-o", "json").json["revision"] == 7
+
+
+def test_apply_waits_when_asked(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    controller.on("POST /v1/apply", {"revision": 7, "results": []})
+    controller.on("GET /v1/wait", {"revision": 7})
+    (tmp_path / "a.yaml").write_text(SERVICE)
+    assert "in force everywhere" in cli("--controller", controller.url, "apply", "--wait", "-f", tmp_path / "a.yaml").out
+    assert controller.asked[-1][1] == "/v1/wait?revision=7&timeout=30"
+
+
+def test_a_bad_resource_is_not_sent(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(SERVICE.replace("targetPort: 8080", "targetPort: 99999"))
+    done = cli("--controller", controller.url, "apply", "-f", file)
+    assert done.code == 1 and controller.asked == []
+    assert done.err.startswith(f"error: {file}:7: spec.ports[0].targetPort: ")
+    assert len(done.err.splitlines()) == 2
+
+
+def test_errors_of_the_controller_are_shown_by_field(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    error = {"file": "a.yaml", "line": 3, "field": "spec.x", "message": "is \x1b[31mred", "remedy": "paint it"}
+    controller.on("POST /v1/apply", {"errors": [error]}, 400)
+    (tmp_path / "a.yaml").write_text(SERVICE)
+    done = cli("--controller", controller.url, "apply", "-f", tmp_path / "a.yaml")
+    assert done.code == 1
+    assert done.err == "error: a.yaml:3: spec.x: is \\x1b[31mred\n  paint it\n"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["not utf-8", "absent"])
+def test_unreadable_files(cli: Cli, controller: Fake, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "x.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    done = cli("--controller", controller.url, "apply", "-f", file)
+    assert done.code == 1 and done.err.startswith(f"error: {file}: ")
+
+
+@pytest.mark.parametrize("kind", ["svc", "Service", "services", "SERVICE"])
+def test_kinds_by_any_name(cli: Cli, controller: Fake, kind: str) -> None:
+    controller.on("GET /v1/resources", {"revision": 7, "items": [ITEM]})
+    done = cli("--controller", controller.url, "get", kind, "-n", "shop")
+    assert done.code == 0 and "80→8080; app=web" in done.out
+    assert controller.asked[0][1] == "/v1/resources?kind=Service&namespace=shop"
+
+
+def test_get_for_machines(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/resources", {"revision": 7, "items": [ITEM]})
+    assert cli("--controller", controller.url, "get", "svc", "-o", "json").json == [ITEM]
+    assert cli("--controller", controller.url, "get", "svc", "web", "-o", "json").json == ITEM
+    assert list(yaml.safe_load_all(cli("--controller", controller.url, "get", "svc", "-o", "yaml").out)) == [ITEM]
+
+
+def test_get_of_what_is_not_there(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/resources", {"revision": 7, "items": []})
+    assert cli("--controller", controller.url, "get", "svc").code == 0
+    done = cli("--controller", controller.url, "get", "svc", "web", "-n", "shop")
+    assert done.code == 1 and "there is no Service 'web' in namespace shop" in done.err
+    done = cli("--controller", controller.url, "get", "nonsense")
+    assert done.code == 2 and "AuthorizationPolicy" in done.err
+
+
+def test_delete_by_name_and_by_file(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    controller.on("DELETE /v1/resources/Service/shop/web", {"revision": 8})
+    controller.on("DELETE /v1/resources/MeshConfig/-/mesh", {"revision": 9})
+    assert "revision 8" in cli("--controller", controller.url, "delete", "svc", "web", "-n", "shop").out
+    assert "revision 9" in cli("--controller", controller.url, "delete", "config", "mesh").out
+    (tmp_path / "a.yaml").write_text(SERVICE)
+    assert "Service shop/web deleted" in cli("--controller", controller.url, "delete", "-f", tmp_path / "a.yaml").out
+    assert cli("--controller", controller.url, "delete", "svc").code == 2
+
+
+def test_refusals_carry_the_servers_remedy(cli: Cli, controller: Fake) -> None:
+    controller.on("DELETE /v1/resources/Service/default/x", {"error": "there is no x; look elsewhere"}, 404)
+    done = cli("--controller", controller.url, "delete", "svc", "x")
+    assert (done.code, done.err) == (1, "error: refused (404): there is no x\n  look elsewhere\n")
+
+
+def test_status_of_all(cli: Cli, controller: Fake, agent: Fake) -> None:
+    controller.on("GET /v1/status", STATUS)
+    agent.on("GET /v1/status", AGENT)
+    both = ("--controller", controller.url, "--agent", agent.url)
+    done = cli(*both, "status")
+    assert done.code == 0 and "ready, trust domain mesh.local, revision 7" in done.out and "shop/web-1" in done.out
+    assert cli(*both, "status", "-o", "json").json["ready"] is True
+    agent.on(
+        "GET /v1/status", {**AGENT, "ready": False, "detail": "no proxy worker is connected", "programs": {"connect4": False}}
+    )
+    done = cli(*both, "status")
+    assert done.code == 1 and "NOT READY" in done.out
+    assert "no proxy worker is connected" in done.out and "not attached: connect4" in done.out
+
+
+def test_status_when_an_agent_is_dead(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    controller.on("GET /v1/status", STATUS)
+    done = cli("--controller", controller.url, "--agent", f"unix://{tmp_path}/gone.sock", "status")
+    assert done.code == 1 and "does not answer" in done.out
+
+
+def test_wait_names_the_laggards(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/status", STATUS)
+    controller.on("GET /v1/wait", {"revision": 7})
+    assert "revision 7 is in force" in cli("--controller", controller.url, "wait", "0").out
+    late = [{"name": "n2", "acked": 3, "error": "stuck"}]
+    controller.on("GET /v1/wait", {"error": "late", "laggards": late}, 504)
+    done = cli("--controller", controller.url, "wait", "7", "--timeout", "1")
+    assert done.code == 1 and "n2 is at 3 stuck" in done.err
+    assert cli("--controller", controller.url, "wait", "x").code == 2
+
+
+def test_nodes(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/status", STATUS)
+    controller.on("POST /v1/nodes/n2/token", {"token": "abc", "expires": 1})
+    controller.on("POST /v1/nodes/n2/cut", {"revision": 9})
+    assert "n1" in cli("--controller", controller.url, "node", "list").out
+    token = cli("--controller", controller.url, "node", "token", "n2", "--ttl", "60")
+    assert token.out == "abc\n" and json.loads(controller.asked[-1][2]) == {"ttl_s": 60, "readmit": False}
+    assert cli("--controller", controller.url, "node", "token", "n2", "--ttl", "601").code == 2
+    assert cli("--controller", controller.url, "node", "cut", "n2").out == "node n2 is cut, revision 9\n"
+
+
+def test_identities(cli: Cli, controller: Fake, agent: Fake) -> None:
+    items = [{"spiffe": WORKLOAD["spiffe"], "id": 256, "workloads": ["shop/web-1"]}]
+    controller.on("GET /v1/identities", {"revision": 7, "items": items})
+    agent.on("GET /v1/status", AGENT)
+    both = ("--controller", controller.url, "--agent", agent.url)
+    assert "256" in cli(*both, "identity").out
+    assert cli(*both, "identity", "list", "-o", "json").json == items
+    for name in ("shop/web", "shop/web-1", "spiffe://mesh.local/ns/shop/sa/web", "mesh.local/ns/shop/sa/web"):
+        assert "abc" in cli(*both, "identity", "show", name).out
+    assert cli(*both, "identity", "show", "shop/nobody").code == 1
+
+
+FLOW = {
+    "type": "flow",
+    "time": 1.5,
+    "verdict": "denied",
+    "reason": "shop/web#0",
+    "source": "spiffe://mesh.local/ns/shop/sa/x",
+    "destination": "Workload/shop/web-1",
+    "path": "/\x1b[2J",
+    "method": "GET",
+    "status": 403,
+    "node": "n1",
+}
+
+
+def test_flows_are_filtered_sorted_and_harmless(cli: Cli, agent: Fake) -> None:
+    earlier = {**FLOW, "time": 0.5, "verdict": "allowed"}
+    agent.on("GET /v1/flows", b"".join(json.dumps(flow).encode() + b"\n" for flow in (FLOW, earlier)))
+    lines = cli("--agent", agent.url, "flows").out.splitlines()
+    assert len(lines) == 2 and "ALLOWED" in lines[0] and "[shop/web#0]" in lines[1]
+    assert "\x1b" not in "".join(lines)
+    only = cli("--agent", agent.url, "flows", "--verdict", "denied", "-o", "json").out.splitlines()
+    assert [json.loads(line)["verdict"] for line in only] == ["denied"]
+
+
+def test_flows_when_no_agent_answers(cli: Cli, tmp_path: Path) -> None:
+    assert cli("--agent", f"unix://{tmp_path}/gone.sock", "flows").code == 1
+
+
+def test_a_flow_with_nothing_in_it_is_a_line() -> None:
+    assert "?" in flows.line({})
+
+
+def test_policy_why_decides_here_on_the_controllers_state(cli: Cli, controller: Fake) -> None:
+    spiffe = "spiffe://mesh.local/ns/shop/sa/"
+    items = {
+        "Config//mesh": {"kind": "Config", "trust_domain": "mesh.local"},
+        f"Identity//{spiffe}web": {"kind": "Identity", "id": 256, "spiffe": f"{spiffe}web"},
+        f"Identity//{spiffe}cli": {"kind": "Identity", "id": 257, "spiffe": f"{spiffe}cli"},
+        "Workload/shop/web-1": {
+            "kind": "Workload",
+            "id": 300,
+            "name": "web-1",
+            "namespace": "shop",
+            "node": "n1",
+            "identity": 256,
+            "spiffe": f"{spiffe}web",
+            "addresses": ["10.77.1.10"],
+            "ports": [8080],
+        },
+        "Workload/shop/cli": {
+            "kind": "Workload",
+            "id": 301,
+            "name": "cli",
+            "namespace": "shop",
+            "node": "n1",
+            "identity": 257,
+            "spiffe": f"{spiffe}cli",
+            "addresses": ["10.77.1.11"],
+        },
+        "Service/shop/web": {
+            "kind": "Service",
+            "id": 400,
+            "name": "web",
+            "namespace": "shop",
+            "endpoints": ["Workload/shop/web-1"],
+            "ports": [{"port": 80, "target_port": 8080, "protocol": "http"}],
+        },
+        "Policy/shop/web": {
+            "kind": "Policy",
+            "name": "web",
+            "namespace": "shop",
+            "action": "ALLOW",
+            "rules": [{"sources": [{"principals": ["mesh.local/ns/shop/sa/cli"]}], "operations": [{"methods": ["GET"]}]}],
+        },
+    }
+    controller.on("GET /v1/state", {"revision": 12, "items": items})
+    why = ("--controller", controller.url, "policy", "why", "shop/cli", "shop/web")
+    allowed = cli(*why, "GET", "/")
+    assert allowed.code == 0 and "ALLOWED" in allowed.out and "shop/web#0" in allowed.out and "revision     12" in allowed.out
+    denied = cli(*why, "POST", "/", "-o", "json")
+    assert denied.code == 1 and denied.json["outcome"] == "denied" and denied.json["revision"] == 12
+    assert cli(*why, "-o", "json").json["outcome"] == "needs_l7"
+    unknown = cli("--controller", controller.url, "policy", "why", "shop/nobody", "shop/web")
+    assert unknown.code == 2 and "shop/nobody" in unknown.err
+    controller.on("GET /v1/state", {"revision": 12, "items": {"x": {"kind": "New"}}})
+    assert "version" in cli(*why).err
+
+
+def test_check_on_this_machine(cli: Cli) -> None:
+    report = {each["check"]: each for each in cli("check", "-o", "json").json}
+    assert report["root"]["ok"] and report["kernel"]["ok"] and report["cgroup2"]["ok"] and report["tools"]["ok"]
+
+
+def test_completion(cli: Cli) -> None:
+    assert "_PILLION_COMPLETE" in cli("completion", "bash").out
+    assert cli("completion", "tcsh").code == 2
+
+
+def test_completion_completes() -> None:
+    env = {**os.environ, "_PILLION_COMPLETE": "complete_bash", "COMP_WORDS": "pillion get Auth", "COMP_CWORD": "2"}
+    code = "import sys; sys.argv = ['pillion']; from pillion.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["AuthorizationPolicy"]
+
+
+def test_lab_is_the_labs_own_program() -> None:
+    argv = [sys.executable, "-m", "pillion", "lab", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert "usage: pillion lab" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("bogus",), ("get",), ("wait", "-1"), ("node", "nope")])
+def test_wrong_use_is_exit_code_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+    assert cli(*arguments).code == 2

@@ -1,0 +1,184 @@
+"""`pillion run` on a node of the lab: in the mesh while it runs, and gone without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import Lab
+from mesh.resources import load
+from pillion.context import chosen
+from pillion.run import cgroup2_mount, is_internet_socket, missing_service
+from tests.pillion.conftest import Cli, Fake
+
+ROOT = Path(__file__).parents[2]
+RESOURCES = """
+apiVersion: v1
+kind: Service
+metadata: {name: runner, namespace: shop}
+spec:
+  selector: {app: runner}
+  ports: [{port: 80, targetPort: 8123, appProtocol: http}]
+---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: runner, namespace: shop}
+spec:
+  selector: {matchLabels: {app: runner}}
+  rules:
+  - from: [{source: {principals: [mesh.local/ns/shop/sa/walker]}}]
+"""
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def shop(lab: Lab) -> Iterator[Lab]:
+    lab.wait(lab.apply(RESOURCES))
+    yield lab
+    for kind in ("Service", "AuthorizationPolicy"):
+        lab.delete(kind, "shop", "runner")
+
+
+def argv(lab: Lab, node: str, service: str, *command: str, options: tuple[str, ...] = ()) -> list[str]:
+    start = [sys.executable, "-m", "pillion", "--lab", lab.name, "run", "--service", service, "-n", "shop", "--node", node]
+    return [*start, *options, "--", *command]
+
+
+def run(lab: Lab, node: str, service: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv(lab, node, service, *command), capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+def workloads(lab: Lab, node: str) -> list[str]:
+    return [each["name"] for each in lab.nodes[node].status()["workloads"]]
+
+
+def groups(lab: Lab, node: str) -> list[str]:
+    return [path.name for path in (lab.cgroup / node / "workloads").glob("run-*")]
+
+
+def test_a_server_and_its_callers(shop: Lab) -> None:
+    server = subprocess.Popen(
+        argv(shop, "n1", "runner", sys.executable, "-m", "http.server", "8123", options=("--port", "8123", "--name", "served")),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None and "shop/served runs as service account runner" in server.stderr.readline()
+        assert "served" in workloads(shop, "n1") and groups(shop, "n1") == ["run-shop.served"]
+        ask = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "5", "--retry", "5", "--retry-all-errors")
+        for node in ("n1", "n2"):
+            allowed = run(shop, node, "walker", *ask, "http://runner.shop.mesh/")
+            assert allowed.stdout.endswith("200"), (node, allowed)
+            assert run(shop, node, "stranger", *ask[:-3], "http://runner.shop.mesh/").stdout == "403"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(20)
+        server.stderr.close() if server.stderr else None
+    assert code == 128 + signal.SIGTERM
+    assert workloads(shop, "n1") == [] and groups(shop, "n1") == []
+
+
+def test_exit_codes_and_missing_programs(lab: Lab) -> None:
+    assert run(lab, "n1", "walker", "sh", "-c", "exit 7").returncode == 7
+    done = run(lab, "n1", "walker", "no-such-program")
+    assert done.returncode == 1 and "error: no-such-program: No such file" in done.stderr
+    assert groups(lab, "n1") == []
+
+
+def test_outside_the_grant_nothing_runs(lab: Lab) -> None:
+    start = [
+        sys.executable,
+        "-m",
+        "pillion",
+        "--lab",
+        lab.name,
+        "run",
+        "--service",
+        "x",
+        "-n",
+        "elsewhere",
+        "--node",
+        "n1",
+        "--",
+        "id",
+    ]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and "not granted" in done.stderr and "uid=" not in done.stdout
+    assert groups(lab, "n1") == []
+
+
+def test_no_descriptor_is_inherited(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as stdin:
+        listener.set_inheritable(True)
+        code = "import os; print(sorted(os.listdir('/proc/self/fd')), os.path.realpath('/proc/self/fd/0'))"
+        done = subprocess.run(
+            argv(lab, "n1", "walker", sys.executable, "-c", code),
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            pass_fds=(listener.fileno(),),
+            timeout=60,
+            cwd=ROOT,
+        )
+    assert done.stdout.split("]")[0] == "['0', '1', '2', '3'", done  # 3: the folder being listed
+    assert done.stdout.strip().endswith("/dev/null")
+
+
+def test_what_a_killed_run_leaves_dies_with_it(lab: Lab) -> None:
+    process = subprocess.Popen(
+        argv(lab, "n1", "walker", "sleep", "1000", options=("--name", "orphan")), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None and "orphan" in process.stderr.readline()
+    cgroup = lab.cgroup / "n1" / "workloads" / "run-shop.orphan"
+    until(lambda: "populated 1" in (cgroup / "cgroup.events").read_text())
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
+    long_ago = time.time() - 3600
+    os.utime(cgroup, (long_ago, long_ago))
+    assert run(lab, "n1", "walker", "true").returncode == 0  # the next run sweeps
+    assert "orphan" not in workloads(lab, "n1") and not cgroup.exists()
+
+
+def test_an_agent_without_a_cgroup_is_not_believed(cli: Cli, agent: Fake) -> None:
+    done = cli("--agent", agent.url, "run", "--service", "web", "--", "true")
+    assert done.code == 1 and "has no cgroup of its own" in done.err
+
+
+def test_labels_must_be_labels(cli: Cli, agent: Fake) -> None:
+    assert cli("--agent", agent.url, "run", "--service", "web", "--label", "nonsense", "--", "true").code == 2
+
+
+def test_which_sockets_are_not_inherited(tmp_path: Path) -> None:
+    with socket.socket() as inet, socket.socket(socket.AF_UNIX) as unix, (tmp_path / "f").open("w") as file:
+        assert [is_internet_socket(each.fileno()) for each in (inet, unix, file)] == [True, False, False]
+
+
+def test_cgroup2_is_found() -> None:
+    assert cgroup2_mount("30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 none rw\n") == Path("/sys/fs/cgroup")
+
+
+def test_a_server_nobody_can_find_is_told_how_to_be_found(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/resources", {"revision": 1, "items": [{"spec": {"selector": {"app": "other"}}}]})
+    chosen.controller = controller.url
+    hint = missing_service("shop", {"app": "web"}, "web", 8080)
+    (resource,) = load(hint.split("echo '")[1].split("'")[0])
+    assert resource.key == ("Service", "shop", "web")
+    controller.on("GET /v1/resources", {"revision": 1, "items": [{"spec": {"selector": {"app": "web"}}}]})
+    assert missing_service("shop", {"app": "web", "version": "v1"}, "web", 8080) == ""
