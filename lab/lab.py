@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,10 +48,14 @@ class WorkloadSpec(TypedDict, total=False):
 
 
 class Lab:
-    """A lab by name. The object holds no resources: any number of them, in any process, may name the same lab."""
+    """A lab by name. The object holds no resources: any number of them, in any process, may name the same lab.
 
-    def __init__(self, name: str = "demo", progress: Progress | None = None) -> None:
+    `code`: a source tree whose mesh it runs instead of this one (tests take a defence out of a copy).
+    """
+
+    def __init__(self, name: str = "demo", progress: Progress | None = None, code: Path | None = None) -> None:
         self.name = check_lab_name(name)
+        self.start = partial(services.start, paths=Paths(name), root=cgroups.lab_root(name), code=code)
         self.paths = Paths(name)
         self.progress: Progress = progress or (lambda _text: None)
 
@@ -68,8 +72,7 @@ class Lab:
 
     @property
     def is_up(self) -> bool:
-        current = state.load(self.name)
-        return current is not None and current.built
+        return bool((current := state.load(self.name)) and current.built)
 
     @property
     def nodes(self) -> dict[str, Node]:
@@ -107,8 +110,7 @@ class Lab:
             NodeState(node.name, f"unix://{self.paths.agent_socket(node.name)}", node.netns, str(self.cgroup / node.name))
             for node in plan.nodes
         )
-        controller = f"unix://{self.paths.controller_socket}"
-        unbuilt = LabState(self.name, mesh, workers, controller, node_states)
+        unbuilt = LabState(self.name, mesh, workers, f"unix://{self.paths.controller_socket}", node_states)
         state.save(unbuilt)
         for part in ("controller", "supervise", *(f"host/{node.name}" for node in plan.nodes)):
             (self.cgroup / part).mkdir(parents=True)
@@ -132,13 +134,12 @@ class Lab:
         tick = services.Ticker(self.progress, "waiting for the controller")
         for folder in (self.paths.controller_state, self.paths.controller_run):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        services.start(services.controller(plan, self.paths, self.cgroup), self.paths, self.cgroup)
+        self.start(services.controller(plan, self.paths, self.cgroup))
         for node in plan.nodes:
             (self.paths.agent_run(node.name) / "proxy").mkdir(parents=True, exist_ok=True)
-            services.start(services.proxy(node, self.paths, self.cgroup, workers), self.paths, self.cgroup)
-        socket = self.paths.controller_socket
+            self.start(services.proxy(node, self.paths, self.cgroup, workers))
         services.wait_until(
-            lambda: services.answers(socket, "/v1/status"),
+            partial(services.answers, self.paths.controller_socket, "/v1/status"),
             "the controller is not ready",
             self.paths,
             "controller",
@@ -151,11 +152,10 @@ class Lab:
             if not services.answers(self.paths.agent_socket(node.name), "/v1/ready"):
                 token = self.controller_api("POST", f"/v1/nodes/{node.name}/token", {"ttl_s": 600})["token"]
                 state.write_atomic(self.paths.join_token(node.name), token.encode(), 0o600)
-            services.start(services.agent(node, self.paths, self.cgroup), self.paths, self.cgroup)
+            self.start(services.agent(node, self.paths, self.cgroup))
         for node in plan.nodes:
-            agent_socket = self.paths.agent_socket(node.name)
             services.wait_until(
-                partial(services.answers, agent_socket, "/v1/ready"),
+                partial(services.answers, self.paths.agent_socket(node.name), "/v1/ready"),
                 f"the agent of {node.name} is not ready",
                 self.paths,
                 f"{node.name}-agent",
@@ -230,9 +230,8 @@ class Lab:
     def _record(self, spec: WorkloadSpec, current: LabState, known: Mapping[str, WorkloadState]) -> WorkloadState:
         name, node = check_workload_name(spec["name"]), spec["node"]
         if node not in {each.name for each in current.nodes}:
-            raise LabError(
-                f"the lab {self.name!r} has no node {node!r}", f"its nodes: {', '.join(n.name for n in current.nodes)}"
-            )
+            there = ", ".join(each.name for each in current.nodes)
+            raise LabError(f"the lab {self.name!r} has no node {node!r}", f"its nodes: {there}")
         record = WorkloadState(
             name=name,
             namespace=spec.get("namespace", "default"),
@@ -272,7 +271,7 @@ class Lab:
         current = self.state()
         new = sorted({f"{node}/{namespace}" for node, namespace in pairs} - set(current.granted))
         if new:
-            self.apply(grants((node, namespace) for node, _, namespace in (text.partition("/") for text in new)))
+            self.apply(grants(text.split("/") for text in new))
             state.save(msgspec.structs.replace(current, granted=(*current.granted, *new)))
 
     def _write_workloads(self, node: str, workloads: Iterable[Workload]) -> None:
@@ -310,9 +309,8 @@ class Lab:
                 return
             workload = Workload(self, current.workloads[name])
             rest = {key: record for key, record in current.workloads.items() if key != name}
-            self._write_workloads(
-                workload.node, [Workload(self, record) for record in rest.values() if record.node == workload.node]
-            )
+            left = [Workload(self, record) for record in rest.values() if record.node == workload.node]
+            self._write_workloads(workload.node, left)
             if current.mesh:
                 try:
                     services.wait_until(
@@ -388,7 +386,7 @@ class Lab:
         return self.paths.logs / f"{service}.log"
 
 
-def grants(pairs: Iterable[tuple[str, str]]) -> str:
+def grants(pairs: Iterable[Sequence[str]]) -> str:
     """Resources that let nodes run every service account of a namespace, for (node, namespace) pairs."""
     resources = [
         {

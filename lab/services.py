@@ -75,11 +75,12 @@ def agent(node: NodePlan, paths: Paths, root: Path) -> Service:
     return Service(f"{node.name}-agent", Place(root / node.name / "agent", NETNS_ROOT / node.netns), tuple(command))
 
 
-def start(service: Service, paths: Paths, root: Path) -> None:
-    """Start its supervisor, unless that lives."""
+def start(service: Service, paths: Paths, root: Path, code: Path | None = None) -> None:
+    """Start its supervisor, unless that lives. `code`: the tree the program is imported from, not this one."""
     if supervised(service.name, paths):
         return
     log = paths.logs / f"{service.name}.log"
+    elsewhere = {"PYTHONPATH": str(code)} if code else {}
     supervisor = [
         *(sys.executable, "-I", "-S", str(Path(__file__).with_name("supervise.py")), "--name", service.name),
         *("--pids", str(paths.pids), "--log", str(log), "--cgroup", str(service.place.cgroup)),
@@ -92,7 +93,7 @@ def start(service: Service, paths: Paths, root: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=process.environment({"PYTHONDONTWRITEBYTECODE": "1", **service.env}),
+            env=process.environment({"PYTHONDONTWRITEBYTECODE": "1", **service.env, **elsewhere}),
             cwd="/",
             start_new_session=True,
         )

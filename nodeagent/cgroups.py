@@ -129,3 +129,9 @@ def lineages(ancestor: Path) -> dict[int, tuple[int, ...]]:
             continue
         found[known[path][0]] = known[path]
     return found
+
+
+def own_cgroup() -> int:
+    """Id of the cgroup this process is in."""
+    line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    return cgroup_id(mount() / line[3:].lstrip("/"))

@@ -89,8 +89,15 @@ class DatapathApi(Protocol):
         """Make exactly these cgroups members (agent, proxy, every workload). Cgroups no longer listed become unknown:
         their connects are denied. Raises MapFull."""
 
-    def set_names(self, identities: Mapping[int, str], workloads: Mapping[int, str], services: Mapping[int, str] = {}) -> None:
-        """Numeric id -> SPIFFE URI / item key, for `flows`. Taken as is, no copy."""
+    def set_names(
+        self,
+        identities: Mapping[int, str],
+        workloads: Mapping[int, str],
+        services: Mapping[int, str] = {},
+        denied_by: DeniedBy | None = None,
+    ) -> None:
+        """Numeric id -> SPIFFE URI / item key, for `flows`. Taken as is, no copy. ``denied_by``: names the rule of a
+        denial, see `blame.Blame`."""
 
     def set_revision(self, node: str, revision: int) -> None:
         """What `flows` writes into Flow.node and Flow.revision."""

@@ -52,7 +52,13 @@ class FakeDatapath:
     def set_members(self, members: Iterable[Member]) -> None:
         self.members = tuple(sorted(members, key=lambda member: member.cgroup))
 
-    def set_names(self, identities: Mapping[int, str], workloads: Mapping[int, str], services: Mapping[int, str] = {}) -> None:
+    def set_names(
+        self,
+        identities: Mapping[int, str],
+        workloads: Mapping[int, str],
+        services: Mapping[int, str] = {},
+        denied_by: DeniedBy | None = None,
+    ) -> None:
         self.names = (identities, workloads, services)
 
     def set_revision(self, node: str, revision: int) -> None:

@@ -3,56 +3,30 @@ contents and order come from `datapath`, verdicts from the plan. Pinned maps out
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
-from nodeagent import cgroups, counters, takeover, tc
+from nodeagent import cgroups, counters, tc
 from nodeagent import netns as spaces  # the API's parameters are called netns
-from nodeagent.datapath import PLANNED, Codec, Contents, MapOp, check_room, diff, digest, inverse
+from nodeagent.datapath import PLANNED, Codec, Contents, digest
 from nodeagent.datapath_api import DatapathError, EnrolReport, MapFull, Member, OpenListener, Role
 from nodeagent.denied import denied, owners
 from nodeagent.enrol import enrol
 from nodeagent.layouts import Layouts, address
 from nodeagent.loading import run_loader, unload
-from nodeagent.maps import BpfMap, close_all, open_all
+from nodeagent.map_set import MapSet
+from nodeagent.places import Place, Places
 from nodeagent.ring import FlowReader, Names
-from nodeagent.sockdiag import OPEN_STATES, SockDiag, destroy_where
+from nodeagent.sockdiag import OPEN_STATES, destroy_where
 
-T = TypeVar("T")
-
-FILLED = (*PLANNED, "sources", "members", "listeners")  # what the agent writes, besides config
-OPENED = (*FILLED, "config", "arriving", "datagrams", "creators", "origins", "conns", "counters", "events")
 LEVELS_MAX = 16  # as in bpf/common.h: how far apart level_lo and level_hi may be
 LEVELS_BELOW = 4  # how deep below the attached cgroup a member may lie
 _KEY0, _ONE, _U64 = struct.pack("=I", 0), struct.pack("=I", 1), struct.Struct("=Q")
-
-
-class _Place:
-    """A netns we hold open."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.fd = spaces.open_netns(path)
-        try:
-            self.cookie, self.diag = spaces.run_in(self.fd, lambda: (spaces.cookie_here(), SockDiag()))
-        except BaseException:
-            os.close(self.fd)
-            raise
-
-    def run(self, call: Callable[[], T]) -> T:
-        return spaces.run_in(self.fd, call)
-
-    def close(self) -> None:
-        self.diag.close()
-        os.close(self.fd)
 
 
 class Datapath:
@@ -65,15 +39,11 @@ class Datapath:
     def __init__(self, cgroup: Path, bpf_dir: Path, run_dir: Path) -> None:
         self.cgroup, self.bpf_dir, self.run_dir = cgroup, bpf_dir, run_dir
         self._lock = threading.RLock()
-        self._maps: dict[str, BpfMap] = {}
-        self._places: dict[int, _Place] = {}
-        self._by_path: dict[Path | None, int] = {}
-        self._listeners: dict[str, OpenListener] = {}
-        self._addresses: dict[int, tuple[str, ...]] = {}
+        self._maps = MapSet()
+        self._places = Places(cgroup / "proxy")
         self._members: tuple[Member, ...] = ()
         self._plan: NodePlan | None = None
         self._desired: Contents = {}
-        self._observed: Contents = {}
         self._config: dict[str, int] = {}
         self._names = Names()
         self._reader: FlowReader | None = None
@@ -86,7 +56,7 @@ class Datapath:
 
     def load(self) -> dict[str, bool]:
         cgroups.attachable(self.cgroup)
-        if own_cgroup() not in cgroups.lineages(self.cgroup):
+        if cgroups.own_cgroup() not in cgroups.lineages(self.cgroup):
             raise DatapathError(
                 f"the agent runs outside {self.cgroup}, its sockets would be a stranger's: start it in {self.cgroup}/agent"
             )
@@ -104,20 +74,14 @@ class Datapath:
         with self._lock:
             self._layouts = Layouts.read(self.run_dir / "layouts.json")
             self._codec = Codec(self._layouts)
-            close_all(self._maps)
-            self._maps = open_all(self.bpf_dir / "maps", OPENED)
-            self._maps["members"].expect(8, self._layouts["pl_member"].size)
-            self._maps["dests"].expect(self._layouts["pl_dest_key"].size, self._layouts["pl_dest"].size)
-            self._maps["policy"].expect(self._layouts["pl_policy_key"].size, self._layouts["pl_policy"].size)
-            self._maps["config"].expect(4, self._layouts["pl_config"].size)
+            self._maps.open(self.bpf_dir / "maps", self._layouts, self._codec.openness)
             self._names.reasons = self._layouts.reasons
-            self._observed = {name: self._maps[name].items() for name in FILLED}
             found = self._layouts["pl_config"].unpack(self._maps["config"].get(_KEY0) or bytes(self._layouts["pl_config"].size))
             level = cgroups.level(self.cgroup)
             # The agent's own sockets need it to be a member before anything else can be set up
-            self._me = Member(own_cgroup(), Role.AGENT)
+            self._me = Member(cgroups.own_cgroup(), Role.AGENT)
             self._members = (self._me,)
-            self._put("members", self._codec.members(None, self._members))
+            self._maps.put("members", self._codec.members(None, self._members))
             self._config = {
                 **found,
                 "schema": self._layouts.enums["PL_SCHEMA"],
@@ -137,77 +101,38 @@ class Datapath:
         with self._lock:
             if self._reader is not None:
                 self._reader.close()
-            for listener in self._listeners.values():
-                os.close(listener.fd)
-            self._listeners.clear()
-            for place in self._places.values():
-                place.close()
-            self._places.clear()
-            self._by_path.clear()
+            self._places.close()
             if self._veths is not None:
                 self._veths.close()
                 self._veths = None
-            close_all(self._maps)
-            self._maps.clear()
+            self._maps.close()
 
     # ---- network namespaces and sockets
 
     def adopt(self, netns: Path | None) -> int:
         with self._lock:
-            place = _Place(netns)
-            known = self._by_path.get(netns)
+            place = Place(netns)
+            known = self._places.at(netns)
             if known is not None and known != place.cookie:  # another netns under an old name
                 self.forget(known)
-            if place.cookie in self._places:
-                place.close()
-            else:
-                self._places[place.cookie] = place
-            self._by_path[netns] = place.cookie
-            return place.cookie
+            return self._places.keep(place)
 
     def forget(self, netns: int) -> None:
         with self._lock:
-            self._by_path = {path: cookie for path, cookie in self._by_path.items() if cookie != netns}
-            self._addresses.pop(netns, None)
             if self._maps:
-                self._remove("listeners", _U64.pack(netns))
-            for key in [key for key, listener in self._listeners.items() if listener.netns == netns]:
-                os.close(self._listeners.pop(key).fd)
-            place = self._places.pop(netns, None)
-            if place is not None:
-                place.close()
+                self._maps.remove("listeners", _U64.pack(netns))
+            self._places.forget(netns)
 
     def open_listeners(self, netns: int, addresses: Sequence[str], hbone: bool = True) -> list[OpenListener]:
         with self._lock:
-            place = self._place(netns)
-            wanted = _listeners_of(netns, addresses if hbone else ())
-            for key in [k for k, listener in self._listeners.items() if listener.netns == netns and k not in wanted]:
-                os.close(self._listeners.pop(key).fd)
-            opened = [self._listeners.get(key) or self._listen(place, wanted[key]) for key in wanted]
-            self._addresses[netns] = tuple(addresses)
+            opened = self._places.open_listeners(netns, addresses, hbone)
             for veth, (guarded, _) in self._guarded.items():
                 if set(guarded) <= set(addresses):
                     self._guard(veth)
-            self._put("listeners", {_U64.pack(netns): _ONE})
+            self._maps.put("listeners", {_U64.pack(netns): _ONE})
             if self._plan is not None:
                 self._settle({"sources": self._sources(self._plan)})
             return opened
-
-    def _listen(self, place: _Place, wanted: OpenListener) -> OpenListener:
-        make = spaces.bind_udp if wanted.kind == "dns-udp" else spaces.listen_tcp
-        try:
-            fd = place.run(lambda: make(wanted.address, wanted.port)).detach()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            # A former agent gave it to the proxy, which still serves it
-            taken = takeover.take(place.diag, wanted, self.cgroup / "proxy")
-            if taken is None:
-                raise
-            fd = taken
-        listener = OpenListener(wanted.id, wanted.kind, wanted.netns, wanted.address, wanted.port, fd)
-        self._listeners[listener.id] = listener
-        return listener
 
     def make_stock(self, netns: int, family: int, count: int) -> list[int]:
         return self._place(netns).run(lambda: spaces.client_sockets(family, count))
@@ -217,7 +142,7 @@ class Datapath:
             seen_by = {self._maps[name].id: self._maps[name].fd for name in ("creators", "conns", "origins")}
             return enrol(self._place(netns).diag, seen_by, self.cgroup, cgroup)
 
-    def _place(self, netns: int) -> _Place:
+    def _place(self, netns: int) -> Place:
         with self._lock:
             return self._places[netns]
 
@@ -231,11 +156,7 @@ class Datapath:
         if self._veths is None:
             raise DatapathError("the programs are not loaded")
         flags = self._layouts.enums["PL_MEMBER_PERMISSIVE"] if permissive else 0
-        self._veths.guard(veth, addresses, self._cookie_of(addresses), flags)
-
-    def _cookie_of(self, addresses: Sequence[str]) -> int:
-        """The adopted netns these addresses are in; 0 until its listeners are open (no tunnel could start before)."""
-        return next((cookie for cookie, known in self._addresses.items() if set(addresses) <= set(known)), 0)
+        self._veths.guard(veth, addresses, self._places.whose(addresses), flags)
 
     def unguard_veth(self, veth: str) -> None:
         with self._lock:
@@ -251,13 +172,21 @@ class Datapath:
             self._members = (self._me, *members)  # whatever is listed, we do not lock ourselves out
             wanted = self._codec.members(self._plan, self._members)
             # A restarted agent has no plan yet: workloads of its former run stay who they were
-            for key, value in self._observed["members"].items():
+            for key, value in self._maps.observed["members"].items():
                 if self._plan is None and self._codec.is_workload(value) and _U64.unpack(key)[0] not in before:
                     wanted.setdefault(key, value)
             self._settle({"members": wanted})
 
-    def set_names(self, identities: Mapping[int, str], workloads: Mapping[int, str], services: Mapping[int, str] = {}) -> None:
+    def set_names(
+        self,
+        identities: Mapping[int, str],
+        workloads: Mapping[int, str],
+        services: Mapping[int, str] = {},
+        denied_by: DeniedBy | None = None,
+    ) -> None:
         self._names.identities, self._names.workloads, self._names.services = identities, workloads, services
+        if denied_by is not None:
+            self._names.denied_by = denied_by
 
     def set_revision(self, node: str, revision: int) -> None:
         self._names.node, self._names.revision = node, revision
@@ -274,12 +203,12 @@ class Datapath:
                 desired = self._codec.fill(plan)
                 desired["sources"] = self._sources(plan)
                 desired["members"] = self._codec.members(plan, self._members)
-                ops = diff(desired, self._observed, self._codec.openness)
-                check_room(ops, self._observed, {name: self._maps[name].entries_max for name in desired})
+                ops = self._maps.difference(desired)
+                self._maps.check_room(ops)
                 if self._config["outbound_allow"] and not plan.outbound_allow:  # closing comes first
                     self._config["outbound_allow"] = 0
                     self._write_config()
-                self._execute(ops)
+                self._maps.execute(ops)
             except (DatapathError, ValueError, KeyError) as error:
                 self._own["map_full" if isinstance(error, MapFull) else "apply_failed"] += 1
                 if self._plan is not None:
@@ -301,14 +230,14 @@ class Datapath:
 
     def repair(self) -> int:
         with self._lock:
-            self._observed = {name: self._maps[name].items() for name in FILLED}
+            self._maps.observe()
             wanted = dict(self._desired)
             if self._plan is not None:
                 wanted["members"] = self._codec.members(self._plan, self._members)
                 wanted["sources"] = self._sources(self._plan)
-            wanted["listeners"] = {_U64.pack(listener.netns): _ONE for listener in self._listeners.values()}
-            ops = diff(wanted, self._observed, self._codec.openness)
-            self._execute(ops)
+            wanted["listeners"] = {_U64.pack(cookie): _ONE for cookie in self._places.listening()}
+            ops = self._maps.difference(wanted)
+            self._maps.execute(ops)
             found = len(ops)
             if self._maps["config"].get(_KEY0) != self._layouts["pl_config"].pack(**self._config):
                 self._write_config()
@@ -320,7 +249,7 @@ class Datapath:
         """What a server shall see of a workload whose socket has a loopback address: the workload's own."""
         layout, found = self._layouts["pl_source"], {}
         for member in plan.members.values():
-            known = self._addresses.get(member.netns, ())
+            known = self._places.addresses.get(member.netns, ())
             v4 = next((address(text) for text in known if ":" not in text), bytes(16))
             v6 = next((address(text) for text in known if ":" in text), bytes(16))
             if known:
@@ -329,45 +258,12 @@ class Datapath:
 
     def _settle(self, wanted: Contents) -> None:
         """Make single maps, apart from a plan, hold this."""
-        ops = diff(wanted, self._observed, self._codec.openness)
-        check_room(ops, self._observed, {name: self._maps[name].entries_max for name in wanted})
-        self._execute(ops)
+        ops = self._maps.difference(wanted)
+        self._maps.check_room(ops)
+        self._maps.execute(ops)
         for name, content in wanted.items():
             if name in self._desired:
                 self._desired[name] = content
-
-    def _put(self, name: str, entries: Mapping[bytes, bytes]) -> None:
-        self._execute([MapOp(name, key, value) for key, value in entries.items() if self._observed[name].get(key) != value])
-
-    def _remove(self, name: str, key: bytes) -> None:
-        if key in self._observed.get(name, {}):
-            self._execute([MapOp(name, key, None)])
-
-    def _execute(self, ops: Sequence[MapOp]) -> None:
-        """In order, neighbours of one map together. On failure what was done is undone, and the error raised."""
-        done = 0
-        try:
-            for run in _runs(ops):
-                done += len(run)
-                bpf_map = self._maps[run[0].map]
-                if run[0].value is None:
-                    for op in run:
-                        bpf_map.delete(op.key)
-                else:
-                    bpf_map.put_many([(op.key, op.value) for op in run if op.value is not None])
-        except DatapathError:
-            for op in inverse(ops[:done], self._observed):
-                if op.value is None:
-                    self._maps[op.map].delete(op.key)
-                else:
-                    self._maps[op.map].put(op.key, op.value)
-            raise
-        for op in ops:
-            if op.value is None:
-                self._observed[op.map].pop(op.key, None)
-            else:
-                self._observed[op.map][op.key] = op.value
-        self._own["map_ops"] += len(ops)
 
     def _write_config(self) -> None:
         self._maps["config"].put(_KEY0, self._layouts["pl_config"].pack(**self._config))
@@ -387,7 +283,7 @@ class Datapath:
                 lambda cgroup: not trusted.isdisjoint(lineages.get(cgroup, (cgroup,))),
             )
             ended = 0
-            for place in list(self._places.values()):
+            for place in self._places:
                 ended += len(destroy_where(place.diag, place.diag.dump(OPEN_STATES, storage_fds=(conns.fd,)), refuse))
             self._own["connections_ended"] += ended
             return ended
@@ -404,42 +300,12 @@ class Datapath:
 
     def metrics_text(self) -> str:
         with self._lock:
+            self._own["map_ops"] = self._maps.ops_done
             if self._reader is not None:
                 self._own["flows_lost"] = self._reader.lost
             counts = counters.read(self._maps["counters"], self._layouts.reasons, self._cpus)
-            full = {name: (len(self._observed[name]), self._maps[name].entries_max) for name in FILLED}
-            full |= counters.occupancy(self._maps[name] for name in ("arriving", "datagrams"))
+            full = self._maps.used() | counters.occupancy(self._maps[name] for name in ("arriving", "datagrams"))
             return counters.text(counts, full, self._own)
 
     def hello_layouts(self) -> dict[str, tuple[str, tuple[str, ...]]]:
         return {name: (self._layouts[name].format, self._layouts[name].fields) for name in ("pl_origin", "pl_caller")}
-
-
-def own_cgroup() -> int:
-    """Id of the cgroup this process is in."""
-    line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    return cgroups.cgroup_id(cgroups.mount() / line[3:].lstrip("/"))
-
-
-def _listeners_of(cookie: int, addresses: Sequence[str]) -> dict[str, OpenListener]:
-    """What a netns needs, not open yet (fd -1), by id."""
-    where = [(kind, at, port) for at in ("127.0.0.1", "::1") for kind, port in _LOOPBACK]
-    where += [("hbone", at, spaces.PORT_HBONE) for at in addresses]
-    return {
-        f"{cookie}/{kind}/{at}": OpenListener(f"{cookie}/{kind}/{at}", kind, cookie, at, port, -1) for kind, at, port in where
-    }
-
-
-_LOOPBACK = (("outbound", spaces.PORT_OUTBOUND), ("dns-udp", spaces.PORT_DNS), ("dns-tcp", spaces.PORT_DNS))
-
-
-def _runs(ops: Sequence[MapOp]) -> Iterable[list[MapOp]]:
-    """Neighbours of the same map and kind."""
-    run: list[MapOp] = []
-    for op in ops:
-        if run and (op.map, op.value is None) != (run[0].map, run[0].value is None):
-            yield run
-            run = []
-        run.append(op)
-    if run:
-        yield run

@@ -14,6 +14,7 @@ from mesh.dataplane import NodePlan, plan_node
 from mesh.model import Identity, Service, TlsMode, Workload
 from nodeagent import cgroups
 from nodeagent import reconcile_events as ev
+from nodeagent.blame import Blame
 from nodeagent.datapath_api import DatapathApi, Member, OpenListener, Role
 from nodeagent.workloads import Spec
 
@@ -99,7 +100,7 @@ class KernelWork:
         self._datapath.set_members((*self._roles(), *(_member(entry) for entry in order.enrolled)))
         result = Result("")
         self._listen(order.enrolled, result)
-        self._name(order)
+        self._name(order, plan)
         result.digest = self._datapath.apply(plan, order.generation)
         self._plan = plan
         self._guard(order.enrolled, result)
@@ -135,12 +136,13 @@ class KernelWork:
             families = {socket.AF_INET6 if ":" in address else socket.AF_INET for address in wanted}
             result.families[netns] = frozenset(int(family) for family in families)
 
-    def _name(self, order: ev.ApplyKernel) -> None:
+    def _name(self, order: ev.ApplyKernel, plan: NodePlan) -> None:
         items = order.state.values()
         self._datapath.set_names(
             {item.id: item.spiffe for item in items if isinstance(item, Identity)},
             {item.id: key for key, item in order.state.items() if isinstance(item, Workload)},
             {item.id: key for key, item in order.state.items() if isinstance(item, Service)},
+            Blame(order.state, plan),
         )
         self._datapath.set_revision(self._node, order.revision)
 

@@ -7,14 +7,16 @@ import asyncio
 import ctypes
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 
-from mesh.link import Flow
+from mesh.link import Flow, host_port
 from nodeagent.datapath_api import DatapathError
 from nodeagent.layouts import Layout, text_address
 
+UNTOLD = "proxy_dial"  # every forwarded connection has one; what it is for, the proxy tells
+BLAMED = ("policy_denied", "generation_denied")
 PENDING_MAX = 8192  # events waiting for the one consumer
 TURN_EVENTS_MAX = 1024  # taken in one turn of the loop; the rest waits for the next
 
@@ -37,6 +39,7 @@ class Names(msgspec.Struct):
     workloads: Mapping[int, str] = {}
     services: Mapping[int, str] = {}
     rules: Mapping[int, str] = {}
+    denied_by: Callable[[int, int, str, int, str], str] = lambda *_: ""  # see `blame.Blame`
     node: str = ""
     revision: int = 0
 
@@ -69,33 +72,38 @@ class RingBuffer:
             _libbpf.ring_buffer__free(ring)
 
 
-def flow_of(record: bytes, layout: Layout, names: Names, boot_offset_s: float) -> Flow:
-    """One pl_event as a Flow. ``boot_offset_s``: unix time minus the kernel's clock. Pure."""
+def flow_of(record: bytes, layout: Layout, names: Names, boot_offset_s: float) -> Flow | None:
+    """One pl_event as a Flow; None: not for people. ``boot_offset_s``: unix time minus the kernel's clock. Pure."""
     event = layout.unpack(record)
     reason, identity = event["reason"], event["src_identity"]
     reason_name = names.reasons[reason] if reason < len(names.reasons) else f"id:{reason}"
+    if reason_name == UNTOLD:
+        return None
     source = names.workloads.get(event["src_workload"]) if not identity else None
     destination = event["dst_workload"]
     allowed = bool(event["verdict"])
-    if allowed:  # a denial is told by its counted reason, an admission by the rule that gave it
-        reason_name = names.rules.get(event["rule"], reason_name)
+    protocol = {6: "tcp", 17: "udp"}.get(event["proto"], str(event["proto"]))
+    rule = names.rules.get(event["rule"], "")
+    if not allowed and not rule and reason_name in BLAMED and destination:
+        rule = names.denied_by(identity, destination, text_address(event["dst"]), event["dport"], protocol)
     return Flow(
         time=event["time_ns"] / 1e9 + boot_offset_s,
         verdict="allowed" if allowed else "denied",
-        reason=reason_name,
+        reason=rule or reason_name if allowed else reason_name,  # a denial is told by its counted reason
         source=names.identities.get(identity) or source or (f"id:{identity}" if identity else "unknown"),
         destination=names.workloads.get(destination) or (f"id:{destination}" if destination else ""),
         source_address=_endpoint(event["src"], event["sport"]),
         destination_address=_endpoint(event["dst"], event["dport"]),
-        protocol={6: "tcp", 17: "udp"}.get(event["proto"], str(event["proto"])),
+        protocol=protocol,
         revision=names.revision,
         node=names.node,
+        rule=rule,
     )
 
 
 def _endpoint(raw: bytes, port: int) -> str:
-    address = text_address(raw)
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    """Empty for an address the hook did not know: connect() has no source yet."""
+    return host_port(text_address(raw), port) if any(raw) else ""
 
 
 def boot_offset_s(clock: int = time.CLOCK_BOOTTIME) -> float:
@@ -135,7 +143,9 @@ class FlowReader:
                 while self._pending:
                     record = self._pending.popleft()
                     if len(record) >= self._layout.size:
-                        yield flow_of(record, self._layout, self._names, offset)
+                        flow = flow_of(record, self._layout, self._names, offset)
+                        if flow is not None:
+                            yield flow
                 self._wake.clear()
                 await self._wake.wait()
         finally:

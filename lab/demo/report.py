@@ -42,8 +42,8 @@ class Report:
 
     def add(self, shown: Shown) -> None:
         self.shown.append(shown)
-        mark = Text(" ok  " if shown.ok else "FAIL ", style="green" if shown.ok else "bold red")
-        self.console.print(mark + Text(f"{shown.title}: ", style="bold") + Text(shown.observed, style=""))
+        mark = (" ok  ", "green") if shown.ok else ("FAIL ", "bold red")
+        self.console.print(Text.assemble(mark, (f"{shown.title}: ", "bold"), shown.observed))
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:

@@ -99,7 +99,8 @@ def intruder_l4(shop: Shop) -> str:
     expect(why["rule"] == "shop/redis-no-intruder#0", f"policy why names {why['rule']!r} ({why['detail']})")
     denied = [flow for flow in shop.flows("n1") if flow["verdict"] == "denied" and "sa/intruder" in flow.get("source", "")]
     expect(denied, "no denied flow of the intruder was told")
-    return f"redis-cli: {said.splitlines()[0][:70]} after {took * 1000:.0f} ms; flow: {denied[-1]['reason']}; rule {why['rule']}"
+    error = said.splitlines()[0].rpartition(": ")[2]
+    return f"redis-cli: {error}, after {took * 1000:.0f} ms; the flow says {denied[-1]['reason']}, by rule {why['rule']}"
 
 
 def intruder_l7(shop: Shop) -> str:

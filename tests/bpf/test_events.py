@@ -6,7 +6,7 @@ import time
 
 from tests.bpf.families import Family
 from tests.bpf.steps import connect, refused
-from tests.bpf.world import IDENTITY, WORKLOAD, World, addr
+from tests.bpf.world import IDENTITY, WORKLOAD, World, addr, wait_for
 
 PORT = 7900
 
@@ -42,8 +42,13 @@ def test_allowed_connects_and_denials_are_told(world: World, family: Family) -> 
     connect(world, family, family.vip, 80)
     world.a(family.tcp("t"))
     refused(world.a, f"t.connect(({family.spell(family.host('out'))!r}, 99))")
-    found = drain(world)
-    assert len(found) == 2, found
+    found: list[dict[str, object]] = []
+
+    def both() -> bool:
+        found.extend(drain(world))
+        return len(found) >= 2
+
+    wait_for(both, "both are told")
     allowed, denied = found
     constants = world.layouts["constants"]
     assert abs(int(str(allowed["time_ns"])) - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) < 5e9
