@@ -114,6 +114,7 @@ struct tale {
  * would otherwise cost a busy node more than its verdicts do. */
 #define TOLD_ALLOWED_MAX 256
 #define TOLD_DENIED_MAX 512
+#define TOLD_IDENTITY_MAX 128 /* denials of one identity, over all CPUs */
 
 static inline bool may_tell(bool allowed)
 {
@@ -133,12 +134,41 @@ static inline bool may_tell(bool allowed)
   return told->denied++ < TOLD_DENIED_MAX;
 }
 
+/* NULL: the map is full */
+static inline struct pl_usage *usage_of(u32 identity)
+{
+  struct pl_usage *u = usage.lookup(&identity), none = {};
+
+  if (u)
+    return u;
+  usage.insert(&identity, &none);
+  return usage.lookup(&identity);
+}
+
+/* One identity's denials leave room for the others' */
+static inline bool may_tell_of(u32 identity)
+{
+  struct pl_usage *u = usage_of(identity);
+  u64 window = boot_ns() >> 30;
+
+  if (!u)
+    return false;
+  if (u->window != window) { /* two CPUs may both do so: a few more are told */
+    u->window = window;
+    u->told = 0;
+  }
+  if (u->told >= TOLD_IDENTITY_MAX)
+    return false;
+  __sync_fetch_and_add(&u->told, 1);
+  return true;
+}
+
 static inline void tell(u32 reason, const struct tale *t)
 {
   struct pl_event *e;
 
   count(reason);
-  if (!may_tell(reason <= PL_R_ALLOWED_MAX)) {
+  if ((reason > PL_R_ALLOWED_MAX && !may_tell_of(t->identity)) || !may_tell(reason <= PL_R_ALLOWED_MAX)) {
     count(PL_R_EVENTS_SAMPLED);
     return;
   }

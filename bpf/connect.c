@@ -1,5 +1,14 @@
 /* connect(): where a workload's connection may go, and how. Both families and v4-mapped share one path. */
 
+/* So many connections of one identity may be under way: their records share one map */
+static inline bool connects_spent(struct pl_config *c, u32 identity)
+{
+  struct pl_usage *u = usage.lookup(&identity);
+  u32 most = c->connects_max ? c->connects_max : PL_CONNECTS_MAX;
+
+  return u && u->arriving >= most;
+}
+
 static inline u32 dial_of_proxy(struct bpf_sock_addr *ctx, struct pl_config *c, struct bpf_sock *sk, const struct pl_addr *dst, u16 port)
 {
   struct pl_dial_key k = {};
@@ -21,6 +30,8 @@ static inline u32 dial_of_proxy(struct bpf_sock_addr *ctx, struct pl_config *c, 
     caller = callers.sk_storage_get(sk, 0, 0);
     if (!caller)
       return PL_R_NO_CALLER;
+    if (connects_spent(c, caller->identity))
+      return PL_R_BUDGET_CONNECTS;
     conn.kind = PL_ARRIVAL_PROXY;
     conn.identity = caller->identity;
   }
@@ -61,6 +72,26 @@ static inline bool remember_connection(struct bpf_sock *sk, struct pl_member *m,
   return conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE) != NULL;
 }
 
+/* getaddrinfo() sorts addresses by the source each would have: it connects a datagram socket to the service's port, or to
+ * port 0 when none was asked for, and sends nothing. Where only TCP is spoken that is no attempt to talk. It passes
+ * untold and is not remembered, so that egress.c drops whatever is sent on it after all. */
+static inline bool only_probes(const struct pl_addr *dst, u16 port)
+{
+  struct pl_dest_key k = {};
+
+  if (port == 0)
+    return true;
+  if (port == PORT_DOMAIN || port == PL_PORT_OUTBOUND || port == PL_PORT_HBONE)
+    return false;
+  k.addr = *dst;
+  k.port = port;
+  k.proto = IPPROTO_TCP;
+  if (!dests.lookup(&k))
+    return false;
+  k.proto = IPPROTO_UDP;
+  return !dests.lookup(&k);
+}
+
 static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *dst, u16 port, struct choice *to, struct tale *t)
 {
   struct pl_config *c = configuration();
@@ -97,12 +128,16 @@ static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *
     reason = choose(c, m, netns, bpf_get_prandom_u32(), dst, port, IPPROTO_TCP, to);
     t->dst_workload = to->workload;
     t->rule = to->rule;
+    if (reason <= PL_R_ALLOWED_MAX && connects_spent(c, m->identity))
+      return PL_R_BUDGET_CONNECTS;
     if (reason <= PL_R_ALLOWED_MAX && !remember_connection(sk, m, creator ? generation : 0, cgroup, netns, dst, port, to))
       return PL_R_MAP_FULL;
     return reason;
   }
   if (ctx->protocol != IPPROTO_UDP)
     return PL_R_SOCKET_TYPE;
+  if (only_probes(dst, port))
+    return PL_R_COUNT;
   reason = choose(c, m, netns, (u32)(socket_cookie(ctx) * 0x9e3779b97f4a7c15ull >> 32), dst, port, IPPROTO_UDP, to);
   t->dst_workload = to->workload;
   t->rule = to->rule;

@@ -44,6 +44,33 @@ static inline void flow_of(struct bpf_sock_ops *s, bool client, struct pl_flow *
     set_flow(f, netns_cookie(s), &remote, ntoh32(s->remote_port), &local, s->local_port);
 }
 
+/* The record and its place in its identity's quota come and go together */
+static inline bool admit_flow(struct pl_flow *f, struct pl_arrival *a)
+{
+  struct pl_usage *u = usage_of(a->origin.identity);
+
+  if (!u || arriving.insert(f, a) != 0) /* taken: a second connection can not have the tuple */
+    return false;
+  __sync_fetch_and_add(&u->arriving, 1);
+  return true;
+}
+
+static inline void forget_flow(struct pl_flow *f)
+{
+  struct pl_arrival *a = arriving.lookup(f);
+  struct pl_usage *u;
+  u32 identity;
+
+  if (!a)
+    return;
+  identity = a->origin.identity;
+  if (arriving.delete(f) != 0) /* somebody else was first */
+    return;
+  u = usage.lookup(&identity);
+  if (u)
+    __sync_fetch_and_add(&u->arriving, -1);
+}
+
 static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
 {
   struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0);
@@ -93,7 +120,8 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
   } else {
     return;
   }
-  if (arriving.update(&f, &a) == 0) {
+  forget_flow(&f); /* of a connection that ended unseen */
+  if (admit_flow(&f, &a)) {
     bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
     return;
   }
@@ -127,8 +155,7 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
   }
   conn.flags = PL_CONN_SERVER;
   conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE);
-  if (a)
-    arriving.delete(&f);
+  forget_flow(&f);
 }
 
 static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
@@ -151,7 +178,7 @@ static inline void closed_client(struct bpf_sock_ops *s, struct bpf_sock *sk)
   if (!conn || (conn->flags & PL_CONN_SERVER))
     return;
   flow_of(s, true, &f);
-  arriving.delete(&f);
+  forget_flow(&f);
 }
 
 int on_sockops(struct bpf_sock_ops *s)

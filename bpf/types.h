@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 1 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 2 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -22,7 +22,7 @@ struct pl_config {
   u64 host_netns;     /* cookie of the node's own netns */
   u64 lease_until_ns; /* CLOCK_BOOTTIME; past it new connections are denied; 0: no limit */
   u32 outbound_allow; /* 1: destinations outside the mesh pass */
-  u32 pad;
+  u32 connects_max;   /* connections of one identity under way at once; 0: PL_CONNECTS_MAX */
 };
 
 /* members: HASH u64 cgroup id -> who its processes are. Written by the agent alone. */
@@ -80,6 +80,11 @@ enum pl_arrival_kind {
 };
 struct pl_arrival { u32 kind, pad; struct pl_origin origin; };
 
+/* usage: HASH u32 identity -> its entries in `arriving`, so that nobody fills that for the others; and what it was told
+ * in the present window of `tolds`, over all CPUs. Identities are never reused; entries are few. */
+#define PL_CONNECTS_MAX 2048
+struct pl_usage { u32 arriving, told; u64 window; };
+
 /* conns: SK_STORAGE on both ends of admitted connections: what a new generation re-evaluates */
 struct pl_conn {
   u32 generation, workload, identity; /* destination workload, source identity */
@@ -110,7 +115,7 @@ enum pl_reason {
   PL_R_NO_LISTENER, PL_R_INGRESS_PLAINTEXT, PL_R_INGRESS_NO_RECORD, PL_R_EGRESS_PROTOCOL,
   PL_R_EGRESS_NO_CONNECT, PL_R_DIAL_DENIED, PL_R_NO_CALLER, PL_R_UDP_REMOTE, PL_R_LEASE_EXPIRED,
   PL_R_GENERATION_DENIED, PL_R_PORT_UNDECLARED, PL_R_SPOOFED, PL_R_SCHEMA,
-  PL_R_EVENTS_SAMPLED, PL_R_EVENTS_LOST, PL_R_SOCKET_OPTION,
+  PL_R_EVENTS_SAMPLED, PL_R_EVENTS_LOST, PL_R_SOCKET_OPTION, PL_R_BUDGET_CONNECTS,
   PL_R_COUNT
 };
 #define PL_R_ALLOWED_MAX PL_R_PROXY_DIAL /* up to here the reason is an admission */
@@ -157,6 +162,7 @@ _Static_assert(sizeof(struct pl_dial_key) == 32, "pl_dial_key");
 _Static_assert(sizeof(struct pl_egress_key) == 20 && sizeof(struct pl_egress) == 24, "pl_egress");
 _Static_assert(sizeof(struct pl_origin) == 64 && sizeof(struct pl_caller) == 24, "pl_origin, pl_caller");
 _Static_assert(sizeof(struct pl_flow) == 48 && sizeof(struct pl_arrival) == 72, "pl_flow, pl_arrival");
+_Static_assert(sizeof(struct pl_usage) == 16, "pl_usage");
 _Static_assert(sizeof(struct pl_conn) == 40, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");

@@ -25,13 +25,37 @@ static inline int drop(u32 reason)
   return TC_DROP;
 }
 
+/* To a workload of this node: what opens a connection, and each datagram, has the record that its sender's hooks wrote.
+ * Else one packet by hand would reach a namespace that policy closes (its sockets: ingress.c). */
+static inline int to_neighbour(struct __sk_buff *skb, const struct pl_addr *src, const struct pl_addr *dst, u8 proto, int l4)
+{
+  struct pl_flow f = {};
+  u16 ports[2] = {};
+  u8 flags = 0;
+  if (bpf_skb_load_bytes(skb, l4, ports, 4) < 0)
+    return drop(PL_R_EGRESS_PROTOCOL);
+  set_flow(&f, 0, src, ntoh16(ports[0]), dst, ntoh16(ports[1]));
+  if (proto == IPPROTO_UDP) {
+    struct pl_flow back = {};
+    set_flow(&back, 0, dst, ntoh16(ports[1]), src, ntoh16(ports[0]));
+    return datagrams.lookup(&f) || datagrams.lookup(&back) ? TC_OK : drop(PL_R_EGRESS_NO_CONNECT);
+  }
+  if (bpf_skb_load_bytes(skb, l4 + 13, &flags, 1) < 0)
+    return drop(PL_R_EGRESS_PROTOCOL);
+  return flags & TCP_ACK_OR_RST || arriving.lookup(&f) ? TC_OK : drop(PL_R_EGRESS_NO_CONNECT);
+}
+
 /* l4: where the transport header starts; fragment: it does not start in this packet */
-static inline int transport(struct __sk_buff *skb, struct pl_veth *v, struct pl_addr *dst, u8 proto, int l4, int fragment)
+static inline int transport(struct __sk_buff *skb, struct pl_veth *v, struct pl_addr *src, struct pl_addr *dst, u8 proto, int l4,
+                            int fragment)
 {
   struct pl_veth_key local = {};
   local.addr = *dst;
-  if (veths.lookup(&local)) /* a workload of this node: its ingress hook decides */
-    return TC_OK;
+  if (veths.lookup(&local)) { /* of a datagram in pieces, the first piece is asked for its record; TCP comes in none */
+    if (fragment)
+      return proto == IPPROTO_UDP ? TC_OK : drop(PL_R_EGRESS_PROTOCOL);
+    return to_neighbour(skb, src, dst, proto, l4);
+  }
   if (fragment)
     return drop(PL_R_EGRESS_PROTOCOL);
   u16 ports[2] = {};
@@ -80,7 +104,7 @@ static inline int ipv4(struct __sk_buff *skb)
   struct pl_addr dst = {};
   set_v4(&dst, *(u32 *)(h + 16));
   int offset = (h[6] & 0x1f) << 8 | h[7];
-  return transport(skb, v, &dst, h[9], ETH_BYTES + (h[0] & 15) * 4, offset != 0);
+  return transport(skb, v, &own.addr, &dst, h[9], ETH_BYTES + (h[0] & 15) * 4, offset != 0);
 }
 
 static inline bool link_local(u32 *a)
@@ -134,7 +158,13 @@ static inline int ipv6(struct __sk_buff *skb)
   dst.w[1] = h[7];
   dst.w[2] = h[8];
   dst.w[3] = h[9];
-  return transport(skb, v, &dst, proto, ETH_BYTES + 40, proto == PROTO_FRAGMENT);
+  if (proto != PROTO_FRAGMENT)
+    return transport(skb, v, &own.addr, &dst, proto, ETH_BYTES + 40, 0);
+  u8 part[4] = {};
+  if (bpf_skb_load_bytes(skb, ETH_BYTES + 40, part, 4) < 0 || part[0] != IPPROTO_UDP)
+    return drop(PL_R_EGRESS_PROTOCOL);
+  int offset = part[2] << 8 | (part[3] & 0xf8);
+  return transport(skb, v, &own.addr, &dst, IPPROTO_UDP, ETH_BYTES + 48, offset != 0);
 }
 
 static inline int arp(struct __sk_buff *skb)

@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
 import msgspec
 import structlog
 
-from controller import allocate, references, revocation, tokens
+from controller import allocate, expiry, references, revocation
 from controller.allocate import Ledger
-from controller.ca import Authority, Leaf
-from controller.catalog import Index, Record, Result, Stored, addresses_of, encode, errors_of, grants_of, plain, store_key
+from controller.ca import Authority
+from controller.catalog import Index, Record, Result, Stored, encode, errors_of, grants_of, plain, store_key
 from controller.events import Refused, not_granted
 from controller.references import Fault, Granted, Key
+from controller.rehearsal import Standing, effective
 from controller.revocation import Revocation, live
 from controller.store import Check, Delete, Op, Put, Store, StoreError
-from mesh.compile import Allocations, CompileError, compile_state, needs
+from mesh.compile import Allocations, CompileError
 from mesh.identity import SpiffeId
 from mesh.kinds import MeshConfigSpec
 from mesh.resources import (
@@ -38,7 +38,6 @@ from mesh.resources import (
 
 RESOURCES_MAX = 200_000
 NODE_WORKLOADS_MAX = 1_000
-TOKEN_KEPT_S = 86400.0  # after its end, so that a late use is called expired and not unknown
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -107,8 +106,8 @@ class Registry:
         """What the compiler works from, with its revision. Workloads of cut nodes and without a grant are left out."""
         return (
             self.revision,
-            _effective(self._resources, self.granted, self._cut),
-            self._allocations(self._resources, self._ledger),
+            effective(self._resources, self.granted, self._cut),
+            self._standing.allocations(self._resources, self._ledger),
         )
 
     async def newer_than(self, revision: int) -> None:
@@ -171,7 +170,8 @@ class Registry:
             fault = Fault(changed[0], (), f"more than {RESOURCES_MAX} resources", "delete some, or make another mesh")
             raise errors_of([fault], loaded, text, filename)
         grants = grants_of(wanted.values()) if any(kind == "NodeGrant" for kind, _, _ in changed) else self.granted
-        found = await asyncio.to_thread(self._faults, [wanted[key].resource for key in changed], wanted, grants)
+        proposed = [wanted[key].resource for key in changed]
+        found = await asyncio.to_thread(self._standing.faults, proposed, wanted, self._resources, grants)
         if found:
             raise errors_of(found, loaded, text, filename)
         return await self._commit(wanted, await self._narrowing(wanted, grants)), results
@@ -288,7 +288,7 @@ class Registry:
         if any(len(self._index.addresses.get(address, frozenset())) > 0 for address in workload.spec.addresses):
             # Workloads may share a host's address but not a port of it; only the compiler knows the ports.
             try:
-                await asyncio.to_thread(self._try_compile, wanted, self.granted)
+                await asyncio.to_thread(self._standing.compile, wanted, self.granted)
             except CompileError as error:
                 raise refuse("port_taken", str(error)) from error
         return await self._commit(wanted, [])
@@ -321,15 +321,7 @@ class Registry:
         """Forgets certificates, revocations and tokens whose time is over."""
 
         async def work() -> None:
-            ops: list[Op] = []
-            _, entries = await self._store.list("serial/")
-            ops += [Delete(e.key) for e in entries if msgspec.json.decode(e.value, type=Leaf).not_after + revocation.SKEW_S < now]
-            _, entries = await self._store.list("token/")
-            ops += [
-                Delete(e.key) for e in entries if msgspec.json.decode(e.value, type=tokens.Record).expires + TOKEN_KEPT_S < now
-            ]
-            over = [serial for serial, revoked in self.revoked.items() if revoked.until < now]
-            ops += [Delete(f"revoked/{serial}") for serial in over]
+            ops, over = await expiry.over(self._store, self.revoked, now)
             if not ops:
                 return
             revision = await self._store.transaction([], ops)
@@ -354,60 +346,10 @@ class Registry:
         task.add_done_callback(self._background.discard)
         return await asyncio.shield(task)
 
-    def _faults(self, changed: list[Resource], wanted: dict[Key, Stored], grants: Granted) -> list[Fault]:
-        """Everything wrong with ``changed``; computes, call it in a thread."""
-        every = plain(wanted)
-        found = list(references.faults(changed, every, self.trust_domain, grants))
-        # A service that loses a port that a route names is as bad as one that goes.
-        moved = {resource.key for resource in changed if resource.key[0] == "Service" and resource.key in self._resources}
-        if moved and not found:
-            touched = [item for item in every.values() if any(key in moved for key, _, _ in references.services_of(item))]
-            broken = list(references.faults(touched, every, self.trust_domain, grants))
-            blamed = next(iter(sorted(moved)))
-            found += [
-                Fault(
-                    blamed,
-                    ("spec", "ports"),
-                    f"{'/'.join(fault.key)}: {fault.message}",
-                    "keep the port, or change that one first",
-                )
-                for fault in broken
-            ]
-        workloads = [resource for resource in changed if isinstance(resource, Workload)]
-        if workloads:
-            addresses = addresses_of(wanted.values())
-            for workload in workloads:
-                if taken := references.address_owner(workload, addresses):
-                    message = f"{taken[0]} belongs to workload {'/'.join(taken[1][1:])} of another node"
-                    found.append(Fault(workload.key, ("spec", "addresses"), message, "give each workload its own address"))
-        # Only these can make the compiler refuse (numbers, ports of an address); ten thousand policies need no rehearsal.
-        if not found and any(resource.key[0] in ("Service", "Workload", "MeshConfig", "NodeGrant") for resource in changed):
-            try:
-                self._try_compile(wanted, grants)
-            except CompileError as error:
-                found.append(Fault(changed[0].key, (), str(error), "change one of them"))
-        return found
-
-    def _try_compile(self, wanted: dict[Key, Stored], grants: Granted) -> None:
-        ledger, _ = self._plan(wanted)
-        # Workloads of cut nodes included: they may be admitted again, and must fit then.
-        compile_state(_effective(wanted, grants, frozenset()), self._allocations(wanted, ledger))
-
-    def _plan(self, wanted: dict[Key, Stored]) -> tuple[Ledger, Sequence[Op]]:
-        want = needs((stored.resource for stored in wanted.values()), self.trust_domain)
-        return allocate.plan(self._ledger, set(want.identities), set(want.workloads), set(want.services))
-
-    def _allocations(self, wanted: Mapping[Key, Stored], ledger: Ledger) -> Allocations:
-        return Allocations(
-            identities=ledger.identity,
-            workloads=ledger.workload,
-            services=ledger.service,
-            vips=ledger.vips,
-            bundle=self._authority.bundle,
-            revoked=(*self.revoked, *(f"node:{node}" for node in self._cut)),
-            trust_domain=self.trust_domain,
-            created={f"Route/{key[1]}/{key[2]}": stored.created for key, stored in wanted.items() if key[0] == "HTTPRoute"},
-        )
+    @property
+    def _standing(self) -> Standing:
+        revoked = (*self.revoked, *(f"node:{node}" for node in self._cut))
+        return Standing(self.trust_domain, self._ledger, self._authority.bundle, revoked)
 
     async def _narrowing(self, wanted: dict[Key, Stored], grants: Granted) -> list[tuple[str, Revocation]]:
         """What lost its grant: registered workloads are taken out of ``wanted``, their certificates returned to revoke."""
@@ -425,7 +367,7 @@ class Registry:
         return list(revoked.items())
 
     async def _commit(self, wanted: dict[Key, Stored], revoked: list[tuple[str, Revocation]]) -> int:
-        ledger, ops = self._plan(wanted)
+        ledger, ops = self._standing.numbers(wanted)
         writes: list[Op] = [*ops, *revocation.writes(dict(revoked))]
         new: list[Key] = []
         for key in wanted.keys() | self._resources.keys():
@@ -451,16 +393,3 @@ class Registry:
         async with self._advanced:
             self._advanced.notify_all()
         return revision
-
-
-def _effective(wanted: Mapping[Key, Stored], grants: Granted, cut: AbstractSet[str]) -> list[Resource]:
-    """What is compiled: workloads of cut nodes and without a grant are left out."""
-    return [
-        stored.resource
-        for stored in wanted.values()
-        if not isinstance(stored.resource, Workload)
-        or (
-            stored.resource.spec.node not in cut
-            and grants(stored.resource.spec.node, stored.resource.namespace, stored.resource.spec.service_account)
-        )
-    ]

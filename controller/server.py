@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -24,6 +24,7 @@ from aiohttp import web
 
 from controller.ca import Authority, Leaf, key_pem, new_key, request_for, serial_text
 from controller.events import Refused, Telemetry
+from controller.listener import HandshakeLimits, TlsListener
 from controller.registry import Registry
 from controller.store import Store, StoreError
 from mesh.identity import ControllerId, IdentityError, NodeId, OperatorId, parse
@@ -33,8 +34,10 @@ HEAD_BYTES_MAX = 8190  # of a line and of a field; 64 fields
 HEAD_FIELDS_MAX = 64
 IDLE_TIMEOUT_S = 15.0  # also of a head that does not end
 BODY_TIMEOUT_S = 20.0
+LINGER_S = 1.0  # for a body nobody wants
 REQUEST_TIMEOUT_S = 60.0
 HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKES_MAX, HANDSHAKES_PER_SOURCE_MAX = 512, 64  # at a time, on one listener
 CONNECTIONS_MAX = 4096
 BACKLOG = 512
 
@@ -235,15 +238,27 @@ class _Turned(asyncio.Protocol):
         transport.close()
 
 
+class Listener(Protocol):
+    """`close` ends accepting, and no connection."""
+
+    def close(self) -> None: ...
+
+
+class ListenContext(Protocol):
+    """See `Tls`."""
+
+    def listening(self) -> ssl.SSLContext: ...
+
+
 async def serve(
-    app: web.Application, listen: Sequence[tuple[str, int]], tls: Tls, unix: Path
-) -> tuple[web.AppRunner, list[asyncio.AbstractServer]]:
+    app: web.Application, listen: Sequence[tuple[str, int]], tls: ListenContext, unix: Path
+) -> tuple[web.AppRunner, list[Listener]]:
     """Starts every listener; OSError names the address that is taken."""
     runner = web.AppRunner(
         app,
         access_log=None,
         keepalive_timeout=IDLE_TIMEOUT_S,
-        lingering_time=1.0,
+        lingering_time=LINGER_S,
         shutdown_timeout=3.0,
         max_line_size=HEAD_BYTES_MAX,
         max_field_size=HEAD_BYTES_MAX,
@@ -255,22 +270,22 @@ async def serve(
     if server is None:
         raise RuntimeError("aiohttp made no server")
     loop, context = asyncio.get_running_loop(), tls.listening()
-    servers: list[asyncio.AbstractServer] = []
+    servers: list[Listener] = []
+    limits = HandshakeLimits(HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX, HANDSHAKES_PER_SOURCE_MAX)
 
-    def protocol() -> asyncio.Protocol:
-        return server() if len(server.connections) < CONNECTIONS_MAX else _Turned()
+    def full() -> bool:
+        return len(server.connections) >= CONNECTIONS_MAX
 
     for host, port in listen:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         servers.append(
-            await loop.create_server(
-                protocol, host, port, ssl=context, backlog=BACKLOG, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
-            )
+            TlsListener(socket.create_server((host, port), family=family, backlog=BACKLOG), context, server, full, limits)
         )
     with contextlib.suppress(FileNotFoundError):
         unix.unlink()
     old = os.umask(0o177)  # the socket must not be anybody's for an instant
     try:
-        servers.append(await loop.create_unix_server(protocol, str(unix), backlog=BACKLOG))
+        servers.append(await loop.create_unix_server(lambda: _Turned() if full() else server(), str(unix), backlog=BACKLOG))
     finally:
         os.umask(old)
     return runner, servers

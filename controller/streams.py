@@ -15,9 +15,12 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from controller.events import Telemetry
 from controller.publish import INFLIGHT_MAX, NodeView, Publisher
+from mesh.model import CONFIG_KEY, Config
 from mesh.snapshot import Ack, Delta, Nack, Ping, Pong, Ready, Snapshot, SnapshotError, Versioned, decode_agent, encode
 
 PING_INTERVAL_S = 5.0
+PINGS_PER_LEASE = 4  # a node's policy lease must not end because the controller had nothing to say
+WATCH_INTERVAL_S = 1.0
 SILENCE_S_MAX = 15.0
 ACK_S_MAX = 60.0
 SEND_S_MAX = 10.0
@@ -166,9 +169,10 @@ class NodeStream:
             await self._publisher.wake()
 
     async def _watch(self, socket: web.WebSocketResponse) -> None:
-        ping = encode(Ping())
+        ping, pinged = encode(Ping()), time.monotonic()
         while True:
-            await asyncio.sleep(min(PING_INTERVAL_S, max(0.0, self._expires - time.time())))
+            interval = self._ping_interval_s()
+            await asyncio.sleep(min(interval, WATCH_INTERVAL_S, max(0.0, self._expires - time.time())))
             now = time.monotonic()
             if time.time() >= self._expires:
                 raise Cut("certificate_expired")
@@ -177,7 +181,14 @@ class NodeStream:
             self._sent_at = {revision: at for revision, at in self._sent_at.items() if revision in self._view.inflight}
             if any(now - at > ACK_S_MAX for at in self._sent_at.values()):
                 raise Cut("slow")
-            await self._frame(socket, ping)
+            if now - pinged >= interval:
+                pinged = now
+                await self._frame(socket, ping)
+
+    def _ping_interval_s(self) -> float:
+        config = self._publisher.state.get(CONFIG_KEY)
+        lease_s = config.policy_lease_s if isinstance(config, Config) else 0.0
+        return min(PING_INTERVAL_S, lease_s / PINGS_PER_LEASE) if lease_s else PING_INTERVAL_S
 
 
 def _outcome(tasks: list[asyncio.Task[None]]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from time import perf_counter
 from typing import TYPE_CHECKING
 
+from l7proxy.accept import Acceptor
 from l7proxy.config import Config, Destination
 from l7proxy.kernel import Origin
 from l7proxy.learn import Learner
 from l7proxy.opaque import Relay
-from l7proxy.session import HttpSession
+from l7proxy.session import HttpRefusal, HttpSession
 from l7proxy.target import Caller
 from l7proxy.upstream import RESET
 from mesh.link import Listener
@@ -21,65 +23,47 @@ if TYPE_CHECKING:
 
     from l7proxy.worker import Worker
 
-ACCEPTS_PER_TURN = 64
-ACCEPT_PAUSE_S = 0.2
-PER_IDENTITY_MAX = 8192  # open client connections of one identity on this worker
 ALL_MAX = 32768
 
 
 class Capture:
-    """One listening socket of one netns; the agent has called listen(), which this process may not."""
+    """One listening socket of one netns."""
 
     def __init__(self, worker: Worker, listener: Listener, sock: socket.socket) -> None:
-        self.worker, self.listener, self.sock = worker, listener, sock
-        self.closed = False
+        self.worker, self.listener = worker, listener
+        self._acceptor = Acceptor(worker, sock, listener.id, self._begin)
         self._tasks: set[asyncio.Task[object]] = set()
-        worker.loop.add_reader(sock.fileno(), self._accept)
 
     def close(self) -> None:
         """Accepts no more; open connections stay."""
-        if not self.closed:
-            self.closed = True
-            self.worker.loop.remove_reader(self.sock.fileno())
-            self.sock.close()
+        self._acceptor.close()
 
-    def _accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                sock, _ = self.sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:  # out of descriptors: what is open goes on, the rest waits
-                self.worker.log.warning("accept failed", listener=self.listener.id, error=str(error))
-                self.worker.loop.remove_reader(self.sock.fileno())
-                self.worker.loop.call_later(ACCEPT_PAUSE_S, self._again)
-                return
-            self._begin(sock)
-
-    def _again(self) -> None:
-        if not self.closed:
-            self.worker.loop.add_reader(self.sock.fileno(), self._accept)
-
-    def _begin(self, sock: socket.socket) -> None:
+    def _begin(self, sock: socket.socket, _address: str) -> None:
         worker, listener = self.worker, self.listener
         origin = worker.kernel.origin(sock)
         if origin is None or (origin.netns != listener.netns and listener.netns):
             worker.metrics.denied("no_origin")
             refuse(sock)
             return
+        started = perf_counter()
         session = outbound(worker, origin)
         if session is None:
             refuse(sock)
             return
-        sock.setblocking(False)
         task: asyncio.Task[object] = worker.loop.create_task(worker.loop.connect_accepted_socket(lambda: session, sock))
         self._tasks.add(task)
-        task.add_done_callback(self._begun)
+        task.add_done_callback(lambda done: self._begun(done, session))
+        account = session.account
+        account.spent += perf_counter() - started
+        if account.spent > account.limit and account.over():
+            self._acceptor.pause()
+            account.defer(self._acceptor)
 
-    def _begun(self, task: asyncio.Task[object]) -> None:
+    def _begun(self, task: asyncio.Task[object], session: HttpSession | Relay) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self.worker.metrics.count("accept_failed")  # the client left meanwhile
+            session.ended()
 
 
 def refuse(sock: socket.socket) -> None:
@@ -125,12 +109,25 @@ def session_for(
     inbound: bool,
     opened: Callable[[int, str], None] | None = None,
 ) -> HttpSession | Relay | None:
-    """By what the port speaks. None when there are too many connections."""
-    if len(worker.sessions) >= ALL_MAX or worker.by_identity.get(caller.identity, 0) >= PER_IDENTITY_MAX or worker.draining:
-        worker.metrics.denied("draining" if worker.draining else "overloaded")
+    """By what the port speaks. None when there are too many connections, or the policy is past its lease."""
+    if len(worker.sessions) >= ALL_MAX:
+        worker.metrics.denied("overloaded")
         return None
     scope = worker.scope(config, caller, destination, inbound=inbound)
+    if worker.lease.over(config.mesh.policy_lease_s):
+        if destination.mode is Protocol.HTTP and not inbound:
+            return HttpRefusal(worker, scope, caller, source_netns)  # it counts and tells
+        worker.metrics.denied("lease_expired")
+        worker.connection_flow(scope, caller, destination.endpoint, "denied", "lease_expired")
+        return None
     mode = destination.mode
+    account = worker.budgets.of(caller.identity, caller.spiffe)
+    sockets = (0 if inbound else 1) + (mode is not Protocol.HTTP)  # the client's, an opaque server's; HTTP servers' are pooled
+    excess = account.connect(sockets, asks=mode is not Protocol.HTTP)
+    if excess:
+        worker.metrics.denied(excess)
+        worker.connection_flow(scope, caller, destination.endpoint, "denied", excess)
+        return None
     learner: Learner | None = None
     if mode is Protocol.AUTO:
         learned_key = (destination.service or (destination.endpoint.key if destination.endpoint else ""), destination.port)
@@ -139,10 +136,13 @@ def session_for(
             learner = Learner(worker, learned_key)
     if mode is Protocol.HTTP:
         session = HttpSession(worker, scope, caller, source_netns)
+        session.sockets = sockets
         if opened is not None:
             opened(200, "")
         return session
-    return Relay(worker, scope, caller, source_netns, learner=learner, opened=opened)
+    relay = Relay(worker, scope, caller, source_netns, learner=learner, opened=opened)
+    relay.sockets = sockets
+    return relay
 
 
 def inbound(
@@ -170,7 +170,7 @@ def inbound(
                 return asyncio.Protocol()
         session = session_for(worker, config, caller, destination, 0, inbound=True, opened=opened)
         if session is None:
-            opened(503, "overloaded")
+            opened(503, "lease_expired" if worker.lease.over(config.mesh.policy_lease_s) else "overloaded")
     if session is None:
         return asyncio.Protocol()
     session.connection_made(transport)

@@ -20,7 +20,10 @@ from socket import (
     TCP_USER_TIMEOUT,
     socket,
 )
+from time import perf_counter
 from typing import Protocol
+
+from l7proxy.budget import Account
 
 READ_BYTES = 256 << 10
 RECORD_BYTES_MAX = 16 << 10  # TLS plaintext record
@@ -83,6 +86,7 @@ class TlsChannel:
         self._cipher, self._plain = _buffers.cipher, _buffers.plain
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._in, self._out, server_side=server_side, server_hostname=server_name)
+        self.meter: Account | None = None  # whose time reading costs
         self.open = False
         self.blocked = False  # the kernel's buffer is full; `channel_drained` follows
         self.closed = False
@@ -106,7 +110,24 @@ class TlsChannel:
             self._reading = False
             self._loop.remove_reader(self._fd)
 
+    def proceed(self) -> None:
+        """The meter's next turn."""
+        if not self._closing:
+            self.resume()
+
     def _readable(self) -> None:
+        meter = self.meter
+        if meter is None:
+            self._read()
+        elif meter.spent > meter.limit and meter.over():
+            self.pause()
+            meter.defer(self)
+        else:
+            started = perf_counter()
+            self._read()
+            meter.spent += perf_counter() - started
+
+    def _read(self) -> None:
         try:
             size = self._sock.recv_into(self._cipher)
         except (BlockingIOError, InterruptedError):
@@ -166,12 +187,11 @@ class TlsChannel:
             self._push()  # the alert
             self._lose(error)
             return
+        self.open = True
+        self._handler.channel_open()  # its first bytes leave with the handshake's last
         self._push()
-        if not self.closed:
-            self.open = True
-            self._handler.channel_open()
-            if self._in.pending and not self.closed:
-                self._decrypt()
+        if self._in.pending and not self.closed:
+            self._decrypt()
 
     # ---- writing
 

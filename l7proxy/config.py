@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from l7proxy.http1.cycle import Limits
+from l7proxy.http1.exchange import Limits
 from mesh import snapshot
 from mesh.identity import IdentityError, SpiffeId
 from mesh.link import LocalWorkload, Update

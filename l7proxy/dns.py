@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import dns.rcode
 
 from l7proxy import dns_core
-from l7proxy.dns_core import Asked, Forward, Names
+from l7proxy.accept import Acceptor
+from l7proxy.dns_core import Asked, Askers, Forward, Names, Refused
 from mesh.link import Listener
 
 if TYPE_CHECKING:
@@ -146,34 +147,26 @@ class TcpClient:
 
 class TcpListener:
     def __init__(self, server: Server, listener: Listener, sock: socket.socket) -> None:
-        self._server, self._sock, self._netns = server, sock, listener.netns
+        self._server, self._netns = server, listener.netns
         self.loop = server.loop
         self.clients: set[TcpClient] = set()
-        sock.setblocking(False)
-        self.loop.add_reader(sock.fileno(), self._accept)
+        self._acceptor = Acceptor(server.worker, sock, listener.id, self._begin)
         server.tcp.add(self)
 
     def close(self) -> None:
         self._server.tcp.discard(self)
-        if self._sock.fileno() >= 0:
-            self.loop.remove_reader(self._sock.fileno())
-            self._sock.close()
+        self._acceptor.close()
         for client in list(self.clients):
             client.close()
 
     def query(self, wire: bytes, reply: Callable[[bytes], None]) -> None:
         self._server.query(wire, self._netns, reply, tcp=True)
 
-    def _accept(self) -> None:
-        for _ in range(PACKETS_PER_TURN):
-            try:
-                sock, _peer = self._sock.accept()
-            except OSError:
-                return
-            if len(self.clients) >= TCP_CLIENTS_MAX:
-                oldest = min(self.clients, key=lambda client: client.used)
-                oldest.close()
-            self.clients.add(TcpClient(self, sock))
+    def _begin(self, sock: socket.socket, _address: str) -> None:
+        if len(self.clients) >= TCP_CLIENTS_MAX:
+            oldest = min(self.clients, key=lambda client: client.used)
+            oldest.close()
+        self.clients.add(TcpClient(self, sock))
 
     def sweep(self, now: float) -> None:
         for client in [c for c in self.clients if now - c.used > TCP_IDLE_S]:
@@ -208,15 +201,15 @@ class Upstream:
     def _heard(self, wire: bytes, source: tuple[str, int]) -> None:
         pending = self.pending.get(int.from_bytes(wire[:2], "big")) if len(wire) >= 12 else None
         if pending is None or pending.upstream != source:
-            self._server.count("dns_stray_answer")
+            self._server.worker.metrics.denied("dns_stray_answer")  # a guess, or too late
             return
         reply, reason = dns_core.believe(pending.asked, wire)
         if reply is None:
-            self._server.count("dns_stray_answer")
+            self._server.worker.metrics.denied("dns_stray_answer")  # a guess, or too late
             return
         del self.pending[pending.asked.id]
         if reason:
-            self._server.denied(reason, str(pending.asked.query.question[0].name))
+            self._server.denied(reason, str(pending.asked.query.question[0].name), pending.netns)
         pending.reply(reply)
 
 
@@ -228,6 +221,7 @@ class Server:
     names: Names = field(default_factory=lambda: Names({}))
     tcp: set[TcpListener] = field(default_factory=set)
     upstreams: list[Upstream] = field(default_factory=list)
+    _who: dict[int, Askers] = field(default_factory=dict)  # by netns
 
     def __post_init__(self) -> None:
         worker = self.worker
@@ -244,18 +238,39 @@ class Server:
     def count(self, name: str) -> None:
         self.worker.metrics.count(name)
 
-    def denied(self, reason: str, name: str) -> None:
+    def denied(self, reason: str, name: str, netns: int) -> None:
         self.worker.metrics.denied(reason)
-        self.worker.flow(verdict="denied", reason=reason, protocol="udp", layer="L7", path=name[:255], direction="outbound")
+        self.worker.flow(
+            verdict="denied",
+            reason=reason,
+            source=next(iter(self._askers(netns)), "unknown"),
+            protocol="udp",
+            layer="L7",
+            path=name[:255],
+            direction="outbound",
+        )
 
     def _configured(self, _old: Config, new: Config) -> None:
         forward = new.mesh.dns_forward if new.mesh.dns_upstreams else ()
         self.names = Names(new.service_names, forward)
+        self._who.clear()
+
+    def _askers(self, netns: int) -> Askers:
+        """A datagram does not say whose it is: everybody who lives in the netns."""
+        found = self._who.get(netns)
+        if found is None:
+            config = self.worker.config
+            spiffes = {config.workloads[key].spiffe for key in config.by_netns.get(netns, ()) if key in config.workloads}
+            found = self._who[netns] = tuple(sorted(spiffes))
+        return found
 
     def query(self, wire: bytes, netns: int, reply: Callable[[bytes], None], *, tcp: bool) -> None:
-        answer = self.names.answer(wire, tcp=tcp)
+        answer = self.names.answer(wire, tcp=tcp, askers=self._askers(netns))
         if isinstance(answer, Forward):
             self._forward(answer, netns, reply, tcp)
+        elif isinstance(answer, Refused):
+            self.denied("dns_name_denied", answer.name, netns)
+            reply(answer.reply)
         elif answer is not None:
             self.count("dns_answer")
             reply(answer)

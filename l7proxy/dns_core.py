@@ -4,10 +4,9 @@ are believed. Bytes in, bytes out; never raises on what a network sent.
 
 from __future__ import annotations
 
-import fnmatch
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
@@ -21,8 +20,15 @@ import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
+from dns.rdtypes.IN.A import A
+from dns.rdtypes.IN.AAAA import AAAA
+from dns.rdtypes.svcbbase import ParamKey, SVCBBase
 
-from mesh.model import Protocol, Service
+from mesh.matching import any_pattern
+from mesh.model import DnsForward, Protocol, Service
+
+# The confined proxy may not be able to read a file of the library any more (an installation below /root is enough)
+dns.rdata.load_all_types()  # type: ignore[no-untyped-call]  # the library types it not
 
 ZONE = "mesh"
 TTL_S = 60
@@ -48,32 +54,48 @@ class Forward:
     name: str
 
 
-Answer = bytes | Forward | None  # None: no query at all, say nothing
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not ours to answer, and not to be asked by these askers."""
+
+    reply: bytes
+    name: str
+
+
+Answer = bytes | Forward | Refused | None  # None: no query at all, say nothing
+Askers = tuple[str, ...]  # SPIFFE URIs of all that could have asked: more than one where a netns has several identities
 
 
 class Names:
-    """One configuration's names. ``services``: "web.shop" -> Service; ``forward``: patterns, ``*`` for all."""
+    """One configuration's names. ``services``: "web.shop" -> Service."""
 
-    def __init__(self, services: Mapping[str, Service], forward: tuple[str, ...] = ()) -> None:
+    def __init__(self, services: Mapping[str, Service], forward: tuple[DnsForward, ...] = ()) -> None:
         self._services = services
         self._namespaces = {service.namespace for service in services.values()}
-        self._forward = tuple(pattern.rstrip(".").lower() for pattern in forward)
-        self._cache: dict[tuple[bytes, bool], bytes] = {}
+        self._forward = [(tuple(name.rstrip(".").lower() for name in rule.names), rule.principals) for rule in forward]
+        self._cache: dict[tuple[bytes, bool, Askers], bytes | Refused] = {}  # of an answer no askers: it is anybody's
 
-    def answer(self, wire: bytes, *, tcp: bool = False) -> Answer:
+    def answer(self, wire: bytes, *, tcp: bool = False, askers: Askers = ()) -> Answer:
         """The reply to one query. Asking again costs a look-up."""
-        key = (wire[2:], tcp)
-        cached = self._cache.get(key)
-        if cached is not None:
+        cached = self._cache.get((wire[2:], tcp, ())) or self._cache.get((wire[2:], tcp, askers))
+        if isinstance(cached, bytes):
             return wire[:2] + cached
-        reply = self._answer(wire, tcp)
-        if isinstance(reply, bytes) and len(wire) <= QUERY_BYTES_MAX:
-            if len(self._cache) >= CACHE_ENTRIES_MAX:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[key] = reply[2:]
+        if cached is not None:
+            return Refused(wire[:2] + cached.reply, cached.name)
+        reply = self._answer(wire, tcp, askers)
+        if len(wire) <= QUERY_BYTES_MAX:
+            if isinstance(reply, bytes):
+                self._keep((wire[2:], tcp, ()), reply[2:])
+            elif isinstance(reply, Refused) and askers:
+                self._keep((wire[2:], tcp, askers), Refused(reply.reply[2:], reply.name))
         return reply
 
-    def _answer(self, wire: bytes, tcp: bool) -> Answer:
+    def _keep(self, key: tuple[bytes, bool, Askers], reply: bytes | Refused) -> None:
+        if len(self._cache) >= CACHE_ENTRIES_MAX:
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[key] = reply
+
+    def _answer(self, wire: bytes, tcp: bool, askers: Askers) -> Answer:
         if len(wire) < 12 or wire[2] & 0x80:  # too short for a head, or a response
             return None
         if len(wire) > QUERY_BYTES_MAX:
@@ -93,22 +115,25 @@ class Names:
                 return _wire(response, query, tcp)
             question = query.question[0]
             name = question.name
-            if question.rdclass == _IN and not name.is_subdomain(_ZONE) and (forward := self._forwarded(query, name)):
-                return forward
             if question.rdclass != _IN or not name.is_subdomain(_ZONE):
+                text = name.to_text(omit_final_dot=True).lower()
+                if question.rdclass == _IN and self._may_ask(text, askers):
+                    return Forward(query, text)
                 response.set_rcode(dns.rcode.REFUSED)
-                return _wire(response, query, tcp)
+                return Refused(_wire(response, query, tcp), text)
             response.flags |= dns.flags.AA
             self._fill(response, name, question.rdtype)
             return _wire(response, query, tcp)
         except (dns.exception.DNSException, ValueError):
             return _bare(wire, dns.rcode.SERVFAIL)
 
-    def _forwarded(self, query: dns.message.Message, name: dns.name.Name) -> Forward | None:
-        text = name.to_text(omit_final_dot=True).lower()
-        if any(fnmatch.fnmatchcase(text, pattern) for pattern in self._forward):
-            return Forward(query, text)
-        return None
+    def _may_ask(self, name: str, askers: Askers) -> bool:
+        """Whether everyone who could have asked may."""
+        rules = [principals for names, principals in self._forward if any_pattern(names, name)]
+        return all(
+            any(not principals or any_pattern(principals, asker.removeprefix("spiffe://")) for principals in rules)
+            for asker in askers or ("",)
+        )
 
     def _fill(self, response: dns.message.Message, name: dns.name.Name, rdtype: dns.rdatatype.RdataType) -> None:
         labels = [label.decode("latin-1").lower() for label in name.relativize(_ZONE).labels]
@@ -221,6 +246,16 @@ def outside(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+def _named(rdata: dns.rdata.Rdata) -> Iterable[str]:
+    """The addresses a record leads to, the hints of SVCB and HTTPS among them."""
+    if isinstance(rdata, A | AAAA):
+        yield rdata.address
+    elif isinstance(rdata, SVCBBase):
+        for key in (ParamKey.IPV4HINT, ParamKey.IPV6HINT):
+            if (hint := rdata.params.get(key)) is not None:
+                yield from hint.addresses
+
+
 def believe(asked: Asked, wire: bytes) -> tuple[bytes | None, str]:
     """(reply for the client, "") or (None, "") when this is not the answer, or (reply, counted reason) when it is refused."""
     try:
@@ -232,11 +267,10 @@ def believe(asked: Asked, wire: bytes) -> tuple[bytes | None, str]:
     question = message.question[0]
     if question.name.labels != asked.name.labels or question.rdtype != asked.rdtype:
         return None, ""
-    for section in (message.answer, message.additional):
+    for section in (message.answer, message.authority, message.additional):
         for rrset in section:
-            for rdata in rrset:
-                if rdata.rdtype in (dns.rdatatype.A, dns.rdatatype.AAAA) and not outside(rdata.address):
-                    return refused(asked.query, dns.rcode.REFUSED), "dns_rebinding"
+            if rrset.name.is_subdomain(_ZONE) or not all(outside(address) for rdata in rrset for address in _named(rdata)):
+                return refused(asked.query, dns.rcode.REFUSED), "dns_rebinding"
     if message.flags & dns.flags.TC and asked.tcp:
         return refused(asked.query, dns.rcode.SERVFAIL), "dns_truncated"
     own = asked.query.question[0].name

@@ -6,6 +6,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from l7proxy.accept import Acceptor
 from mesh import link
 
 if TYPE_CHECKING:
@@ -21,17 +22,18 @@ class LinkServer:
 
     def __init__(self, worker: Worker, listen: socket.socket) -> None:
         self.worker, self.listen = worker, listen
+        self._acceptor: Acceptor | None = None
         self.connection: socket.socket | None = None
         self.decoder = link.Decoder()
         self.unsent = bytearray()
         self.writing = False
 
     def start(self) -> None:
-        self.listen.setblocking(False)
-        self.worker.loop.add_reader(self.listen.fileno(), self._accept)
+        self._acceptor = Acceptor(self.worker, self.listen, "link", self._begin)
 
     def close(self) -> None:
-        self.worker.loop.remove_reader(self.listen.fileno())
+        if self._acceptor is not None:
+            self._acceptor.close()
         self._drop()
 
     def send(self, message: link.Message) -> None:
@@ -46,12 +48,7 @@ class LinkServer:
             self.writing = True
             self.worker.loop.call_soon(self._flush)
 
-    def _accept(self) -> None:
-        try:
-            connection, _ = self.listen.accept()
-        except (BlockingIOError, InterruptedError, ConnectionError):
-            return
-        connection.setblocking(False)
+    def _begin(self, connection: socket.socket, _address: str) -> None:
         if not self.worker.kernel.check_agent(connection):
             self.worker.log.warning("the link was dialled by another user than root; refused")
             connection.close()

@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     # Everything is imported before the fork: workers share its pages, and need less of the file system.
     import uvloop  # noqa: F401
 
-    from l7proxy import dns, inbound, tunnel, worker  # noqa: F401
+    from l7proxy import dns, inbound, tunnel_pool, worker  # noqa: F401
 
     try:
         uid, gid = user_ids(arguments.user)

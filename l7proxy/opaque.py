@@ -4,11 +4,13 @@ more in memory than the transports' marks: a side whose peer is slow is not read
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
+from l7proxy.budgeted import Budgeted
 from l7proxy.config import Endpoint
 from l7proxy.errors import REASONS
-from l7proxy.http1.cycle import NEVER
+from l7proxy.http1.exchange import NEVER
 from l7proxy.metrics import TcpSeries
 from l7proxy.scope import Scope
 from l7proxy.target import Caller, DialError
@@ -24,12 +26,13 @@ TRIES_MAX = 5
 EARLY_BYTES_MAX = 1 << 16  # from the client before the server is there
 
 
-class Relay(asyncio.Protocol):
+class Relay(Budgeted, asyncio.Protocol):
     """The client's side; `Far` is the server's. ``opened``: told once, with (200, "") or (status, reason)."""
 
     __slots__ = (
-        "caller", "clock", "closed", "deadline", "dialling", "early", "early_eof", "endpoint", "far", "health", "learner", "near",
-        "near_eof", "opened", "paused_near", "scope", "series", "source_netns", "tried", "worker",
+        "account", "caller", "clock", "closed", "deadline", "dialling", "early", "early_eof", "endpoint", "far", "health",
+        "holds", "late", "learner", "metered", "near", "near_eof", "opened", "paused_far", "paused_near", "scope", "series",
+        "sockets", "source_netns", "tried", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +48,11 @@ class Relay(asyncio.Protocol):
         self.worker, self.scope, self.caller, self.source_netns = worker, scope, caller, source_netns
         self.learner, self.opened = learner, opened
         self.clock = worker.clock
+        self.account = worker.budgets.of(caller.identity, caller.spiffe)
+        self.metered = not scope.inbound  # a tunnel is metered as a whole
+        self.sockets: int | None = None
+        self.holds = 0
+        self.late = False  # neither side is read until its identity's next turn
         self.near: asyncio.Transport = cast(asyncio.Transport, None)
         self.far: Far | None = None
         self.dialling: Dial | None = None
@@ -53,7 +61,8 @@ class Relay(asyncio.Protocol):
         self.series: TcpSeries | None = None
         self.tried: list[Endpoint] = []
         self.early = b""
-        self.early_eof = self.near_eof = self.closed = self.paused_near = False
+        self.early_eof = self.near_eof = self.closed = False
+        self.paused_near = self.paused_far = False  # not read, because the other side is full
         self.deadline = self.clock.now + scope.config.mesh.idle_timeout_s
 
     # ---- the client's transport
@@ -70,12 +79,45 @@ class Relay(asyncio.Protocol):
             if len(self.early) >= EARLY_BYTES_MAX and not self.paused_near:
                 self.paused_near = True
                 self.near.pause_reading()
+            self.count_held()
             return
+        started = perf_counter()
         if self.learner is not None:
             self.learner.client_data(data)
         self.deadline = self.clock.now + self.scope.config.mesh.idle_timeout_s
         self.series.sent += len(data)  # type: ignore[union-attr]  # set with far
         far.transport.write(data)
+        if self.metered:
+            self.spend(perf_counter() - started)
+
+    def spend(self, seconds: float) -> None:
+        """What moving bytes cost; when its turn is over, the relay stands still until the next."""
+        account = self.account
+        account.spent += seconds
+        if account.spent > account.limit and not self.late and account.over():
+            self.late = True
+            self.near.pause_reading()
+            if self.far is not None and not self.far.lost:
+                self.far.transport.pause_reading()
+            account.defer(self)
+
+    def proceed(self) -> None:
+        """Its identity's next turn."""
+        self.late = False
+        if not self.closed:
+            if not self.paused_near:
+                self.near.resume_reading()
+            if self.far is not None and not self.far.lost and not self.paused_far:
+                self.far.transport.resume_reading()
+
+    def count_held(self) -> None:
+        size = len(self.early)
+        far = self.far
+        if self.paused_far and not self.closed:
+            size += self.near.get_write_buffer_size()
+        if self.paused_near and far is not None and not far.lost:
+            size += far.transport.get_write_buffer_size()
+        self.hold(size)
 
     def eof_received(self) -> bool:
         self.near_eof = True
@@ -94,12 +136,16 @@ class Relay(asyncio.Protocol):
                 self.far.transport.close()
 
     def pause_writing(self) -> None:
+        self.paused_far = True
         if self.far is not None and not self.far.lost:
             self.far.transport.pause_reading()
+        self.count_held()
 
     def resume_writing(self) -> None:
-        if self.far is not None and not self.far.lost:
+        self.paused_far = False
+        if self.far is not None and not self.far.lost and not self.late:
             self.far.transport.resume_reading()
+        self.count_held()
 
     # ---- the server's side
 
@@ -139,6 +185,7 @@ class Relay(asyncio.Protocol):
             self.worker.connection_flow(self.scope, self.caller, self.endpoint, "denied", reason)
         self.worker.sessions.discard(self)
         self.closed = True
+        self.ended()
         if self.opened is not None:
             opened, self.opened = self.opened, None
             opened(status, reason)
@@ -181,14 +228,19 @@ class Relay(asyncio.Protocol):
             self.series.closed += 1
             self.health.outstanding -= 1
         self.closed = True
+        self.ended()
 
     # ---- from the worker
 
     def timeout(self) -> None:
         self.cut()
 
+    idle, endless = False, True
+
     def end(self) -> None:
-        """Draining: such a connection has no boundary to end at; it is cut when the time is over."""
+        """Draining: such a connection has no boundary to end at; it is cut when its time is over."""
+
+    end_idle = end
 
     def cut(self) -> None:
         """RST to both sides."""
@@ -228,7 +280,10 @@ class Far(asyncio.Protocol):
             relay.learner.server_data(data)
         relay.deadline = relay.clock.now + relay.scope.config.mesh.idle_timeout_s
         relay.series.received += len(data)  # type: ignore[union-attr]  # set with far
+        started = perf_counter()
         relay.near.write(data)
+        if relay.metered:
+            relay.spend(perf_counter() - started)
 
     def eof_received(self) -> bool:
         if not self.relay.closed and self.relay.near.can_write_eof():
@@ -245,10 +300,17 @@ class Far(asyncio.Protocol):
                 self.relay.near.close()
 
     def pause_writing(self) -> None:
-        self.relay.near.pause_reading()
+        relay = self.relay
+        relay.paused_near = True
+        relay.near.pause_reading()
+        relay.count_held()
 
     def resume_writing(self) -> None:
-        self.relay.near.resume_reading()
+        relay = self.relay
+        relay.paused_near = False
+        if not relay.late:
+            relay.near.resume_reading()
+        relay.count_held()
 
     def end(self) -> None:
         """The client sent FIN."""

@@ -121,7 +121,10 @@ class Scope:
             return _no_route(outcome)
         endpoint = self.worker.upstreams.choose(self.endpoints(outcome), tried, self.worker.clock.now)
         if endpoint is None:
-            return reply("connect_refused" if tried else "no_endpoints", f"{outcome.service.partition('/')[2]} has none.")
+            return reply(
+                "connect_refused" if tried else "no_endpoints",
+                "" if tried else f"service {outcome.service.partition('/')[2]} has no endpoint",
+            )
         return plan.candidates.get(endpoint) or self.candidate(plan, endpoint)
 
     def candidate(self, plan: Plan, endpoint: Endpoint) -> Candidate:
@@ -157,9 +160,9 @@ class Scope:
 def _canonical(head: RequestHead, fields: L7Fields) -> Reply | None:
     """Where a rule reads a path or a header, server and policy must read the same."""
     if fields.paths and head.path_fault:
-        return reply("path_not_canonical", f"Refused: {head.path_fault}.")
+        return reply("path_not_canonical", f"the path has a form that server and policy may read differently: {head.path_fault}")
     if fields.headers and not head.underscores.isdisjoint(fields.headers):
-        return reply("underscore_header", "Refused: a header a rule names, spelt with '_'.")
+        return reply("underscore_header")
     return None
 
 
@@ -168,4 +171,4 @@ def _no_route(found: NoRoute) -> Reply:
         return reply("no_route")
     if found.reason == "unknown_service":
         return reply("no_service")
-    return reply("no_backend", f"HTTPRoute {found.rule}: {found.reason}.")
+    return reply("no_backend", f"HTTPRoute {found.rule} leads to no backend: {found.reason}")

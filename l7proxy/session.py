@@ -7,10 +7,13 @@ import asyncio
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
+from l7proxy.budget import Account
+from l7proxy.budgeted import PARKED_S, Budgeted
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
 from l7proxy.http1.added import with_headers
-from l7proxy.http1.cycle import CLOSED, IDLE, RAW, Cycle
+from l7proxy.http1.cycle import Cycle
+from l7proxy.http1.exchange import CLOSED, IDLE, RAW
 from l7proxy.http1.head import RequestHead
 from l7proxy.scope import Candidate, Plan, Scope
 from l7proxy.target import Caller, DialError
@@ -22,15 +25,21 @@ if TYPE_CHECKING:
 TRIES_MAX = 5  # endpoints tried for one request
 
 
-class HttpSession(Cycle, asyncio.Protocol):
+class HttpSession(Cycle, Budgeted, asyncio.Protocol):
     """One client connection that carries HTTP. ``source_netns``: see `Target`."""
 
     __slots__ = (
+        "account",
         "caller",
         "candidate",
+        "holds",
+        "late",
+        "late_eof",
         "lost",
+        "metered",
         "plan",
         "scope",
+        "sockets",
         "source_netns",
         "started",
         "transport",
@@ -48,6 +57,12 @@ class HttpSession(Cycle, asyncio.Protocol):
         self.tried: list[Endpoint] = []
         self.started = 0.0
         self.lost = False
+        self.account = worker.budgets.of(caller.identity, caller.spiffe)
+        self.metered = not scope.inbound  # a tunnel is metered as a whole
+        self.sockets: int | None = None
+        self.holds = 0
+        self.late: bytes | None = None  # came when its identity's turn was over
+        self.late_eof = False
 
     # ---- the client's transport
 
@@ -55,33 +70,89 @@ class HttpSession(Cycle, asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.to_client = self.transport.write
         self.worker.sessions.add(self)
+        if self.worker.draining:
+            self.end()
 
-    data_received = Cycle.client_data
+    def data_received(self, data: bytes) -> None:
+        account = self.account
+        if self.metered:
+            if self.late is not None or (account.spent > account.limit and account.over()):
+                self._put_off(data)
+                return
+            started = perf_counter()
+            self.client_data(data)
+            account.spent += perf_counter() - started
+        else:
+            self.client_data(data)
+        if self.pending or self.holds:
+            self._count_held()
+
+    def _put_off(self, data: bytes) -> None:
+        if self.late is None:
+            self.late = data
+            self.transport.pause_reading()
+            self.account.defer(self)
+        else:
+            self.late += data
+        self._count_held()
+
+    def proceed(self) -> None:
+        """Its identity's next turn."""
+        data, self.late = self.late, None
+        if data is None or self.lost:
+            return
+        if not self.client_paused:
+            self.transport.resume_reading()
+        started = perf_counter()
+        self.client_data(data)
+        if self.late_eof:
+            self.late_eof = False
+            self.client_eof()
+        self.account.spent += perf_counter() - started
+        self._count_held()
+
+    def _count_held(self) -> None:
+        """Rarely: only a connection on which something waits."""
+        size = len(self.pending) + (len(self.late) if self.late is not None else 0)
+        if not self.lost and self.client_full:
+            size += self.transport.get_write_buffer_size()
+        if self.upstream is not None and self.client_paused and self.upstream.transport is not None:
+            size += self.upstream.transport.get_write_buffer_size()
+        self.hold(size)
 
     def eof_received(self) -> bool:
-        self.client_eof()
+        if self.late is not None:
+            self.late_eof = True
+        else:
+            self.client_eof()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
-        self.lost = True
+        self.lost, self.late = True, None
         self.worker.sessions.discard(self)
         self.client_lost()
+        self.ended()
 
     def pause_writing(self) -> None:
         self.client_blocked()
         if self.upstream is not None:
             self.upstream.pause()
+        self._count_held()
 
     def resume_writing(self) -> None:
         if self.upstream is not None:
             self.upstream.resume()
         self.client_drained()
+        self._count_held()
 
     # ---- commands
 
     def decide(self, head: RequestHead) -> None:
-        self.started = perf_counter()
-        worker = self.worker
+        now = self.started = perf_counter()
+        worker, account = self.worker, self.account
+        if not account.request(now) or account.overfull:
+            self._over_budget(account)
+            return
         scope = self.scope
         if scope.config is not worker.config:
             again = worker.rescope(scope)
@@ -102,6 +173,19 @@ class HttpSession(Cycle, asyncio.Protocol):
             candidate = picked
         self._go(candidate, head)
 
+    def _over_budget(self, account: Account) -> None:
+        """429, and what else this client has to say is not read for a moment."""
+        if account.overfull:
+            account.refuse("budget_bytes")
+        self.refuse(reply("budget_bytes" if account.overfull else "budget_requests", keep=not self.pending))
+        if not self.lost and self.rq == IDLE:
+            self.transport.pause_reading()
+            self.worker.loop.call_later(PARKED_S, self._unpark)
+
+    def _unpark(self) -> None:
+        if not self.lost and not self.client_paused and self.late is None:
+            self.transport.resume_reading()
+
     def again(self, head: RequestHead) -> None:
         if self.candidate is not None:
             self._go(self.candidate, head, fresh=True)
@@ -118,7 +202,8 @@ class HttpSession(Cycle, asyncio.Protocol):
         if connection is None:
             connection = self.worker.upstreams.open(pool, self.caller, self.source_netns, self)
             if connection is None:
-                self.refuse(reply("overloaded"))
+                over = self.account.descriptors >= self.account.budget.descriptors
+                self.refuse(reply(self.account.refuse("budget_descriptors") if over else "overloaded"))
                 return
             self.upstream = connection
             pool.health.outstanding += 1
@@ -192,7 +277,7 @@ class HttpSession(Cycle, asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_client(self) -> None:
-        if not self.lost:
+        if not self.lost and self.late is None:
             self.transport.resume_reading()
 
     def upstream_full(self) -> None:
@@ -200,10 +285,12 @@ class HttpSession(Cycle, asyncio.Protocol):
         if not self.client_paused:
             self.client_paused = True
             self.pause_client()
+        self._count_held()
 
     def upstream_drained(self) -> None:
         if self.client_paused:
             self._resume()
+        self._count_held()
 
     def finished(self, status: int, why: str) -> None:
         candidate = self.candidate
@@ -235,3 +322,13 @@ class HttpSession(Cycle, asyncio.Protocol):
                 self.refuse(denied(candidate.rule))
                 return
         self.cut()
+
+
+class HttpRefusal(HttpSession):
+    """A connection that came after the policy's lease: whatever it asks is refused."""
+
+    __slots__ = ()
+
+    def decide(self, head: RequestHead) -> None:  # noqa: ARG002  # the cycle's signature
+        self.started = perf_counter()
+        self.refuse(reply("lease_expired", keep=False))

@@ -11,7 +11,8 @@ from socket import socket
 from typing import Any, cast
 
 from l7proxy.channel import TlsChannel
-from l7proxy.hbone import CANCEL, ENHANCE_YOUR_CALM, Core, HboneError, Headers, Kind, Limits, Stream
+from l7proxy.hbone.core import Core
+from l7proxy.hbone.stream import CANCEL, ENHANCE_YOUR_CALM, Event, HboneError, Headers, Kind, Limits, Stream
 
 HELD_BYTES_MAX = 64 << 20  # of one tunnel, for readers that do not read
 LINGER_S = 60.0  # as the kernel's FIN_WAIT2
@@ -106,6 +107,8 @@ class StreamTransport(asyncio.Transport):
         self.core.end(self.stream)
         self.tunnel.arm()
         self.tunnel.closing.add(self)
+        if self.tunnel.lost:
+            self.tunnel.loop.call_soon(self.lose, None)
 
     def abort(self) -> None:
         if not self._lost:
@@ -285,18 +288,23 @@ class Tunnel:
             self.channel.abort(error)
             self.channel.pause()
             return
-        self.arm()
+        self._flush()
 
     def channel_data(self, data: memoryview) -> None:
         try:
-            events = self.core.receive(data)
+            self._happened(self.core.receive(data))
         except HboneError as error:
+            self._happened(error.events)
             last, _ = self.core.take()
             if last:
                 self.channel.send(last)
             self.channel.abort(error)
             self.channel.pause()
             return
+        if self.core.wants_write or not self.core.streams:
+            self.arm()
+
+    def _happened(self, events: list[Event]) -> None:
         for kind, stream, payload in events:
             if stream is None:  # GOAWAY
                 self.retired = True
@@ -317,8 +325,6 @@ class Tunnel:
                 self.on_request(stream, payload)
             elif kind is Kind.RESPONSE:
                 self.on_response(stream, payload)
-        if self.core.wants_write or not self.core.streams:
-            self.arm()
 
     def channel_drained(self) -> None:
         self._flush()

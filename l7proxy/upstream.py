@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from random import random
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from l7proxy.budget import Account
 from l7proxy.config import Endpoint
 from l7proxy.target import Caller, DialError, Target
 
@@ -61,9 +62,10 @@ class Health:
 class Pool:
     """Open connections of one caller to one endpoint."""
 
-    __slots__ = ("endpoint", "health", "idle", "key", "open", "retired")
+    __slots__ = ("account", "endpoint", "health", "idle", "key", "open", "retired")
 
-    def __init__(self, key: PoolKey, health: Health) -> None:
+    def __init__(self, key: PoolKey, health: Health, account: Account) -> None:
+        self.account = account
         self.key, self.endpoint, self.health = key, key[2], health
         self.idle: list[UpstreamConnection] = []
         self.open = 0
@@ -95,6 +97,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_since = 0.0
         self.counted = True
         pool.open += 1
+        pool.account.descriptors += 1
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.dial = None
@@ -178,6 +181,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.counted:
             self.counted = False
             self.pool.open -= 1
+            self.pool.account.descriptors -= 1
 
     def close(self) -> None:
         self.sink = None
@@ -198,7 +202,7 @@ class Upstreams:
         key = (caller.spiffe, caller.address, endpoint)
         found = self.pools.get(key)
         if found is None:
-            found = self.pools[key] = Pool(key, self.health_of(endpoint))
+            found = self.pools[key] = Pool(key, self.health_of(endpoint), self.worker.budgets.of(caller.identity, caller.spiffe))
         return found
 
     def health_of(self, endpoint: Endpoint) -> Health:
@@ -232,7 +236,8 @@ class Upstreams:
 
     def open(self, pool: Pool, caller: Caller, source_netns: int, sink: Sink) -> UpstreamConnection | None:
         """Dials; ``sink`` hears upstream_open or upstream_failed, never from within this call. None: too many are open."""
-        if pool.open >= OPEN_PER_POOL_MAX:
+        account = pool.account
+        if pool.open >= OPEN_PER_POOL_MAX or account.descriptors >= account.budget.descriptors:
             return None
         connection = UpstreamConnection(self, pool, sink)
         connection.dial = self.dial(pool.endpoint, caller, source_netns, connection, connection.failed, opaque=False)
@@ -252,7 +257,7 @@ class Upstreams:
         worker = self.worker
         workload = worker.config.workloads.get(endpoint.key)
         if workload is None:
-            return worker.loop.call_soon(failed, DialError("no_endpoints", f"{endpoint.key} is gone."))
+            return worker.loop.call_soon(failed, DialError("no_endpoints", f"{endpoint.key} is gone"))
         target = Target(workload, endpoint.address, endpoint.port, caller, source_netns, opaque)
         if not endpoint.local:
             return worker.dial_remote(target, protocol, failed)
@@ -270,7 +275,7 @@ class Upstreams:
         pool.idle.append(connection)
 
     def sweep(self, now: float) -> None:
-        """Once a second: closes what idles too long, forgets what is gone."""
+        """Once a second: closes what idles too long, forgets what is gone"""
         for key, pool in list(self.pools.items()):
             idle = pool.idle
             while idle and idle[0].idle_since < now - IDLE_S:
@@ -316,13 +321,14 @@ class LocalDial:
         except DialError as error:
             outcome = error
         except TimeoutError:
-            outcome = DialError("connect_timeout", f"{self._where()} did not answer.")
+            outcome = DialError("connect_timeout", f"{self._where()} did not answer")
         except ConnectionRefusedError:
-            outcome = DialError("connect_refused", f"{self._where()} refused.")
+            outcome = DialError("connect_refused", f"{self._where()} refused the connection")
         except PermissionError:
-            outcome = DialError("dial_denied", f"{self._where()} may not be dialled.")
+            over = self.worker.lease.over(self.worker.config.mesh.policy_lease_s)  # the kernel looks at the same clock
+            outcome = DialError("lease_expired") if over else DialError("dial_denied", f"{self._where()} may not be dialled")
         except OSError as error:
-            outcome = DialError("connect_reset", f"{self._where()}: {error.strerror or error}.")
+            outcome = DialError("connect_reset", f"{self._where()}: {error.strerror or error}")
         except asyncio.CancelledError:
             if sock is not None:
                 sock.close()
@@ -336,7 +342,7 @@ class LocalDial:
         key = f"Workload/{target.workload.namespace}/{target.workload.name}"
         local = worker.config.local.get(key)
         if local is None:
-            raise DialError("no_endpoints", f"{key} left this node.")
+            raise DialError("no_endpoints", f"{key} left this node")
         family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
         sock = worker.stock.take(local.netns, family)
         if sock is None:
@@ -344,7 +350,7 @@ class LocalDial:
             worker.stock.wait(local.netns, family, lambda found: _give(waiter, found), worker.config.mesh.connect_timeout_s)
             sock = await waiter
         if sock is None:
-            raise DialError("no_stock", f"No socket for {key}.", elsewhere=True)
+            raise DialError("no_stock", f"no socket for {key}", elsewhere=True)
         return sock
 
     def _where(self) -> str:

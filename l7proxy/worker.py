@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +17,15 @@ import structlog
 
 from l7proxy import capture
 from l7proxy.access_log import AccessLog
+from l7proxy.budget import Budgets
+from l7proxy.budget_metrics import BudgetCollector
 from l7proxy.config import Config, Destination, Endpoint
-from l7proxy.http1.cycle import Clock
+from l7proxy.drain import STOP_S, Drain
+from l7proxy.http1.exchange import Clock
 from l7proxy.http1.head import Heads
 from l7proxy.kernel import Kernel
 from l7proxy.learn import Learned
+from l7proxy.lease import Lease
 from l7proxy.linkserver import LinkServer
 from l7proxy.metrics import Metrics, known_reason
 from l7proxy.opaque import Relay
@@ -66,7 +69,7 @@ class Worker:
         self.kernel = kernel or Kernel()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # there is none before run()
         self.log = structlog.get_logger().bind(worker=index)
-        self.node = ""
+        self.node, self.lease = "", Lease()
         self.config = Config.empty()
         self.clock = Clock()
         self.clock.now = time.perf_counter()
@@ -77,15 +80,17 @@ class Worker:
         self.svids: dict[str, SvidEntry] = {}
         self.learned = Learned()
         self.sessions: set[HttpSession | Relay] = set()
-        self.by_identity: Counter[int] = Counter()
+        self.budgets = Budgets(lambda work: self.loop.call_soon(work))
         self.rng = random.Random()
         self.handlers: dict[str, Handler] = {"outbound": lambda listener, sock: capture.Capture(self, listener, sock)}
         self.listeners: dict[str, Closable] = {}
+        self._serve_to_the_end: set[str] = set()  # listeners that draining leaves open
         self.dial_remote: DialRemote = self._no_tunnel
         self.on_config: list[Callable[[Config, Config], None]] = []
         self.on_svid: list[Callable[[str], None]] = []
         self.on_sweep: list[Callable[[float], None]] = []
         self.on_drain: list[Callable[[float], None]] = []
+        self.busy: list[Callable[[], bool]] = []  # whether something still has bytes to send, asked while draining
         self.draining = False
         self.access: AccessLog | None = None
         self.flow_budget, self.denied_budget = FLOWS_ALLOWED_PER_S, FLOWS_DENIED_PER_S
@@ -93,6 +98,7 @@ class Worker:
         self._link = LinkServer(self, listen)
         self._stopped: asyncio.Event | None = None
         self._recheck: asyncio.Task[None] | None = None
+        self.metrics.register(BudgetCollector(self.budgets, lambda spiffe: self.config.label(spiffe)))
         self.metrics.gauge("pillion_proxy_sessions", "Open client connections", lambda: len(self.sessions))
         self.metrics.gauge("pillion_proxy_stock", "Client sockets at hand", lambda: sum(self.stock.counts().values()))
         self.metrics.gauge("pillion_proxy_revision", "Revision of the configuration", lambda: self.config.revision)
@@ -115,6 +121,7 @@ class Worker:
         for listener in self.listeners.values():
             listener.close()
         for session in list(self.sessions):
+            session.end_idle()
             session.cut()
         self.stock.sweep(frozenset())
         if self.access is not None:
@@ -122,28 +129,22 @@ class Worker:
 
     def stop(self) -> None:
         """Polite: what runs may end within a few seconds."""
-        self.drain(3.0)
+        self.drain(STOP_S)
 
     def drain(self, seconds: float) -> None:
-        """Takes nothing new, ends idle connections, cuts what is left after ``seconds``."""
+        """See `l7proxy.drain`."""
         if self.draining:
             return
         self.draining = True
-        for listener in self.listeners.values():
-            listener.close()
-        self.listeners.clear()
+        for name in self.listeners.keys() - self._serve_to_the_end:
+            self.listeners.pop(name).close()
         for hook in self.on_drain:
             hook(seconds)
-        for session in list(self.sessions):
-            session.end()
-        self._finish_drain(self.loop.time() + seconds)
+        Drain(self, seconds, self._drained)
 
-    def _finish_drain(self, deadline: float) -> None:
-        if not self.sessions or self.loop.time() >= deadline:
-            if self._stopped is not None:
-                self._stopped.set()
-        else:
-            self.loop.call_later(0.1, self._finish_drain, deadline)
+    def _drained(self) -> None:
+        if self._stopped is not None:
+            self._stopped.set()
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -157,7 +158,7 @@ class Worker:
         late = [session for session in self.sessions if session.deadline < now]
         for session in late:
             session.timeout()
-        self.by_identity = Counter(session.caller.identity for session in self.sessions)
+        self.budgets.sweep(self.config.spiffe_id.__contains__)
         self.upstreams.sweep(now)
         self.stock.sweep(frozenset(self.config.by_netns))
         for hook in self.on_sweep:
@@ -197,6 +198,7 @@ class Worker:
             self.node = message.node
             self.kernel.learn(message)
         elif isinstance(message, link.CloseListener):
+            self._serve_to_the_end.discard(message.id)
             if (listener := self.listeners.pop(message.id, None)) is not None:
                 listener.close()
         elif isinstance(message, link.DropSvid):
@@ -207,7 +209,7 @@ class Worker:
             self.send(link.Metrics(self.index, self.metrics.text()))
         elif isinstance(message, link.Drain):
             self.drain(message.seconds)
-        else:
+        elif not self.lease.hear(message):
             self.log.warning("the agent sent what it should not", message=type(message).__name__, descriptors=len(fds))
 
     def _svid(self, message: link.Svid, fd: int) -> None:
@@ -235,6 +237,8 @@ class Worker:
             os.close(fd)
             return
         sock.setblocking(False)
+        if message.kind.startswith("dns"):  # a datagram is served or lost: no reason to stop early
+            self._serve_to_the_end.add(message.id)
         old = self.listeners.get(message.id)
         self.listeners[message.id] = handler(message, sock)
         if old is not None:
@@ -254,6 +258,7 @@ class Worker:
         """From here on every decision is made on ``new``; what is open is decided anew when its generation differs."""
         old, self.config = self.config, new
         self._scopes.clear()
+        self.budgets.adopt(new.state)
         if new.mesh.access_log and self.access is None:
             self.access = AccessLog()
         self.learned.forget(new.services.keys() | new.workloads.keys())
@@ -299,12 +304,11 @@ class Worker:
     def serve_inbound(
         self, transport: asyncio.Transport, caller: Caller, workload_key: str, port: int, opened: Callable[[int, str], None]
     ) -> asyncio.Protocol:
-        """The destination's side of a stream whose authority and caller are checked; ``opened`` hears once the status
-        the stream is to be answered with, perhaps within this call."""
+        """See `capture.inbound`."""
         return capture.inbound(self, transport, caller, workload_key, port, opened)
 
-    def _no_tunnel(self, target: Target, _protocol: asyncio.Protocol, failed: Callable[[DialError], None]) -> Dial:
-        return self.loop.call_soon(failed, DialError("no_tunnel", f"Node {target.workload.node} is another.", elsewhere=True))
+    def _no_tunnel(self, _target: Target, _protocol: asyncio.Protocol, failed: Callable[[DialError], None]) -> Dial:
+        return self.loop.call_soon(failed, DialError("no_tunnel"))
 
     # ---- what is told
 
@@ -315,7 +319,7 @@ class Worker:
                 return
             self.flow_budget -= 1
         else:
-            if self.denied_budget <= 0:
+            if self.denied_budget <= 0 or not self.budgets.may_tell(fields.get("source", "")):
                 self.metrics.count("flows_dropped")
                 return
             self.denied_budget -= 1

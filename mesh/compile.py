@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from mesh import kinds
+from mesh.budget_kinds import BudgetsSpec
 from mesh.fields import APP_PROTOCOLS
 from mesh.identity import SpiffeId
 from mesh.kinds import Resource
 from mesh.model import (
     Action,
     Backend,
+    Budget,
+    BudgetChange,
     Config,
+    DnsForward,
     HeaderMatch,
     Identity,
+    IdentityBudget,
     Item,
     Operation,
     OutboundAllow,
@@ -141,6 +148,9 @@ def compile_state(resources: Iterable[Resource], allocations: Allocations) -> St
             items.append(_route(resource, allocations))
         elif isinstance(resource, kinds.AuthorizationPolicy):
             items.append(_policy(resource, config.root_namespace))
+        elif isinstance(resource, kinds.IdentityBudget):
+            principals = tuple(sorted(set(resource.spec.principals)))
+            items.append(IdentityBudget(resource.name, resource.namespace, _budget_change(resource.spec.budgets), principals))
     return {key_of(item): item for item in items}
 
 
@@ -166,7 +176,7 @@ def _config(resources: list[Resource], allocations: Allocations) -> Config:
         outbound=Action(spec.outbound),
         outbound_allow=tuple(OutboundAllow(item.cidr, tuple(sorted(set(item.ports)))) for item in spec.outbound_allow),
         dns_upstreams=tuple(spec.dns_upstreams),
-        dns_forward=tuple(name.lower() for name in spec.dns_forward),
+        dns_forward=tuple(_dns_forward(entry) for entry in spec.dns_forward),
         access_log=spec.access_log,
         head_bytes_max=spec.head_bytes_max,
         head_timeout_s=float(spec.head_timeout_seconds),
@@ -174,9 +184,34 @@ def _config(resources: list[Resource], allocations: Allocations) -> Config:
         request_timeout_s=float(spec.request_timeout_seconds),
         connect_timeout_s=float(spec.connect_timeout_seconds),
         leaf_ttl_s=float(spec.leaf_ttl_seconds),
+        policy_lease_s=float(spec.policy_lease_seconds),
         revoked=tuple(sorted(allocations.revoked)),
         root_namespace=spec.root_namespace,
+        budgets=_budget(spec.budgets),
     )
+
+
+def _dns_forward(entry: str | kinds.DnsForwardSpec) -> DnsForward:
+    if isinstance(entry, str):
+        return DnsForward((entry.lower(),))
+    return DnsForward(tuple(sorted({name.lower() for name in entry.names})), tuple(sorted(set(entry.principals))))
+
+
+def _budget_change(spec: BudgetsSpec) -> BudgetChange:
+    return BudgetChange(
+        connections=spec.connections,
+        streams=spec.streams,
+        bytes_in_flight=spec.bytes_in_flight,
+        descriptors=spec.descriptors,
+        requests_per_s=spec.requests_per_second,
+        handshakes_per_s=spec.handshakes_per_second,
+        worker_share=spec.worker_share,
+    )
+
+
+def _budget(spec: BudgetsSpec) -> Budget:
+    named = structs.asdict(_budget_change(spec))
+    return Budget(**{field: value for field, value in named.items() if value is not None})
 
 
 def protocol(port: kinds.ServicePortSpec) -> Protocol:

@@ -28,6 +28,7 @@ ID_MAX = (1 << 29) - 1  # of services and workloads, so that groups fit beside t
 GROUP_DIRECT, GROUP_V6, GROUP_UDP = 1 << 31, 1 << 30, 1 << 29
 BACKENDS_MAX = 65_535  # of one group; the slot is 16 bits
 _V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+NODE_NETNS = 0  # stands for the node's own, whose cookie the agent knows
 EGRESS_PORTS_MAX = 8  # of one range, as the kernel's entry has room for
 
 
@@ -103,7 +104,7 @@ class Egress:
 class Dial:
     """Where the proxy's sockets of a netns may connect to."""
 
-    netns: int  # cookie
+    netns: int  # cookie, or NODE_NETNS
     address: str
     port: int
 
@@ -315,10 +316,9 @@ class _Planner:
                         for address in workload.addresses:
                             yield Dial(netns, address, PORT_HBONE)
                         break
-        for upstream in self.config.dns_upstreams:
+        for upstream in self.config.dns_upstreams if sources else ():  # of the node's netns alone: workloads have no way there
             resolver, _, dns_port = upstream.rpartition(":")
-            for netns in sources:
-                yield Dial(netns, resolver.strip("[]"), int(dns_port))
+            yield Dial(NODE_NETNS, resolver.strip("[]"), int(dns_port))
 
 
 def kernel_may(policies: PolicySet, routes: RouteTable, service_key: str, port: ServicePort, endpoints: Iterable[str]) -> bool:

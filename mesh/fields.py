@@ -13,6 +13,7 @@ from mesh.matching import check_regex
 
 LABELS_MAX = 64
 TEXT_CHARS_MAX = 1024
+LEASE_S_MIN, LEASE_S_MAX = 3.0, 7 * 86400.0
 
 APP_PROTOCOLS = {  # to what the mesh does with it
     name: name if name == "http" else "tcp"
@@ -149,6 +150,12 @@ def _grant(value: str) -> str:
     return value
 
 
+def _lease(value: float) -> float:
+    if value and value < LEASE_S_MIN:
+        raise fault(f"a lease of {value:g} s ends between two words of the controller", f"write 0 or at least {LEASE_S_MIN:g}")
+    return value
+
+
 Text = Annotated[str, Field(max_length=TEXT_CHARS_MAX)]
 Label = Annotated[Text, AfterValidator(label)]
 ResourceName = Annotated[str, Field(max_length=253), AfterValidator(_resource_name)]
@@ -167,6 +174,7 @@ Grant = Annotated[Text, AfterValidator(_grant)]
 Labels = Annotated[dict[Text, Text], Field(max_length=LABELS_MAX)]
 Decision = Literal["ALLOW", "DENY"]
 TrustDomain = Annotated[Text, AfterValidator(_trust_domain)]
+LeaseSeconds = Annotated[float, Field(ge=0, le=LEASE_S_MAX, allow_inf_nan=False), AfterValidator(_lease)]  # 0: no limit
 
 
 def regex(pattern: str) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from mesh.budget_kinds import BudgetsSpec, IdentityBudget
 from mesh.fields import (
     APP_PROTOCOLS,
     Address,
@@ -21,20 +21,33 @@ from mesh.fields import (
     HostPattern,
     Label,
     Labels,
+    LeaseSeconds,
     Method,
     PathPattern,
     Pattern,
     Port,
     PortText,
     Principal,
-    ResourceName,
     Text,
     TrustDomain,
     fault,
-    label,
     regex,
     seconds,
 )
+from mesh.resource import Model, Resource
+
+__all__ = [
+    "KINDS",
+    "AuthorizationPolicy",
+    "HTTPRoute",
+    "IdentityBudget",
+    "MeshConfig",
+    "NodeGrant",
+    "PeerAuthentication",
+    "Resource",
+    "Service",
+    "Workload",
+]
 
 ENTRIES_MAX = 256  # of any list in a resource, unless its field says otherwise
 NODE_GRANTS_MAX = 4096
@@ -46,49 +59,6 @@ ADD_HEADERS_ANNOTATION = "mesh.pillion.dev/add-headers"
 ADDABLE_HEADERS = ("x-forwarded-client-cert", "x-request-id", "traceparent")
 RESERVED_PORTS = (15001, 15008, 15053)
 PILLION_V1 = "mesh.pillion.dev/v1alpha1"
-
-
-class Model(BaseModel):
-    """Strict: no coercion, nothing unknown, no change after reading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel)
-
-
-class Metadata(Model):
-    name: ResourceName
-    namespace: Label | None = None
-    labels: Labels = {}
-    annotations: Labels = {}
-
-
-class Resource(Model):
-    """Any resource. ``kind`` and ``api_version`` are fields of each."""
-
-    cluster_wide: ClassVar[bool] = False
-    metadata: Metadata
-
-    @property
-    def name(self) -> str:
-        return self.metadata.name
-
-    @property
-    def namespace(self) -> str:
-        """ "default" where none is written; empty for what is cluster-wide."""
-        return "" if self.cluster_wide else self.metadata.namespace or "default"
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """(kind, namespace, name)."""
-        kind: str = self.kind  # type: ignore[attr-defined]  # a Literal in every subclass
-        return kind, self.namespace, self.name
-
-    @model_validator(mode="after")
-    def _scope(self) -> Resource:
-        if self.cluster_wide and self.metadata.namespace is not None:
-            raise fault(f"{self.key[0]} belongs to no namespace", "remove metadata.namespace")
-        if not self.cluster_wide:
-            label(self.name)
-        return self
 
 
 class Selector(Model):
@@ -362,6 +332,20 @@ class OutboundAllowSpec(Model):
     ports: Annotated[list[Port], Field(max_length=EGRESS_PORTS_MAX)] = []
 
 
+class DnsForwardSpec(Model):
+    """Names that identities may ask for outside the mesh; no principals: all identities."""
+
+    names: Annotated[list[Pattern], Field(min_length=1, max_length=ENTRIES_MAX)]
+    principals: Annotated[list[Principal], Field(max_length=ENTRIES_MAX)] = []
+
+
+# A pattern alone is for all identities. Told apart by type, so that an error is one error
+DnsForwardEntry = Annotated[
+    Annotated[Pattern, Tag("name")] | Annotated[DnsForwardSpec, Tag("rule")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "rule"),
+]
+
+
 class MeshConfigSpec(Model):
     trust_domain: TrustDomain | None = None
     root_namespace: Label = "pillion-system"
@@ -369,7 +353,7 @@ class MeshConfigSpec(Model):
     outbound: Decision = "DENY"
     outbound_allow: Annotated[list[OutboundAllowSpec], Field(max_length=OUTBOUND_MAX)] = []
     dns_upstreams: Annotated[list[Endpoint], Field(max_length=8)] = []
-    dns_forward: Annotated[list[Pattern], Field(max_length=ENTRIES_MAX)] = []
+    dns_forward: Annotated[list[DnsForwardEntry], Field(max_length=ENTRIES_MAX)] = []
     access_log: bool = False
     head_bytes_max: Annotated[int, Field(ge=1024, le=1 << 20)] = 32768
     head_timeout_seconds: Annotated[float, seconds(0.1, 600)] = 10.0
@@ -377,6 +361,8 @@ class MeshConfigSpec(Model):
     request_timeout_seconds: Annotated[float, seconds(0.1, 86400)] = 15.0
     connect_timeout_seconds: Annotated[float, seconds(0.1, 60)] = 5.0
     leaf_ttl_seconds: Annotated[float, seconds(10, 30 * 86400)] = 86400.0
+    policy_lease_seconds: LeaseSeconds = 0.0
+    budgets: BudgetsSpec = BudgetsSpec()
 
 
 class MeshConfig(Resource):
@@ -393,5 +379,6 @@ class MeshConfig(Resource):
 
 
 KINDS: dict[str, type[Resource]] = {
-    kind.__name__: kind for kind in (Service, Workload, NodeGrant, HTTPRoute, AuthorizationPolicy, PeerAuthentication, MeshConfig)
+    kind.__name__: kind
+    for kind in (Service, Workload, NodeGrant, HTTPRoute, AuthorizationPolicy, PeerAuthentication, IdentityBudget, MeshConfig)
 }

@@ -88,6 +88,12 @@ class DropSvid(Base, frozen=True, tag="drop-svid"):
     spiffe: str
 
 
+class Lease(Base, frozen=True, tag="lease"):
+    """Until when (CLOCK_BOOTTIME, ns) the policy lets new connections in, where `Config.policy_lease_s` sets a limit."""
+
+    until_ns: int
+
+
 class Scrape(Base, frozen=True, tag="scrape"):
     """Asks for Metrics."""
 
@@ -132,7 +138,7 @@ class Flow(Base, frozen=True, tag="flow"):
 
     time: float  # unix seconds
     verdict: str  # allowed | denied | audited
-    reason: str  # rule ("shop/web-allow#0") or the counted drop reason
+    reason: str  # of a denial the counted one; of what was allowed or audited, the rule that did
     source: str = ""  # spiffe or "unknown"
     destination: str = ""  # workload or service item key
     source_address: str = ""
@@ -145,15 +151,21 @@ class Flow(Base, frozen=True, tag="flow"):
     revision: int = 0
     direction: str = ""  # outbound | inbound
     node: str = ""
+    rule: str = ""  # "shop/web-allow#0", where one decided
 
 
 Message = (
-    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Scrape | Drain
+    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Scrape | Drain
     | Ready | Ack | Nack | NeedStock | Metrics | Flow
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+
+
+def host_port(address: str, port: int) -> str:
+    """As flows and errors write it: ``10.0.0.1:80`` or ``[fd77::1]:80``."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class LinkError(ValueError):
@@ -183,20 +195,25 @@ class Decoder:
         while len(self._buffer) >= _HEADER.size:
             length, nfds = _HEADER.unpack_from(self._buffer)
             if length > FRAME_BYTES_MAX or nfds > FRAME_FDS_MAX:
-                raise LinkError(f"frame header asks for {length} bytes and {nfds} descriptors")
+                raise self._broken(out, f"frame header asks for {length} bytes and {nfds} descriptors")
             end = _HEADER.size + length
             if len(self._buffer) < end:
                 break
             if len(self._fds) < nfds:
-                raise LinkError("descriptors are missing")
+                raise self._broken(out, "descriptors are missing")
             try:
                 message = _decoder.decode(memoryview(self._buffer)[_HEADER.size : end])
-            except msgspec.MsgspecError as error:
-                raise LinkError(f"not a message: {error}") from error
+            except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+                raise self._broken(out, f"not a message: {error}") from error
             del self._buffer[:end]
             out.append((message, self._fds[:nfds]))
             del self._fds[:nfds]
         return out
+
+    def _broken(self, out: list[tuple[Message, list[int]]], why: str) -> LinkError:
+        """Messages of the same read go with the link: their descriptors are for `take_fds`."""
+        self._fds[:0] = [fd for _, fds in out for fd in fds]
+        return LinkError(why)
 
     def take_fds(self) -> list[int]:
         """Descriptors not handed out; the caller closes them."""

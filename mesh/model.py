@@ -171,6 +171,46 @@ class OutboundAllow(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkn
     ports: tuple[int, ...] = ()  # empty: all
 
 
+class DnsForward(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Names outside the mesh that may be asked upstream, and by whom."""
+
+    names: tuple[str, ...]  # patterns, lower case, ``*`` for all
+    principals: tuple[str, ...] = ()  # patterns without ``spiffe://``; none: all
+
+
+class Budget(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What one identity may take of one worker of a node's proxy. The defaults fit a node of 2 CPUs and 4 GiB."""
+
+    connections: int = 4096  # open, captured or through a tunnel
+    streams: int = 8192  # HBONE streams open here
+    bytes_in_flight: int = 64 << 20  # held for ends that do not read, and unfinished heads
+    descriptors: int = 12288  # sockets: its own, to servers, to other nodes
+    requests_per_s: int = 50_000  # HTTP requests, opaque connections and streams; bursts of a second's worth
+    handshakes_per_s: int = 500  # TLS, from its addresses
+    worker_share: float = 0.5  # of a turn of the worker, while others wait
+
+
+class BudgetChange(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Fields of `Budget` that are not the mesh's."""
+
+    connections: int | None = None
+    streams: int | None = None
+    bytes_in_flight: int | None = None
+    descriptors: int | None = None
+    requests_per_s: int | None = None
+    handshakes_per_s: int | None = None
+    worker_share: float | None = None
+
+
+class IdentityBudget(Base, frozen=True, tag="IdentityBudget"):
+    """key ``IdentityBudget/<ns>/<name>``: other budgets for identities of its namespace, in the root namespace of any."""
+
+    name: str
+    namespace: str
+    budgets: BudgetChange
+    principals: tuple[str, ...] = ()  # patterns without ``spiffe://``; none: all
+
+
 class Config(Base, frozen=True, tag="Config"):
     """key ``Config//mesh``"""
 
@@ -180,7 +220,7 @@ class Config(Base, frozen=True, tag="Config"):
     outbound: Action = Action.DENY  # for destinations outside the mesh
     outbound_allow: tuple[OutboundAllow, ...] = ()
     dns_upstreams: tuple[str, ...] = ()  # ip:port; empty: the mesh's names only
-    dns_forward: tuple[str, ...] = ()  # name patterns that may be forwarded, ``*`` for all
+    dns_forward: tuple[DnsForward, ...] = ()
     access_log: bool = False
     head_bytes_max: int = 32768
     head_timeout_s: float = 10.0
@@ -188,11 +228,13 @@ class Config(Base, frozen=True, tag="Config"):
     request_timeout_s: float = 15.0
     connect_timeout_s: float = 5.0
     leaf_ttl_s: float = 86400.0
+    policy_lease_s: float = 0.0  # past it without a word of the controller nothing new is let in; 0: no limit
     revoked: tuple[str, ...] = ()  # serials (hex) and, as ``node:<name>``, nodes that are cut
     root_namespace: str = "pillion-system"
+    budgets: Budget = Budget()
 
 
-Item = Identity | Service | Workload | Policy | Route | Config
+Item = Identity | Service | Workload | Policy | Route | IdentityBudget | Config
 State = dict[str, Item]
 
 CONFIG_KEY = "Config//mesh"

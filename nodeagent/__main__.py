@@ -54,12 +54,6 @@ def parser() -> argparse.ArgumentParser:
     add("--bpf-dir", type=_absolute, help="bpffs for pins (default RUN_DIR/bpf)")
     add("--proxy-dir", type=_absolute, help="where the proxy's workers listen (default RUN_DIR/proxy)")
     add("--workloads", type=_absolute, help="YAML file of this node's workloads; watched")
-    add(
-        "--policy-lease-s",
-        type=float,
-        default=0.0,
-        help="deny new connections when the controller is silent for longer; 0: never",
-    )
     add("--fake-datapath", action="store_true", help="no kernel: everything but enforcement, to try things out")
     return options
 
@@ -86,7 +80,6 @@ async def _run(arguments: argparse.Namespace) -> None:
             workloads=arguments.workloads,
             join_token_file=arguments.join_token_file,
             controllers=tuple(arguments.controller),
-            policy_lease_s=arguments.policy_lease_s,
         ),
         _datapath(arguments),
     )

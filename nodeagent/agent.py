@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import structlog
 
 from mesh import link, snapshot
+from mesh.model import CONFIG_KEY, Config
 from nodeagent import reconcile_events as ev
 from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.flows import FlowRing
 from nodeagent.kernel_work import KernelWork, Result, frames
+from nodeagent.lease import Lease
 from nodeagent.local_workloads import LocalWorkloads
 from nodeagent.membership import Membership
 from nodeagent.options import Options
@@ -50,6 +52,7 @@ class Agent:
         self.svids = Svids(SvidDirectory(options.state_dir / "svids"), self.membership.sign, self._svid_held, self._svid_gone)
         self.fleet = ProxyFleet(options.proxy_dir, self._hello, self)
         self.load_error = ""
+        self.lease = Lease()
         self._datapath = datapath
         self._work = KernelWork(datapath, options.node, options.cgroup)
         self._store = StateStore(options.state_dir)
@@ -58,10 +61,10 @@ class Agent:
         self._handling = False
         self._loaded = False
         self._stocking = 0
+        self._leased_ns = -1
         self._waiters: set[asyncio.Event] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
-        self._state_age_at = 0.0  # unix seconds of the restored state
         self._execute: dict[type, Callable[[Any], None]] = {
             ev.Send: lambda command: self.membership.send(command.message),
             ev.Reconnect: lambda _: self.membership.reconnect(),
@@ -71,7 +74,7 @@ class Agent:
             ev.EndDenied: lambda command: self._spawn(self._end_denied(command)),
             ev.Persist: lambda command: self._spawn(self._persist(command)),
             ev.Repair: lambda _: self._spawn(self._repair()),
-            ev.UpdateWorker: lambda command: self.fleet.update(command.worker, command.update),
+            ev.UpdateWorker: self._update_worker,
             ev.EquipWorker: lambda command: self.fleet.equip(command.worker),
             ev.DropWorker: self._do_drop,
             ev.WantSvids: lambda command: self.svids.want(command.spiffes),
@@ -121,7 +124,8 @@ class Agent:
             log.error("state_refused", path=str(self._store.path), reason=str(error), remedy="the controller sends it again")
             return
         if found is not None:
-            state, generation, self._state_age_at = found
+            state, generation, written = found
+            self.lease.restored(written)
             log.info("state_restored", revision=state.revision, items=len(state.state))
             self._events.append(ev.Restored(state, generation))
 
@@ -129,6 +133,7 @@ class Agent:
         while True:
             try:
                 programs = await self._in_kernel_thread(self._work.start)
+                self.lease.granted(await self._in_kernel_thread(self._work.leased_until_ns))
                 break
             except Exception as error:  # an older kernel, another Pillion's pins, no privilege: told until it is mended
                 self.load_error = str(error) or type(error).__name__
@@ -151,19 +156,26 @@ class Agent:
             for key in self.workloads.ended():
                 await self.remove_workload(key)
             self.post(ev.Tick())
-            self._extend_lease()
+            self._renew_lease()
             await asyncio.sleep(TICK_S)
 
-    def _extend_lease(self) -> None:
-        lease, age = self.options.policy_lease_s, self.policy_age_s()
-        if lease and self.core.programs and age is not None and age < lease:
-            self._datapath.extend_lease(lease - age)
+    def _renew_lease(self) -> None:
+        """The kernel and every worker may let in new connections for as long as the policy is not too old."""
+        if not self.core.kernel_error:
+            self.lease.heard(self.membership.heard_at)
+        config = self.core.enforced.state.get(CONFIG_KEY)
+        if not self.core.programs or not isinstance(config, Config):
+            return
+        until = self.lease.until_ns(config.policy_lease_s)
+        self.fleet.lease(until)
+        if until != self._leased_ns:
+            self._leased_ns = until
+            self._spawn(self._in_kernel_thread(self._work.lease, until))
 
-    def policy_age_s(self) -> float | None:
-        """Seconds since the controller was last heard; None: there is no policy."""
-        if self.membership.heard_at:
-            return time.monotonic() - self.membership.heard_at
-        return max(0.0, time.time() - self._state_age_at) if self._state_age_at else None
+    def lease_s(self) -> float:
+        """The operator's limit in force; 0: none."""
+        config = self.core.enforced.state.get(CONFIG_KEY)
+        return config.policy_lease_s if isinstance(config, Config) else 0.0
 
     # ---- events and commands
 
@@ -234,6 +246,7 @@ class Agent:
             self.post(ev.KernelFailed(order.token, str(error) or type(error).__name__))
             return
         self.fleet.listeners, self.fleet.netns = frames(result.listeners), result.families
+        self.fleet.forward = result.forward
         log.info(
             "applied",
             revision=order.revision,
@@ -274,6 +287,10 @@ class Agent:
         if repaired:
             log.warning("maps_repaired", entries=repaired)
         self.post(ev.Observed(digest, repaired))
+
+    def _update_worker(self, command: ev.UpdateWorker) -> None:
+        self._renew_lease()  # a state that sets a limit must not find a worker without a lease
+        self.fleet.update(command.worker, command.update)
 
     def _do_drop(self, command: ev.DropWorker) -> None:
         log.warning("worker_dropped", worker=command.worker, reason=command.reason)

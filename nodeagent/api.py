@@ -3,6 +3,7 @@ and go here, and a POST answers when the workload is enforced and served, not be
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -19,9 +20,15 @@ from nodeagent.agent import Agent
 from nodeagent.exposition import merge
 from nodeagent.flows import RING_FLOWS_MAX, TooManyFollowers
 from nodeagent.reconcile import Reconciler
+from nodeagent.top import top
 from nodeagent.workloads import WorkloadsError, check
 
 BODY_BYTES_MAX = 256 << 10
+HEAD_BYTES_MAX, HEAD_FIELDS_MAX = 8190, 64
+IDLE_TIMEOUT_S = 15.0  # also of a head that does not end
+BODY_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 30.0  # of a reader of flows that does not read
+CONNECTIONS_MAX = 128
 ENFORCED_S = 15.0  # how long a POST waits
 FLOWS_DEFAULT = 100
 PROTOCOL_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -50,8 +57,10 @@ class LocalApi:
             [
                 web.get("/v1/status", self.status),
                 web.get("/v1/ready", self.ready),
+                web.get("/v1/state", self.state),
                 web.get("/v1/flows", self.flows),
                 web.get("/metrics", self.metrics),
+                web.get("/v1/top", self.top),
                 web.post("/v1/workloads", self.add),
                 web.delete("/v1/workloads/{namespace}/{name}", self.remove),
                 web.post("/v1/rotate", self.rotate),
@@ -63,7 +72,7 @@ class LocalApi:
 
     async def status(self, _: web.Request) -> web.Response:
         agent, core = self._agent, self._agent.core
-        age = agent.policy_age_s()
+        age = agent.lease.age_s()
         workloads = []
         for key, placed in sorted(core.roster.placed.items()):
             spec = placed.spec
@@ -94,6 +103,7 @@ class LocalApi:
                 "detail": _detail(agent),
                 "generation": core.generation,
                 "policy_age_s": None if age is None else round(age, 3),
+                "policy_lease_s": agent.lease_s(),
                 "controller": {
                     "connected": core.connected,
                     "error": agent.membership.error,
@@ -122,6 +132,11 @@ class LocalApi:
         readiness = self._agent.core.readiness
         return _json({"ready": readiness.ready, "detail": _detail(self._agent)}, 200 if readiness.ready else 503)
 
+    async def state(self, _: web.Request) -> web.Response:
+        """What is enforced here, item by item."""
+        enforced = self._agent.core.enforced
+        return _json({"revision": enforced.revision, "items": enforced.state})
+
     async def flows(self, request: web.Request) -> web.StreamResponse:
         try:
             limit = min(max(int(request.query.get("limit", FLOWS_DEFAULT)), 0), RING_FLOWS_MAX)
@@ -137,13 +152,17 @@ class LocalApi:
             first = True
             await response.prepare(request)
             async for flow in follower:
-                await response.write(msgspec.json.encode(flow) + b"\n")
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await response.write(msgspec.json.encode(flow) + b"\n")
                 first = False
         except TooManyFollowers as error:
             if first:
                 await response.write(msgspec.json.encode({"error": str(error)}) + b"\n")
         except ConnectionError:
             pass  # the reader left
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()  # it would not read a polite end either
         finally:
             await follower.aclose()  # type: ignore[attr-defined]  # an async generator
         return response
@@ -159,13 +178,17 @@ class LocalApi:
         )
         return web.Response(body=text.encode(), headers={"Content-Type": PROTOCOL_TEXT})
 
+    async def top(self, _: web.Request) -> web.Response:
+        return _json(top(self._agent.options.node, await self._agent.worker_metrics()))
+
     # ---- changes
 
     async def add(self, request: web.Request) -> web.Response:
         """`pillion run`: registered, enforced and served when this answers 201."""
         agent, core = self._agent, self._agent.core
         try:
-            body = msgspec.json.decode(await request.read())
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = msgspec.json.decode(await request.read())
             if isinstance(body, dict) and (body.get("netns") or body.get("addresses")):
                 raise WorkloadsError("a workload of the API lives in the node's netns and has its addresses; leave netns out")
             spec = check(
@@ -178,6 +201,8 @@ class LocalApi:
             if not Path(spec.cgroup).is_dir():
                 raise WorkloadsError(f"cgroup {spec.cgroup} does not exist; make it first")
             await agent.add_workload(spec)
+        except TimeoutError:
+            return _problem(408, "body_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s")
         except msgspec.MsgspecError as error:
             return _problem(400, "bad_request", f"body: {error}")
         except WorkloadsError as error:
@@ -271,13 +296,14 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
         flows = CounterMetricFamily("pillion_agent_flows", "Flows seen, by verdict.", labels=["verdict"])
         for verdict, value in sorted(agent.ring.seen.items()):
             flows.add_metric([verdict], value)
-        age = agent.policy_age_s()
+        age = agent.lease.age_s()
         gauges = {
             "pillion_agent_ready": (int(core.readiness.ready), "1 when the node enforces and serves everything it should."),
             "pillion_agent_revision": (core.applied.revision if core.applied else 0, "The revision in force."),
             "pillion_agent_generation": (core.generation, "Bumped when decisions about open connections may change."),
             "pillion_agent_controller_connected": (int(core.connected), "1 while a stream is open."),
             "pillion_agent_policy_age_seconds": (-1 if age is None else age, "Since the controller was last heard; -1: never."),
+            "pillion_agent_policy_lease_seconds": (agent.lease_s(), "Past this age nothing new is let in; 0: no limit."),
             "pillion_agent_workloads": (len(core.enrolled), "Workloads enforced."),
             "pillion_agent_workers": (len(core.workers.views), "Proxy workers connected."),
         }
@@ -289,14 +315,45 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
         ]
 
 
+class _Site(web.UnixSite):
+    """A connection past the limit is closed at once."""
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        server = self._runner.server
+        if server is None:
+            raise RuntimeError("aiohttp made no server")
+
+        def protocol() -> asyncio.Protocol:
+            return server() if len(server.connections) < CONNECTIONS_MAX else _Turned()
+
+        self._server = await asyncio.get_running_loop().create_unix_server(protocol, self._path, backlog=self._backlog)
+
+
+class _Turned(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
 async def serve(agent: Agent, path: Path) -> web.AppRunner:
     """Listen on ``path`` (0600). A socket left by a former agent is replaced. Raises OSError."""
-    runner = web.AppRunner(LocalApi(agent).application(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        LocalApi(agent).application(),
+        access_log=None,
+        handle_signals=False,
+        shutdown_timeout=1.0,
+        keepalive_timeout=IDLE_TIMEOUT_S,
+        lingering_time=1.0,
+        max_line_size=HEAD_BYTES_MAX,
+        max_field_size=HEAD_BYTES_MAX,
+        max_headers=HEAD_FIELDS_MAX,
+        auto_decompress=False,
+    )
     await runner.setup()
     path.unlink(missing_ok=True)
     before = os.umask(0o177)
     try:
-        await web.UnixSite(runner, str(path)).start()
+        await _Site(runner, str(path)).start()
     finally:
         os.umask(before)
     return runner

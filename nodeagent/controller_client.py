@@ -18,6 +18,7 @@ import aiohttp
 import structlog
 
 from mesh import snapshot
+from nodeagent.lease import boot_s
 from nodeagent.svid import SignRefused
 from nodeagent.workloads import Spec
 
@@ -88,7 +89,7 @@ class ControllerClient:
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
         self._outbox: asyncio.Queue[bytes] | None = None
         self._socket: aiohttp.ClientWebSocketResponse | None = None
-        self.heard_at = 0.0  # monotonic; 0: never
+        self.heard_at = 0.0  # `lease.boot_s`; 0: never
         self.last_error = ""
         self.reconnects = 0
 
@@ -228,7 +229,7 @@ class ControllerClient:
             )
         try:
             self._socket, self._outbox = socket, asyncio.Queue(SENT_MAX)
-            self.heard_at, self.last_error = time.monotonic(), ""
+            self.heard_at, self.last_error = boot_s(), ""
             sender = asyncio.create_task(self._send_all(socket, self._outbox))
             log.info("controller_connected", url=url, resume=revision)
             on_up()
@@ -256,7 +257,7 @@ class ControllerClient:
                 frame = await socket.receive()
             if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                 return  # closed, or broken beyond repair
-            self.heard_at = time.monotonic()
+            self.heard_at = boot_s()
             message: snapshot.ServerMessage | snapshot.SnapshotError
             try:
                 message = snapshot.decode_server(frame.data)

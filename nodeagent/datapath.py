@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_network
 from typing import NamedTuple
 
-from mesh.dataplane import DestKind, KernelVerdict, NodePlan, PolicyKey
+from mesh.dataplane import NODE_NETNS, DestKind, KernelVerdict, NodePlan, PolicyKey
 from nodeagent.datapath_api import MapFull, Member, Role
 from nodeagent.layouts import Layouts, address
 
@@ -53,14 +53,15 @@ class Codec:
         self._open_dest = {enums["PL_DEST_DENY"]: 1, enums["PL_DEST_PROXY"]: 2, enums["PL_DEST_NATIVE"]: 3}
         self._open_policy = {enums["PL_DENY"]: 1, enums["PL_L7"]: 2, enums["PL_ALLOW"]: 3}
 
-    def fill(self, plan: NodePlan) -> Contents:
-        """What the planned maps must hold. Raises ValueError for an address or range that is none."""
+    def fill(self, plan: NodePlan, host_netns: int = 0) -> Contents:
+        """What the planned maps must hold. ``host_netns``: cookie of the node's own. Raises ValueError for an address or
+        range that is none."""
         return {
             "dests": dict(self._dests(plan)),
             "backends": dict(self._backends(plan)),
             "policy": dict(self._policy(plan)),
             "egress": dict(self._egress(plan)),
-            "dials": dict(self._dials(plan)),
+            "dials": dict(self._dials(plan, host_netns)),
         }
 
     def _dests(self, plan: NodePlan) -> Iterable[tuple[bytes, bytes]]:
@@ -107,10 +108,11 @@ class Codec:
                 value_of.pack(allow=int(egress.allow), nports=len(egress.ports), ports=_EGRESS_PORTS.pack(*ports)),
             )
 
-    def _dials(self, plan: NodePlan) -> Iterable[tuple[bytes, bytes]]:
+    def _dials(self, plan: NodePlan, host_netns: int) -> Iterable[tuple[bytes, bytes]]:
         key_of = self.layouts["pl_dial_key"]
         for dial in plan.dials:
-            yield key_of.pack(netns=dial.netns, addr=address(dial.address), port=dial.port), DIAL_VALUE
+            netns = host_netns if dial.netns == NODE_NETNS else dial.netns
+            yield key_of.pack(netns=netns, addr=address(dial.address), port=dial.port), DIAL_VALUE
 
     def members(self, plan: NodePlan | None, listed: Iterable[Member]) -> Content:
         """Who is who: the plan's workloads, and what was listed besides (agent, proxy)."""

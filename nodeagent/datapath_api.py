@@ -7,7 +7,7 @@ restart needs it. `load` takes about a second, `apply` some ms per thousand chan
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,9 @@ import msgspec
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
+
+# (source identity, destination workload, address and port as asked, protocol) -> the rule, or ""
+DeniedBy = Callable[[int, int, str, int, str], str]
 
 
 class DatapathError(Exception):
@@ -102,8 +105,11 @@ class DatapathApi(Protocol):
     def set_revision(self, node: str, revision: int) -> None:
         """What `flows` writes into Flow.node and Flow.revision."""
 
-    def extend_lease(self, seconds: float | None) -> None:
-        """New connections pass for so many seconds from now; None: no limit. The agent calls it while its policy is fresh."""
+    def extend_lease(self, until_ns: int) -> None:
+        """New connections pass until then (CLOCK_BOOTTIME, ns); 0: no limit. The agent calls it while its policy is fresh."""
+
+    def leased_until_ns(self) -> int:
+        """What `extend_lease` wrote last, in this run of the agent or a former one; 0: no limit."""
 
     def apply(self, plan: NodePlan, generation: int) -> str:
         """Make the maps say what the plan says, in an order that opens nothing early, then set the generation.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
-from nodeagent.datapath_api import EnrolReport, MapFull, Member, OpenListener
+from nodeagent.datapath_api import DeniedBy, EnrolReport, MapFull, Member, OpenListener
 
 PROGRAMS = ("connect4", "connect6", "sockops", "ingress", "egress")
 _STOP = Flow(time=0.0, verdict="", reason="")
@@ -25,7 +25,7 @@ class FakeDatapath:
         self.members: tuple[Member, ...] = ()
         self.plan: NodePlan | None = None
         self.generation = 0
-        self.lease_s: float | None = None
+        self.lease_until_ns = 0
         self.guarded: dict[str, tuple[tuple[str, ...], bool]] = {}
         self.enrolled: list[int] = []
         self.ended = 0
@@ -59,13 +59,16 @@ class FakeDatapath:
         services: Mapping[int, str] = {},
         denied_by: DeniedBy | None = None,
     ) -> None:
-        self.names = (identities, workloads, services)
+        self.names, self.denied_by = (identities, workloads, services), denied_by
 
     def set_revision(self, node: str, revision: int) -> None:
         self.node, self.revision = node, revision
 
-    def extend_lease(self, seconds: float | None) -> None:
-        self.lease_s = seconds
+    def extend_lease(self, until_ns: int) -> None:
+        self.lease_until_ns = until_ns
+
+    def leased_until_ns(self) -> int:
+        return self.lease_until_ns
 
     def apply(self, plan: NodePlan, generation: int) -> str:
         size = _entries(plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import struct
 import threading
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from mesh.link import Flow
 from nodeagent import cgroups, counters, tc
 from nodeagent import netns as spaces  # the API's parameters are called netns
 from nodeagent.datapath import PLANNED, Codec, Contents, digest
-from nodeagent.datapath_api import DatapathError, EnrolReport, MapFull, Member, OpenListener, Role
+from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener, Role
 from nodeagent.denied import denied, owners
 from nodeagent.enrol import enrol
 from nodeagent.layouts import Layouts, address
@@ -191,16 +190,19 @@ class Datapath:
     def set_revision(self, node: str, revision: int) -> None:
         self._names.node, self._names.revision = node, revision
 
-    def extend_lease(self, seconds: float | None) -> None:
+    def extend_lease(self, until_ns: int) -> None:
         with self._lock:
-            until = 0 if seconds is None else time.clock_gettime_ns(time.CLOCK_BOOTTIME) + int(seconds * 1e9)
-            self._config["lease_until_ns"] = until
+            self._config["lease_until_ns"] = until_ns
             self._write_config()
+
+    def leased_until_ns(self) -> int:
+        with self._lock:
+            return int(self._config["lease_until_ns"])
 
     def apply(self, plan: NodePlan, generation: int) -> str:
         with self._lock:
             try:
-                desired = self._codec.fill(plan)
+                desired = self._codec.fill(plan, self._config["host_netns"])
                 desired["sources"] = self._sources(plan)
                 desired["members"] = self._codec.members(plan, self._members)
                 ops = self._maps.difference(desired)

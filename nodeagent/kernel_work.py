@@ -16,6 +16,7 @@ from nodeagent import cgroups
 from nodeagent import reconcile_events as ev
 from nodeagent.blame import Blame
 from nodeagent.datapath_api import DatapathApi, Member, OpenListener, Role
+from nodeagent.forwarders import families_of
 from nodeagent.workloads import Spec
 
 log = structlog.get_logger()
@@ -28,6 +29,7 @@ class Result:
     digest: str
     listeners: dict[str, OpenListener] = field(default_factory=dict)
     families: dict[int, frozenset[int]] = field(default_factory=dict)  # netns cookie -> socket families
+    forward: frozenset[int] = frozenset()  # families of sockets to resolvers outside
     serving: frozenset[str] = frozenset()
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -48,9 +50,7 @@ class KernelWork:
         """Loads the programs. Raises DatapathError."""
         for name in ("agent", "proxy", "workloads"):
             cgroups.create(self._cgroup / name)
-        programs = self._datapath.load()
-        self._datapath.extend_lease(None)
-        return programs
+        return self._datapath.load()  # the lease a former agent left stays
 
     # ---- where workloads are
 
@@ -100,6 +100,7 @@ class KernelWork:
         self._datapath.set_members((*self._roles(), *(_member(entry) for entry in order.enrolled)))
         result = Result("")
         self._listen(order.enrolled, result)
+        result.forward = families_of(plan.dials)
         self._name(order, plan)
         result.digest = self._datapath.apply(plan, order.generation)
         self._plan = plan
@@ -198,6 +199,14 @@ class KernelWork:
             self._cookies = {path: known for path, known in self._cookies.items() if known[1] != cookie}
 
     # ---- the rest
+
+    def lease(self, until_ns: int) -> None:
+        """Raises DatapathError, OSError."""
+        self._datapath.extend_lease(until_ns)
+
+    def leased_until_ns(self) -> int:
+        """As the maps have it."""
+        return self._datapath.leased_until_ns()
 
     def end_denied(self) -> int:
         """Raises DatapathError, OSError."""

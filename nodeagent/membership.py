@@ -46,7 +46,7 @@ class Membership:
 
     @property
     def heard_at(self) -> float:
-        """Monotonic seconds; 0: never."""
+        """`lease.boot_s`; 0: never."""
         return self._client.heard_at if self._client is not None else 0.0
 
     async def follow(self) -> None:

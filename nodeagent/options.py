@@ -19,4 +19,3 @@ class Options:
     workloads: Path | None = None
     join_token_file: Path | None = None
     controllers: tuple[str, ...] = ()
-    policy_lease_s: float = 0.0  # 0: new connections pass however old the policy is

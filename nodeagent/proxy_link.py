@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import structlog
 
 from mesh import link
+from nodeagent import forwarders
 from nodeagent.keys import sealed_memfd
 from nodeagent.svid import Held
 
@@ -64,11 +65,12 @@ class WorkerLink:
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.pid = 0
         self.index = -1
-        self.acked_revision = 0
+        self.acked_revision = self.leased_ns = 0
         self.equipped = False
         self.listeners: set[str] = set()
         self.svids: dict[str, str] = {}  # spiffe -> serial sent
         self.stocked: set[tuple[int, int]] = set()
+        self.forwards: frozenset[int] = frozenset()
         self.scrape: asyncio.Future[str] | None = None
         self._allowance, self._allowed_at = STOCK_RATE, time.monotonic()
         sock.setblocking(False)
@@ -175,7 +177,9 @@ class ProxyFleet:
         self.links: dict[str, WorkerLink] = {}  # those that said Ready
         self.listeners: dict[str, tuple[link.Listener, int]] = {}  # id -> (frame, descriptor of the data path)
         self.svids: dict[str, Held] = {}
+        self.forward: frozenset[int] = frozenset()  # families of sockets to resolvers outside
         self.netns: dict[int, frozenset[int]] = {}  # cookie -> families the workers may have sockets of
+        self.leased_ns = 0
         self.counts = {"dials": 0, "lost": 0, "protocol_errors": 0, "stock_sent": 0, "stock_refused": 0}
 
     async def run(self) -> None:
@@ -294,7 +298,19 @@ class ProxyFleet:
 
     def update(self, name: str, update: link.Update) -> None:
         if name in self.links:
+            self._lease(self.links[name])
             self.links[name].send(update)
+
+    def lease(self, until_ns: int) -> None:
+        """Every worker hears of it, those to come as well: see `mesh.link.Lease`."""
+        self.leased_ns = until_ns
+        for worker in self.links.values():
+            self._lease(worker)
+
+    def _lease(self, worker: WorkerLink) -> None:
+        if worker.leased_ns != self.leased_ns:
+            worker.leased_ns = self.leased_ns
+            worker.send(link.Lease(self.leased_ns))
 
     def drop(self, name: str, reason: str) -> None:
         """Close the link; it is dialled again."""
@@ -326,6 +342,7 @@ class ProxyFleet:
             if key not in worker.listeners:
                 worker.listeners.add(key)
                 worker.send(frame, [os.dup(fd)], owned=True)  # the frame may wait longer than the listener lives
+        forwarders.supply(worker, self.forward)
 
     def _send_svid(self, worker: WorkerLink, held: Held) -> None:
         try:

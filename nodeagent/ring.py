@@ -7,12 +7,13 @@ import asyncio
 import ctypes
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from ipaddress import ip_address
 
 import msgspec
 
 from mesh.link import Flow, host_port
-from nodeagent.datapath_api import DatapathError
+from nodeagent.datapath_api import DatapathError, DeniedBy
 from nodeagent.layouts import Layout, text_address
 
 UNTOLD = "proxy_dial"  # every forwarded connection has one; what it is for, the proxy tells
@@ -39,9 +40,9 @@ class Names(msgspec.Struct):
     workloads: Mapping[int, str] = {}
     services: Mapping[int, str] = {}
     rules: Mapping[int, str] = {}
-    denied_by: Callable[[int, int, str, int, str], str] = lambda *_: ""  # see `blame.Blame`
     node: str = ""
     revision: int = 0
+    denied_by: DeniedBy = lambda *_: ""  # see `blame.Blame`
 
 
 class RingBuffer:
@@ -89,7 +90,7 @@ def flow_of(record: bytes, layout: Layout, names: Names, boot_offset_s: float) -
     return Flow(
         time=event["time_ns"] / 1e9 + boot_offset_s,
         verdict="allowed" if allowed else "denied",
-        reason=rule or reason_name if allowed else reason_name,  # a denial is told by its counted reason
+        reason=(rule or reason_name) if allowed else reason_name,
         source=names.identities.get(identity) or source or (f"id:{identity}" if identity else "unknown"),
         destination=names.workloads.get(destination) or (f"id:{destination}" if destination else ""),
         source_address=_endpoint(event["src"], event["sport"]),
@@ -103,7 +104,8 @@ def flow_of(record: bytes, layout: Layout, names: Names, boot_offset_s: float) -
 
 def _endpoint(raw: bytes, port: int) -> str:
     """Empty for an address the hook did not know: connect() has no source yet."""
-    return host_port(text_address(raw), port) if any(raw) else ""
+    address = text_address(raw)
+    return "" if ip_address(address).is_unspecified else host_port(address, port)
 
 
 def boot_offset_s(clock: int = time.CLOCK_BOOTTIME) -> float:

@@ -209,5 +209,14 @@ def _text(family: int, raw: bytes) -> str:
 
 
 def destroy_where(diag: SockDiag, socks: Iterable[Sock], doomed: Callable[[Sock], bool]) -> list[Sock]:
-    """Destroy the sockets for which ``doomed`` says so; those it ended. Raises OSError."""
-    return [sock for sock in socks if doomed(sock) and diag.destroy(sock)]
+    """Destroy the sockets for which ``doomed`` says so, and their other ends if those are here too: the reset that
+    would tell them may be denied like everything else. Returns those it ended, without the other ends. Raises OSError."""
+    socks = list(socks)
+    found = [sock for sock in socks if doomed(sock)]
+    ended = [sock for sock in found if diag.destroy(sock)]
+    gone = {sock.id for sock in found}
+    facing = {(sock.protocol, sock.remote, sock.remote_port, sock.local, sock.local_port) for sock in ended if sock.remote_port}
+    for sock in socks:
+        if sock.id not in gone and (sock.protocol, sock.local, sock.local_port, sock.remote, sock.remote_port) in facing:
+            diag.destroy(sock)
+    return ended

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pillion import check, flows, nodes, policy, resources, run
+from pillion import check, flows, nodes, policy, resources, run, top
 from pillion.context import chosen
 from pillion.errors import USAGE, CliError
 
@@ -64,6 +64,7 @@ app.command("wait")(resources.wait)
 app.command("status")(nodes.status)
 app.command("check")(check.check)
 app.command("flows")(flows.flows)
+app.command("top")(top.top)
 app.command("run", context_settings={"ignore_unknown_options": False})(run.run)
 app.add_typer(nodes.node_app, name="node")
 app.add_typer(nodes.identity_app, name="identity")

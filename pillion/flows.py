@@ -28,14 +28,24 @@ def line(flow: dict[str, Any]) -> str:
         f"{clock}.{int(flow.get('time', 0) * 1000) % 1000:03d}",
         flow.get("node", ""),
         flow.get("verdict", "?").upper(),
-        f"{source} ({flow.get('source_address', '')})",
+        _end(source, flow.get("source_address")),
         "→",
-        f"{flow.get('destination', '')} ({flow.get('destination_address', '')})",
-        f"{flow.get('protocol', '')}/{flow.get('layer', '')}",
+        _end(flow.get("destination"), flow.get("destination_address")),
+        "/".join(str(flow[key]) for key in ("protocol", "layer") if flow.get(key)),
         what,
-        f"[{flow.get('reason', '')}]",
+        f"[{_why(flow)}]",
     )
     return output.printable(" ".join(str(field) for field in fields if field))
+
+
+def _end(name: object, address: object) -> str:
+    return f"{name} ({address})" if name and address else str(name or address or "?")
+
+
+def _why(flow: dict[str, Any]) -> str:
+    """``policy_denied by shop/web-deny#0``; one word where reason and rule are the same, as for what was allowed."""
+    reason, rule = str(flow.get("reason") or ""), str(flow.get("rule") or "")
+    return reason if rule in ("", reason) else f"{reason} by {rule}".strip()
 
 
 def _follow(client: Client, target: str, into: queue.Queue[dict[str, Any] | CliError | None]) -> None:

@@ -65,6 +65,10 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
         output.table(("NODE", "STATE", "REVISION", "WORKLOADS", "SAME STATE", "ERROR"), nodes)
     else:
         print()
+    ages = [_policy_age(agent) for agent in report["agents"].values() if agent.get("revision")]
+    if ages:
+        print()
+        output.table(("NODE", "POLICY AGE", "LEASE", "CONTROLLER"), ages)
     rows = []
     for agent in report["agents"].values():
         for workload in agent["workloads"]:
@@ -80,6 +84,15 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
             print(f"{agent['node']}: programs not attached: {', '.join(off)}")
         if agent.get("detail"):
             print(f"{agent['node']}: {output.printable(agent['detail'])}")
+
+
+def _policy_age(agent: dict[str, Any]) -> tuple[str, str, str, str]:
+    """How long ago the controller confirmed what a node enforces, and what comes of it."""
+    age, lease = agent.get("policy_age_s"), agent.get("policy_lease_s") or 0.0
+    over = bool(lease) and (age is None or age > lease)
+    limit = "no limit" if not lease else f"{output.age(lease)}{', over: nothing new is let in' if over else ''}"
+    stream = agent.get("controller") or {}
+    return agent["node"], output.age(age), limit, "connected" if stream.get("connected") else stream.get("error") or "away"
 
 
 @node_app.command("list")

@@ -1,4 +1,5 @@
-"""Headers a Service asks for: x-forwarded-client-cert, x-request-id, traceparent. The only place where a head is rewritten."""
+"""The only place where a head is rewritten: headers a Service asks for (x-forwarded-client-cert, x-request-id, traceparent),
+and the end of a connection that is to end."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from l7proxy.http1.head import RequestHead
 
 _REPLACED = frozenset((b"x-forwarded-client-cert",))  # the client's own word is not passed on
+_PERSISTENCE = frozenset((b"connection", b"keep-alive"))
 
 
 def with_headers(head: RequestHead, wanted: tuple[str, ...], source: str | None, destination: str) -> bytes:
@@ -15,7 +17,7 @@ def with_headers(head: RequestHead, wanted: tuple[str, ...], source: str | None,
     lines: list[bytes] = []
     if "x-forwarded-client-cert" in wanted:
         if any(name.replace("_", "-") == "x-forwarded-client-cert" for name in head.header):
-            raw = _without(raw)
+            raw = _without(raw, _REPLACED)
         if source is not None:
             lines.append(f"x-forwarded-client-cert: By={destination};URI={source}\r\n".encode("ascii"))
     if "x-request-id" in wanted and "x-request-id" not in head.header:
@@ -26,7 +28,12 @@ def with_headers(head: RequestHead, wanted: tuple[str, ...], source: str | None,
     return raw[:-2] + b"".join(lines) + b"\r\n"
 
 
-def _without(raw: bytes) -> bytes:
+def last_answer(raw: bytes) -> bytes:
+    """The response head with ``connection: close`` in place of what the server said of its own connection."""
+    return _without(raw, _PERSISTENCE)[:-2] + b"connection: close\r\n\r\n"
+
+
+def _without(raw: bytes, names: frozenset[bytes]) -> bytes:
     first, *fields = raw[:-4].split(b"\r\n")
-    kept = [line for line in fields if line.partition(b":")[0].lower().replace(b"_", b"-") not in _REPLACED]
+    kept = [line for line in fields if line.partition(b":")[0].lower().replace(b"_", b"-") not in names]
     return b"\r\n".join((first, *kept)) + b"\r\n\r\n"

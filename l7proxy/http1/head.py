@@ -21,7 +21,8 @@ _REQUEST = re.compile(rb"([" + TCHAR + rb"]++) ([\x21-\x7e]++) HTTP/([0-9])\.([0
 _RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*+)?\r\n" + _FIELDS)
 _FIRST_BYTE = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _DIGITS = re.compile(rb"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{1,5})?")
+_HOST = re.compile(rb"(?:[A-Za-z0-9_~-]++(?:\.[A-Za-z0-9_~-]++)*+\.?|\[[0-9A-Fa-f:.]++\])(?::[0-9]{1,5})?")
+_CODING_PADDED = re.compile(rb"(?i)\r\nTransfer-Encoding:[^\r]*[\t ]\r\n")  # llhttp: "chunked\t" is no chunked response
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp]://([^/?#]++)(/[^#]*+|\?[^#]*+|)")
 # RFC 3986 pchar and "/" without ";", and upper-case percent-encoding of what could not stand for itself: one spelling each
 _CANONICAL = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,=:@/]|%(?:2[0235]|3[CEF]|5[BDE]|60|7[B-D]|[89A-F][0-9A-F]))*+")
@@ -48,7 +49,7 @@ class RequestHead:
     method: str
     target: bytes
     path: str  # without query
-    host: str  # as in Host, lower case, without port
+    host: str  # as in Host, lower case, without port and final dot
     version: int  # 10 or 11
     fields: list[tuple[bytes, bytes]]  # lower-case names, values without outer white space
     header: dict[str, str | tuple[str, ...]]  # lower-case name -> value, or the value of each line
@@ -162,7 +163,7 @@ def parse_request(raw: bytes) -> RequestHead:
                 raise _bad("two Content-Length fields")
             length = _length(value)
         elif name == b"transfer-encoding":
-            if chunked or value.lower() != b"chunked":
+            if chunked or value.lower() != b"chunked" or _CODING_PADDED.search(raw):
                 raise HeadError(400 if chunked else 501, "transfer_encoding", "only one Transfer-Encoding: chunked is understood")
             chunked = True
         elif name == b"host":
@@ -198,6 +199,8 @@ def parse_request(raw: bytes) -> RequestHead:
         head.framing = length
     if host is None and head.version == 11:
         raise _bad("Host is missing")
+    if method == b"PRI":
+        raise _bad("PRI is no method but the start of HTTP/2")
     if method == b"CONNECT":
         raise HeadError(501, "connect_method", "CONNECT is not offered")
     path = _path(method, target, host)
@@ -236,7 +239,7 @@ def _path(method: bytes, target: bytes, host: bytes | None) -> bytes:
 def _without_port(host: str) -> str:
     if host.startswith("["):
         return host[: host.index("]") + 1]
-    return host.partition(":")[0]
+    return host.partition(":")[0].removesuffix(".")
 
 
 def parse_response(raw: bytes) -> ResponseHead:
@@ -259,7 +262,7 @@ def parse_response(raw: bytes) -> ResponseHead:
                     raise _bad("two Content-Length fields")
                 length = _length(value)
             elif name == b"transfer-encoding":
-                if chunked or value.lower() != b"chunked" or head.version == 10:
+                if chunked or value.lower() != b"chunked" or head.version == 10 or _CODING_PADDED.search(raw):
                     raise _bad("Transfer-Encoding other than one chunked")
                 chunked = True
             elif name == b"connection":

@@ -2,70 +2,178 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.mesh import Mesh
+from tests.attacks.actions import FAMILIES, Dialled, address, dial, host, loopback, on_host, run
+from tests.attacks.mutants import Counted, Mutant
+from tests.e2e.mesh import HTTP_PORT, Mesh
 
-DIAL = """
-import socket, sys
-family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
-s = socket.socket(family)
-s.settimeout(5)
-try:
-    s.connect((sys.argv[1], 15001))
-    print("PASSED")
-except OSError as e:
-    print(type(e).__name__)
-"""
-
-REUSE = """
-import socket, sys
-# A captured connection, disconnected (AF_UNSPEC) and used again for another destination.
-import ctypes
-s = socket.socket()
-s.settimeout(5)
-s.connect((sys.argv[1], 8080))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.connect(s.fileno(), bytes(16), 16) == 0, ctypes.get_errno()
-s.connect((sys.argv[2], 8080))
-s.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
-out = b""
-while data := s.recv(65536): out += data
-print(out.decode())
-"""
+OUR_PORTS_OPEN = Mutant(
+    "a",
+    "connect() denies our ports",
+    (
+        "bpf/common.h",
+        "  if (port == PL_PORT_OUTBOUND || port == PL_PORT_HBONE || (port == PL_PORT_DNS && is_loopback(dst)))\n"
+        "    return PL_R_RESERVED_PORT;\n",
+        "",
+    ),
+)
+FIRST_ORIGIN_STAYS = Mutant(
+    "a",
+    "a new connect() ends the old origin",
+    ("bpf/connect.c", "  origins.sk_storage_delete(sk);\n  if (!c)\n", "  if (!c)\n"),
+)
+OLD_ARRIVAL_STAYS = Mutant(
+    "b",
+    "a record goes with its connection",
+    ("bpf/sockops.c", "  if (arriving.update(&f, &a) == 0) {\n", "  if (arriving.insert(&f, &a) != -1) {\n"),
+    ("bpf/sockops.c", "  if (a)\n    arriving.delete(&f);\n", ""),
+    ("bpf/sockops.c", "  flow_of(s, true, &f);\n  arriving.delete(&f);\n", "  flow_of(s, true, &f);\n"),
+)
+EVICTING_MAP = Mutant(
+    "c",
+    "the origin is in the socket, not in an LRU map",
+    ("bpf/maps.h", 'PL_MAP("hash", arriving, struct pl_flow, struct pl_arrival, 16384, 0)',
+     'PL_MAP("lru_hash", arriving, struct pl_flow, struct pl_arrival, 1024, 0)'),
+    ("bpf/sockops.c", "  if (a)\n    arriving.delete(&f);\n", ""),
+    ("bpf/sockops.c", "  flow_of(s, true, &f);\n  arriving.delete(&f);\n", "  flow_of(s, true, &f);\n"),
+    ("bpf/sockops.c", "      origins.sk_storage_get(sk, &a->origin, BPF_SK_STORAGE_GET_F_CREATE);\n", "      ;\n"),
+    ("bpf/origin.c", "  o = origins.sk_storage_get(sk, 0, 0);\n  if (!o)\n    return 1;\n",
+     "  struct pl_flow f = {};\n  struct pl_addr there, here;\n  set_v4(&there, sk->dst_ip4);\n  set_v4(&here, sk->src_ip4);\n"
+     "  set_flow(&f, netns_cookie(ctx), &there, ntoh16(sk->dst_port), &here, sk->src_port);\n"
+     "  struct pl_arrival *late = arriving.lookup(&f);\n  if (!late)\n    return 1;\n  o = &late->origin;\n"),
+)  # fmt: skip
+NAT_IS_BELIEVED = Mutant(
+    "b",
+    "SO_ORIGINAL_DST is not asked",
+    (
+        "l7proxy/capture.py",
+        "        origin = worker.kernel.origin(sock)\n",
+        "        origin = worker.kernel.origin(sock)\n"
+        "        if origin is None:\n"
+        "            raw = sock.getsockopt(0, 80, 16)\n"
+        "            own = next(iter(worker.config.by_id.values()))\n"
+        "            asked = socket.inet_ntoa(raw[4:8]), int.from_bytes(raw[2:4], 'big')\n"
+        "            origin = Origin(*asked, '192.0.2.1', 1, listener.netns, own.id, own.identity, 0)\n"
+        "            worker.metrics.denied('believed')\n",
+    ),
+)
 
 FLOOD = """
 import socket, sys
-good = 0
-for i in range(2000):
+for i in range(4000):
     s = socket.socket()
     s.setblocking(False)
     s.connect_ex((sys.argv[1], 8080))
     s.close()
-print("done")
 """
+WAYS = ("connect", "nonblocking", "fastopen", "mptcp", "uring")
+SOURCE_PORT = 47011
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
-def test_a_workload_cannot_dial_the_proxys_listener(mesh: Mesh, address: str) -> None:
-    before = mesh.denied("n1", "reserved_port")
-    assert mesh.w["intruder"].run([sys.executable, "-c", DIAL, address], timeout=15).stdout.strip() == "PermissionError"
-    assert mesh.denied("n1", "reserved_port") > before
+@pytest.mark.attack("dial the proxy's listener")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_workload_cannot_dial_the_proxys_listener(mesh: Mesh, counted: Counted, family: str, way: str) -> None:
+    intruder = mesh.w["intruder"]
+    with counted(mesh, "n1", "reserved_port", times=2):
+        assert not dial(intruder, loopback(family), 15001, way).opened
+        assert not dial(intruder, address(mesh.w["web"], family), 15008, way).opened
+    assert "web for" in dial(mesh.w["client"], address(mesh.w["web"], family), HTTP_PORT, way).answer
 
 
-def test_a_reused_socket_means_its_newest_destination(mesh: Mesh) -> None:
-    web, far = (mesh.w[name].addresses[0] for name in ("web", "far"))
-    out = mesh.w["client"].run([sys.executable, "-c", REUSE, web, far], timeout=20)
-    assert "far for" in out.stdout, out.stdout + out.stderr
+@pytest.mark.red("dial the proxy's listener", OUR_PORTS_OPEN)
+def test_the_listener_is_dialled_without(broken: Mesh) -> None:
+    assert dial(broken.w["intruder"], "127.0.0.1", 15001).opened
 
 
+def reuse(mesh: Mesh, family: str) -> Dialled:
+    """A captured connection, disconnected (AF_UNSPEC) and used again for another destination."""
+    return dial(mesh.w["client"], ",".join(address(mesh.w[name], family) for name in ("web", "far")), HTTP_PORT, "again")
+
+
+@pytest.mark.attack("a captured socket used again")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reused_socket_means_its_newest_destination(mesh: Mesh, family: str) -> None:
+    assert "far for" in reuse(mesh, family).answer
+
+
+@pytest.mark.red("a captured socket used again", FIRST_ORIGIN_STAYS)
+def test_a_reused_socket_means_its_first_destination_without(broken: Mesh) -> None:
+    assert "web for" in reuse(broken, "v4").answer
+
+
+@contextmanager
+def two_in_one_netns(mesh: Mesh) -> Iterator[tuple[Dialled, Dialled]]:
+    """An allowed identity's connection, and at once one of another identity of that namespace from the same source port."""
+    with on_host(mesh, "n1", "good", "client") as good, on_host(mesh, "n1", "bad", "intruder") as bad:
+        web = mesh.w["web"].addresses[0]
+        yield dial(good, web, HTTP_PORT, source_port=SOURCE_PORT), dial(bad, web, HTTP_PORT, source_port=SOURCE_PORT)
+
+
+@pytest.mark.attack("an old source port, by another identity")
+def test_a_source_port_carries_no_identity(mesh: Mesh, counted: Counted) -> None:
+    with counted(mesh, "n1", "policy_denied"), two_in_one_netns(mesh) as (good, bad):
+        assert "web for" in good.answer
+        assert "403" in bad.answer.partition("\r\n")[0]
+
+
+@pytest.mark.red("an old source port, by another identity", OLD_ARRIVAL_STAYS)
+def test_a_source_port_carries_an_identity_without(broken: Mesh) -> None:
+    with two_in_one_netns(broken) as (good, bad):
+        assert "web for" in good.answer
+        assert "web for" in bad.answer
+
+
+def flooded(mesh: Mesh) -> Dialled:
+    """The victim connects, 4,000 connects follow before the proxy comes to it."""
+    workers = mesh.lab.pids("n1", "proxy-worker")
+    web = mesh.w["web"].addresses[0]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        victim = mesh.w["client"].start(
+            ["curl", "-sS", "--max-time", "20", f"http://{web}:{HTTP_PORT}/"], name=f"victim-{os.getpid()}"
+        )
+        mesh.established("client", 15001)
+        mesh.w["intruder"].run([sys.executable, "-c", FLOOD, web], timeout=30)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+    victim.wait(25.0)
+    return Dialled(victim.output(), "")
+
+
+@pytest.mark.attack("a flood of connects evicts an origin")
 def test_a_flood_of_connects_evicts_nobodys_origin(mesh: Mesh) -> None:
-    address = mesh.w["web"].addresses[0]
-    flood = mesh.w["intruder"].start([sys.executable, "-c", FLOOD, address], name="flood")
-    for _ in range(20):
-        status, body = mesh.curl("client", f"http://{address}:8080/")
-        assert status == 200, body
-        assert "web for" in body
-    assert flood is not None
+    assert "web for" in flooded(mesh).answer
+
+
+@pytest.mark.red("a flood of connects evicts an origin", EVICTING_MAP)
+def test_a_flood_of_connects_evicts_an_origin_without(broken: Mesh) -> None:
+    assert "web for" in broken.curl("client", f"http://{host(broken.w['web'].addresses[0])}:{HTTP_PORT}/")[1]
+    assert "web for" not in flooded(broken).answer
+
+
+def redirected(mesh: Mesh, to: str = "127.0.0.1") -> str:
+    return str(run(mesh.w["intruder"], "redirect.py", to, 9999, 15001)["error"])
+
+
+@pytest.mark.attack("a NAT rule towards the listener")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_nat_rule_is_no_origin(mesh: Mesh, counted: Counted, family: str) -> None:
+    with counted(mesh, "n1", "no_origin"):
+        assert redirected(mesh, loopback(family)) in ("closed", "ConnectionResetError")
+
+
+@pytest.mark.red("a NAT rule towards the listener", NAT_IS_BELIEVED)
+def test_a_nat_rule_is_believed_without(broken: Mesh) -> None:
+    before = broken.denied("n1", "believed")
+    redirected(broken)
+    assert broken.denied("n1", "believed") > before

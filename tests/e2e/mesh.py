@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ class Mesh:
         argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htnl", f"sport = :{port}"]
         until(lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip(), f"{name} does not listen")
 
+    def established(self, name: str, port: int) -> None:
+        """Until a connection to this port stands in the workload's namespace."""
+        argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htn", "state", "established", f"dport = :{port}"]
+        until(lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip(), f"none from {name}")
+
     def apply(self, text: str) -> int:
         revision = self.lab.apply(text)
         self.lab.wait(revision)
@@ -131,15 +136,23 @@ class Mesh:
             raise Refused(report["error"])
         return done.stdout.split()[1]
 
+    def unhooked(self, name: str, argv: Sequence[str]) -> str:
+        """What a program prints in a workload's netns when its node was taken over: no hook sees its sockets, and the filter
+        on the cable is off (until the agent repairs it: each time)."""
+        workload = self.w[name]
+        node = self.lab.nodes[workload.node]
+        node.run(["tc", "qdisc", "del", "dev", workload.pod.veth, "clsact"])
+        out = node.run(["nsenter", f"--net={workload.netns}", *argv], timeout=30)
+        assert out.stdout, out.stderr
+        return out.stdout
+
     def metric(self, node: str, name: str, **labels: str) -> float:
         """Sum over the samples of a node's metrics that carry these labels."""
-        text = self.lab.agent_api(node, "GET", "/metrics")
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and all(sample.labels.get(k) == v for k, v in labels.items())
-        )
+        return total(self.lab.agent_api(node, "GET", "/metrics"), name, labels)
+
+    def refused_by_controller(self, reason: str) -> float:
+        text = self.lab.controller_api("GET", "/metrics")
+        return total(text, "pillion_controller_refusals_total", {"reason": reason})
 
     def denied(self, node: str, reason: str) -> float:
         """How often a reason was counted, in the kernel or the proxy."""
@@ -152,6 +165,16 @@ class Mesh:
         if not isinstance(text, str):
             return [text]
         return [json.loads(line) for line in text.splitlines()]
+
+
+def total(text: str, name: str, labels: Mapping[str, str]) -> float:
+    """Sum over the samples of a Prometheus text that carry these labels."""
+    return sum(
+        float(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and all(sample.labels.get(k) == v for k, v in labels.items())
+    )
 
 
 class Refused(AssertionError):

@@ -53,6 +53,18 @@ def test_a_policy_ends_an_idle_tunnelled_connection_within_a_second(mesh: Mesh) 
     until(lambda: mesh.echo("client", "echo-far.shop.mesh"), "allowed again")
 
 
+def test_what_is_allowed_again_is_served_at_once(mesh: Mesh) -> None:
+    """Connections the proxies kept from before the denial are no trap for the first request after it."""
+    for _ in range(2):
+        mesh.apply(policy("far-client-web", "web", who="far-client"))
+        try:
+            status, body = mesh.curl("far-client", "http://web.shop.mesh:8080/", "--max-time", "2")
+        finally:
+            mesh.delete("AuthorizationPolicy", "far-client-web")
+        assert status == 200, body
+        assert mesh.curl("far-client", "http://web.shop.mesh:8080/")[0] == 403
+
+
 def test_an_ungranted_identity_is_refused_and_counted(mesh: Mesh) -> None:
     """A workload of an account the node was not granted is not registered, gets no certificate, and connects nowhere."""
     refused = mesh.metric("n1", "pillion_agent_registrations_refused_total", reason="identity_not_granted")

@@ -173,7 +173,10 @@ class Agent:
                 return
             for message, _ in self.decoder.feed(data, []):
                 if isinstance(message, link.NeedStock) and self.stocked:
-                    self.stock(message)
+                    try:
+                        self.stock(message)
+                    except OSError:  # closed meanwhile
+                        return
                 self.messages.append(message)
 
     def stock(self, wanted: link.NeedStock) -> None:
@@ -282,11 +285,11 @@ def running(mesh: Mesh) -> Iterator[Rig]:
 
 
 class Server:
-    """A TCP server on 127.0.0.1 whose connections are handled by a function in a thread each."""
+    """A TCP server, by default on 127.0.0.1, whose connections are handled by a function in a thread each."""
 
-    def __init__(self, handle: Callable[[socket.socket], None]) -> None:
+    def __init__(self, handle: Callable[[socket.socket], None], address: str = "127.0.0.1") -> None:
         self.sock = socket.socket()
-        self.sock.bind(("127.0.0.1", 0))
+        self.sock.bind((address, 0))
         self.sock.listen(128)
         self.port: int = self.sock.getsockname()[1]
         self.accepted = 0

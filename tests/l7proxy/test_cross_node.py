@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,18 @@ from mesh.link import LocalWorkload
 from mesh.model import Protocol, Service, Workload, key_of
 from tests.l7proxy import rig as rig_module
 from tests.l7proxy.pki import Authority
-from tests.l7proxy.rig import NODE_NETNS, Mesh, Rig, read_all, read_response, spiffe, wait_for
+from tests.l7proxy.rig import (
+    DEADLINE_S,
+    NODE_NETNS,
+    Mesh,
+    Rig,
+    Server,
+    read_all,
+    read_head,
+    read_response,
+    spiffe,
+    wait_for,
+)
 
 WEB_IP = "127.77.9.1"
 
@@ -151,6 +163,57 @@ def test_opaque_server_first_bulk_and_half_close(pair: Pair) -> None:
         sent = bytes(range(256)) * 20_000
         threading.Thread(target=lambda: (sock.sendall(sent), sock.shutdown(socket.SHUT_WR)), daemon=True).start()
         assert read_all(sock) == sent
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kind", ["raw", "web"])
+def test_a_sleeping_reader_holds_windows_not_the_stream(pair: Pair, kind: str) -> None:
+    """A server that sends without end, to a client that reads nothing: both workers and all in between stay small."""
+    sent, looked = 0, threading.Event()
+
+    def pour(connection: socket.socket) -> None:
+        nonlocal sent
+        if kind == "web":
+            read_head(connection)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1099511627776\r\n\r\n")
+        connection.settimeout(DEADLINE_S)
+        while True:
+            sent += connection.send(b"y" * 65536)
+
+    server = Server(pour, WEB_IP)
+    service = pair.mesh.service("pour", [server.port], Protocol.TCP if kind == "raw" else Protocol.HTTP, address=WEB_IP)
+    pair.mesh.items = [
+        msgspec.structs.replace(item, node="n2") if isinstance(item, Workload) and item.name == "pour-1" else item
+        for item in pair.mesh.items
+    ]
+    pair.mesh.allow("pour", "client")
+    for node in (pair.source, pair.destination):
+        node.update()
+    pair.destination.svid(pair.authority, "pour")
+    before = resident_bytes()
+    with pair.service(service) as sock:
+        if kind == "web":
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: pour\r\n\r\n")
+        last = -1
+
+        def still() -> bool:
+            nonlocal last
+            same, last = sent == last and sent > 0, sent
+            looked.wait(0.15)
+            return same
+
+        wait_for(still, "the server to be stopped")
+        assert sent < 64 << 20  # mostly socket buffers, which are the kernel's to limit
+        assert resident_bytes() - before < 40 << 20
+        data = b"go on"
+        while data and sent < last + (8 << 20):  # and it goes on
+            data = sock.recv(1 << 20)
+        assert data
+    server.close()
 
 
 def test_denied_at_the_destination_is_a_403(pair: Pair) -> None:

@@ -16,10 +16,12 @@ import pytest_asyncio
 from l7proxy import dns as proxy_dns
 from l7proxy.dns import upstream_address
 from mesh.link import Listener
-from mesh.model import CONFIG_KEY
+from mesh.model import CONFIG_KEY, DnsForward, Workload
 from mesh.model import Config as MeshConfig
 from tests.l7proxy.pki import Authority
 from tests.l7proxy.two_nodes import CLIENT_IP, FakeWorker, state, until
+
+CALLER, OTHER = "Workload/shop/client-1", "Workload/shop/web-1"
 
 
 class Upstream(asyncio.DatagramProtocol):
@@ -64,15 +66,16 @@ class Setup:
         )
         return port
 
-    async def forwarding(self, *, sockets: int = 2) -> Upstream:
+    async def forwarding(self, *, sockets: int = 2, who: str = "*", local: tuple[str, ...] = (CALLER,)) -> Upstream:
         transport, upstream = await asyncio.get_running_loop().create_datagram_endpoint(Upstream, local_addr=("127.0.0.1", 0))
         port = transport.get_extra_info("sockname")[1]
         self.closables.append(transport)
         for _ in range(sockets):
             self._give("dns-forward", socket.SOCK_DGRAM)
         items = dict(self.items)
-        items[CONFIG_KEY] = MeshConfig(trust_domain="mesh.local", dns_upstreams=(f"127.0.0.1:{port}",), dns_forward=("*",))
-        self.worker.reconfigure(items)
+        rules = (DnsForward(("*.example.com",)), DnsForward(("*",), (who,)))
+        items[CONFIG_KEY] = MeshConfig(trust_domain="mesh.local", dns_upstreams=(f"127.0.0.1:{port}",), dns_forward=rules)
+        self.worker.reconfigure(items, local)
         return upstream
 
     async def ask(self, name: str, *, tcp: bool = False) -> dns.message.Message:
@@ -94,7 +97,8 @@ async def test_udp_and_tcp(setup: Setup) -> None:
     for tcp in (False, True):
         assert (await setup.ask("nope.shop.mesh.", tcp=tcp)).rcode() == dns.rcode.NXDOMAIN
         assert (await setup.ask("example.com.", tcp=tcp)).rcode() == dns.rcode.REFUSED
-    assert setup.worker.metrics.counts["dns_answer"] == 4
+    assert setup.worker.metrics.counts["dns_answer"] == 2
+    assert setup.worker.metrics.denials["dns_name_denied"] == 2
 
 
 async def test_many_queries_on_one_connection_and_junk(setup: Setup) -> None:
@@ -118,10 +122,26 @@ async def test_forwarded(setup: Setup) -> None:
         reply = await setup.ask("www.Example.com.", tcp=tcp)
         assert reply.answer[0][0].to_text() == "93.184.215.14"
     assert upstream.asked == 2
-    assert setup.worker.metrics.counts["dns_stray_answer"] == 2  # the forger's
+    assert setup.worker.metrics.denials["dns_stray_answer"] == 2  # the forger's
     upstream.answer = "169.254.169.254"
     assert (await setup.ask("rebind.example.com.")).rcode() == dns.rcode.REFUSED
-    assert setup.worker.reasons == ["dns_rebinding"]
+    assert setup.worker.reasons == ["dns_stray_answer", "dns_rebinding"]
+
+
+async def test_who_may_ask(setup: Setup) -> None:
+    """A rule for the client is the client's alone; where others live beside it, nobody's."""
+    item = setup.items[CALLER]
+    assert isinstance(item, Workload)
+    spiffe = item.spiffe
+    await setup.forwarding(who=spiffe.removeprefix("spiffe://"))
+    assert (await setup.ask("www.other.net.")).answer
+    for who, local in (("mesh.local/ns/shop/sa/other", (CALLER,)), (spiffe.removeprefix("spiffe://"), (CALLER, OTHER))):
+        upstream = await setup.forwarding(who=who, local=local)
+        assert (await setup.ask("www.other.net.")).rcode() == dns.rcode.REFUSED
+        assert (await setup.ask("www.other.net.", tcp=True)).rcode() == dns.rcode.REFUSED
+        assert upstream.asked == 0
+        assert (await setup.ask("www.example.com.")).answer
+    assert setup.worker.metrics.denials["dns_name_denied"] == 4
 
 
 async def test_silent_upstream(setup: Setup) -> None:

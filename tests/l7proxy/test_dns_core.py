@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 
 import dns.edns
 import dns.flags
@@ -15,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l7proxy import dns_core
-from l7proxy.dns_core import Forward, Names
-from mesh.model import Protocol, Service, ServicePort
+from l7proxy.dns_core import Forward, Names, Refused
+from mesh.model import DnsForward, Protocol, Service, ServicePort
 
 WEB = Service(
     id=400,
@@ -43,6 +45,8 @@ NAMES = Names(SERVICES)
 def ask(name: str, rdtype: str = "A", *, names: Names = NAMES, tcp: bool = False, **options: object) -> dns.message.Message:
     query = dns.message.make_query(name, rdtype, **options)  # type: ignore[arg-type]  # passed through
     reply = names.answer(query.to_wire(), tcp=tcp)
+    if isinstance(reply, Refused):
+        reply = reply.reply
     assert isinstance(reply, bytes)
     message = dns.message.from_wire(reply)
     assert message.id == query.id and message.question == query.question
@@ -133,6 +137,8 @@ def test_bad_queries(wire: bytes, rcode: str | None) -> None:
     if rcode is None:
         assert reply is None
     else:
+        if isinstance(reply, Refused):
+            reply = reply.reply
         assert isinstance(reply, bytes)
         assert dns.rcode.to_text(dns.rcode.Rcode(reply[3] & 15)) == rcode and reply[2] & 0x80 and reply[:2] == wire[:2]
 
@@ -140,7 +146,7 @@ def test_bad_queries(wire: bytes, rcode: str | None) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_junk_never_raises(wire: bytes) -> None:
-    assert isinstance(NAMES.answer(wire), bytes | None)
+    assert isinstance(NAMES.answer(wire), bytes | Refused | None)
 
 
 @settings(max_examples=300, deadline=None)
@@ -149,8 +155,8 @@ def test_damaged_queries_never_raise(data: st.DataObject) -> None:
     wire = bytearray(dns.message.make_query("web.shop.mesh.", "SRV", use_edns=0).to_wire())
     for _ in range(data.draw(st.integers(1, 4))):
         wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
-    reply = Names(SERVICES, ("*",)).answer(bytes(wire))
-    assert isinstance(reply, bytes | Forward | None)
+    reply = Names(SERVICES, (DnsForward(("*",)),)).answer(bytes(wire))
+    assert isinstance(reply, bytes | Forward | Refused | None)
     if isinstance(reply, Forward):
         dns_core.ask(reply, tcp=False)
 
@@ -175,19 +181,20 @@ def test_cache_is_bounded() -> None:
         (("example.com",), "EXAMPLE.com.", True),
         (("example.com",), "www.example.com.", False),
         (("*.example.com.",), "www.example.com.", True),
+        (("api.*",), "api.example.com.", True),
         (("*.example.com",), "example.com.", False),
         (("*.example.com",), "badexample.com.", False),
     ],
 )
 def test_what_may_be_forwarded(patterns: tuple[str, ...], name: str, forwarded: bool) -> None:
-    reply = Names(SERVICES, patterns).answer(dns.message.make_query(name, "A").to_wire())
+    reply = Names(SERVICES, (DnsForward(patterns),)).answer(dns.message.make_query(name, "A").to_wire())
     assert isinstance(reply, Forward) is forwarded
 
 
 def upstream(records_text: list[str], rdtype: str = "A", **change: object) -> tuple[bytes | None, str]:
     """The upstream's answer, with its changes, believed or not."""
     query = dns.message.make_query("Example.com.", rdtype, use_edns=0)
-    forward = Names({}, ("*",)).answer(query.to_wire())
+    forward = Names({}, (DnsForward(("*",)),)).answer(query.to_wire())
     assert isinstance(forward, Forward)
     asked, wire = dns_core.ask(forward, tcp=False)
     response = dns.message.make_response(dns.message.from_wire(wire))
@@ -195,6 +202,8 @@ def upstream(records_text: list[str], rdtype: str = "A", **change: object) -> tu
         response.answer.append(dns.rrset.from_text(asked.name, 300, "IN", rdtype, *records_text))
     if "id" in change:
         response.id = asked.id ^ 1
+    if "add" in change:
+        response.additional.append(dns.rrset.from_text(str(change["add"]), 300, "IN", "A", "93.184.215.14"))
     if "case" in change:
         response.question[0].name = dns.name.from_text(asked.name.to_text().swapcase())
     if "query" in change:
@@ -242,10 +251,24 @@ def test_rebinding_is_refused(rdtype: str, address: str) -> None:
     assert message.rcode() == dns.rcode.REFUSED and not message.answer
 
 
+@pytest.mark.parametrize(
+    ("rdtype", "record"),
+    [("HTTPS", "1 . ipv4hint=93.184.215.14,10.0.0.1"), ("HTTPS", "1 . ipv6hint=fd77::1"), ("SVCB", "1 . ipv4hint=127.0.0.1")],
+)
+def test_hints_are_addresses_too(rdtype: str, record: str) -> None:
+    assert upstream([record], rdtype)[1] == "dns_rebinding"
+    assert upstream(["1 . ipv4hint=93.184.215.14"], rdtype)[1] == ""
+
+
+def test_an_answer_about_the_meshs_own_names_is_refused() -> None:
+    """A cache in the workload would keep it."""
+    assert upstream(["93.184.215.14"], add="web.shop.mesh.")[1] == "dns_rebinding"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_upstream_junk_is_not_believed(wire: bytes) -> None:
-    forward = Names({}, ("*",)).answer(dns.message.make_query("example.com.", "A").to_wire())
+    forward = Names({}, (DnsForward(("*",)),)).answer(dns.message.make_query("example.com.", "A").to_wire())
     assert isinstance(forward, Forward)
     asked, _ = dns_core.ask(forward, tcp=False)
     assert dns_core.believe(asked, wire) == (None, "")
@@ -255,8 +278,30 @@ def test_questions_upstream_are_ours_alone() -> None:
     query = dns.message.make_query(
         "a-long-enough-name.example.com.", "A", use_edns=0, options=[dns.edns.CookieOption(b"12345678", b"")]
     )
-    forward = Names({}, ("*",)).answer(query.to_wire())
+    forward = Names({}, (DnsForward(("*",)),)).answer(query.to_wire())
     assert isinstance(forward, Forward)
     sent = [dns.message.from_wire(dns_core.ask(forward, tcp=False)[1]) for _ in range(8)]
     assert len({m.id for m in sent}) > 4 and not any(m.options for m in sent)
     assert len({m.question[0].name.labels for m in sent}) > 4  # 0x20
+
+
+def test_nothing_is_imported_when_the_first_query_comes() -> None:
+    """The confined proxy may be unable to read its own library: what is not loaded by then never will be."""
+    program = """
+import sys
+import l7proxy.main
+import dns.message
+from l7proxy.dns_core import Names
+from mesh.model import DnsForward, Service, ServicePort
+service = Service(300, "web", "shop", ("240.1.2.3", "fd50:494c::1"), (ServicePort(80, 8080, "http"),))
+names = Names({"web.shop": service}, (DnsForward(("*",)),))
+queries = [dns.message.make_query(f"{name}.mesh.", kind, use_edns=edns).to_wire()
+           for name in ("web.shop", "none.shop") for kind in ("A", "AAAA", "SRV", "MX", "SOA", "TXT", "ANY") for edns in (0, -1)]
+before = set(sys.modules)
+for query in queries:
+    for tcp in (False, True):
+        names.answer(query, tcp=tcp)
+print(sorted(set(sys.modules) - before))
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

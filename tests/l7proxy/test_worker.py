@@ -500,30 +500,6 @@ def test_descriptors_are_not_leaked(mesh: Mesh, start: Start, serve: Serve) -> N
     wait_for(lambda: "spiffe://x" not in rig.worker.svids and open_fds() <= before, "the descriptors to be closed")
 
 
-def test_drain_ends_what_is_idle_and_finishes_the_rest(mesh: Mesh, start: Start, serve: Serve) -> None:
-    go = threading.Event()
-
-    def handle(connection: socket.socket) -> None:
-        read_head(connection)
-        go.wait(5)
-        connection.sendall(ok(b"late"))
-
-    server = serve(Server(handle))
-    client, web = mesh.workload("client-1", "client"), mesh.service("web", [server.port])
-    mesh.allow("web", "client")
-    rig = start(mesh)
-    idle, busy = rig.connect(client, web), rig.connect(client, web)
-    busy.sendall(get())
-    wait_for(lambda: server.accepted, "the request")
-    rig.agent.send(link.Drain(5.0))
-    assert idle.recv(1) == b""
-    go.set()
-    assert read_response(busy)[2] == b"late"
-    assert busy.recv(1) == b""
-    rig.thread.join(5)
-    assert not rig.thread.is_alive()
-
-
 def test_no_stock_is_a_503_that_says_so(mesh: Mesh, start: Start, serve: Serve) -> None:
     server = serve(http_server())
     client, web = mesh.workload("client-1", "client"), mesh.service("web", [server.port])

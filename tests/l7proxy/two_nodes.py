@@ -11,11 +11,12 @@ from typing import Any
 
 import structlog
 
+from l7proxy.budget import Budgets
 from l7proxy.config import Config
 from l7proxy.inbound import Inbound
 from l7proxy.target import Caller, DialError, Target
 from l7proxy.tls import Contexts
-from l7proxy.tunnel import Pool
+from l7proxy.tunnel_pool import Pool
 from mesh.link import Listener, LocalWorkload
 from mesh.model import CONFIG_KEY, Identity, Item, Service, ServicePort, Workload, key_of
 from mesh.model import Config as MeshConfig
@@ -92,11 +93,15 @@ class FakeWorker:
         self.svids: dict[str, Entry] = {}
         self.stock = Stock(address)
         self.metrics = Metrics()
+        self.budgets = Budgets(self.loop.call_soon)
+        self.budgets.adopt(items)
         self.handlers: dict[str, Any] = {}
         self.on_config: list[Any] = []
         self.on_svid: list[Any] = []
         self.on_sweep: list[Any] = []
         self.on_drain: list[Any] = []
+        self.busy: list[Callable[[], bool]] = []
+        self.draining = False
         self.dial_remote: Any = None
         self.flows: list[dict[str, Any]] = []
         self.log = structlog.get_logger()
@@ -118,6 +123,7 @@ class FakeWorker:
         if local is not None:
             self.local = tuple(LocalWorkload(key=key, netns=7, cgroup=9) for key in local)
         self.config = Config(items, revision=old.revision + 1, generation=old.generation + 1, node=self.node, local=self.local)
+        self.budgets.adopt(items)
         for call in self.on_config:
             call(old, self.config)
 

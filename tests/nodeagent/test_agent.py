@@ -15,6 +15,7 @@ import pytest
 
 from mesh import link, snapshot
 from mesh.model import Action, Config, Policy
+from nodeagent import api
 from nodeagent.agent import Agent
 from nodeagent.api import serve
 from nodeagent.datapath_fake import FakeDatapath
@@ -190,6 +191,7 @@ async def test_a_lying_worker_makes_the_node_unready(serving: Node) -> None:
     serving.worker.lies = True
     await serving.controller.change(**{"Policy/shop/no": DENY})
     await until(lambda: serving.agent.core.workers.lagging or serving.agent.core.workers.counts["resent"] > 1)
+    await until(lambda: not serving.agent.core.readiness.ready)  # judged once a turn's events are dealt with
     assert not await serving.ready()
     serving.worker.lies = False
     await until(serving.ready)
@@ -278,7 +280,11 @@ async def test_a_cut_node_has_nothing_left(serving: Node) -> None:
     assert set(serving.worker.state) == {"Config//mesh"}
     assert not [member for member in serving.datapath.members if member.workload]
     assert not list((serving.scratch / "state/svids").iterdir()), "its keys are deleted"
-    assert "cut" in (await serving.call("GET", "/v1/ready"))[1]["detail"]
+
+    async def says_so() -> bool:  # once it was applied, which ends after the workers' part
+        return "cut" in (await serving.call("GET", "/v1/ready"))[1]["detail"]
+
+    await until(says_so)
 
 
 async def test_flows_of_kernel_and_proxy_come_together(serving: Node) -> None:
@@ -294,6 +300,19 @@ async def test_flows_of_kernel_and_proxy_come_together(serving: Node) -> None:
         assert json.loads(line)["reason"] == "shop/web#0" and b"\x1b" not in line
     code, text = await serving.call("GET", "/v1/flows?limit=1")
     assert code == 200 and len(text.splitlines()) == 1
+
+
+async def test_the_local_api_waits_for_nobody_long(serving: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(serving.scratch / "run/agent.sock")
+    monkeypatch.setattr(api, "BODY_TIMEOUT_S", 0.1)
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"POST /v1/workloads HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nConnection: close\r\n\r\n{")
+    assert b"body_timeout" in await asyncio.wait_for(reader.read(), 3)
+    writer.close()
+    monkeypatch.setattr(api, "CONNECTIONS_MAX", 0)
+    reader, writer = await asyncio.open_unix_connection(path)
+    assert await asyncio.wait_for(reader.read(), 3) == b""
+    writer.close()
 
 
 async def test_metrics_carry_the_worker(serving: Node) -> None:

@@ -266,11 +266,12 @@ def test_servers_see_a_workloads_own_address(mesh: Setup) -> None:
 def test_a_lease_that_ran_out_denies(mesh: Setup) -> None:
     world, datapath, _ = mesh
     try:
-        datapath.extend_lease(0.0)
+        datapath.extend_lease(1)
+        assert datapath.leased_until_ns() == 1
         assert world.a.run(CLIENT.format(vip=VIPS[4], port=PORT)) == "Operation not permitted"
         assert 'reason="lease_expired"} 0' not in datapath.metrics_text()
     finally:
-        datapath.extend_lease(None)
+        datapath.extend_lease(0)
 
 
 async def test_verdicts_come_as_flows(mesh: Setup) -> None:

@@ -36,16 +36,40 @@ def test_numbers_become_names() -> None:
     )  # fmt: skip
 
 
-def test_an_admission_names_its_rule() -> None:
-    layout = compiled_layouts()["pl_event"]
-    assert flow_of(event(verdict=1, rule=77), layout, NAMES, 0.0).reason == "n/let#0"
-    assert flow_of(event(verdict=0, rule=77), layout, NAMES, 0.0).reason == "first"
+def told(names: Names = NAMES, **changes: object) -> Flow:
+    flow = flow_of(event(**changes), compiled_layouts()["pl_event"], names, 0.0)
+    assert flow is not None
+    return flow
+
+
+def test_an_admission_is_told_by_its_rule_and_a_denial_by_its_reason() -> None:
+    assert (told(verdict=1, rule=77).reason, told(verdict=1, rule=77).rule) == ("n/let#0", "n/let#0")
+    assert (told(verdict=0, rule=77).reason, told(verdict=0, rule=77).rule) == ("first", "n/let#0")
+    assert (told(verdict=1).reason, told(verdict=1).rule) == ("first", "")
+
+
+def test_a_denial_by_policy_is_traced_to_its_rule() -> None:
+    asked: list[object] = []
+    names = Names(("policy_denied", "outbound_denied"), denied_by=lambda *about: asked.append(about) or "n/not#0")
+    flow = told(names)
+    assert (flow.reason, flow.rule) == ("policy_denied", "n/not#0")
+    assert asked == [(301, 502, "fd77::2", 80, "tcp")]
+    assert told(names, reason=1).rule == told(names, verdict=1).rule == told(names, dst_workload=0).rule == ""
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("unknown", ["::", "0.0.0.0"])
+def test_an_unknown_source_is_left_empty(unknown: str) -> None:
+    assert told(src=address(unknown), sport=0).source_address == ""
+
+
+def test_what_the_proxy_dials_is_not_for_people() -> None:
+    names = Names(("proxy_dial",))
+    assert flow_of(event(verdict=1), compiled_layouts()["pl_event"], names, 0.0) is None
 
 
 def test_numbers_nobody_knows_stay_numbers() -> None:
-    flow = flow_of(
-        event(reason=99, src_identity=999, dst_workload=999, verdict=1, proto=132), compiled_layouts()["pl_event"], NAMES, 0.0
-    )
+    flow = told(reason=99, src_identity=999, dst_workload=999, verdict=1, proto=132)
     assert (flow.reason, flow.source, flow.destination, flow.verdict, flow.protocol) == (
         "id:99",
         "id:999",
@@ -53,7 +77,7 @@ def test_numbers_nobody_knows_stay_numbers() -> None:
         "allowed",
         "132",
     )
-    assert flow_of(event(src_identity=0, src_workload=0), compiled_layouts()["pl_event"], NAMES, 0.0).source == "unknown"
+    assert told(src_identity=0, src_workload=0).source == "unknown"
 
 
 async def test_the_fake_keeps_what_it_is_told() -> None:

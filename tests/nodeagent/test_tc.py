@@ -101,7 +101,13 @@ def tcp6(destination: str, port: int, source: str = A6, flags: str = "S", sport:
         (tcp6("2001:db9::7", 80), "outbound_denied"),
         (tcp("192.0.2.7", 443, source="10.99.7.77"), "spoofed"),
         (tcp6("2001:db8::7", 80, source="fd99:7::77"), "spoofed"),
-        (tcp(A4, 1), ""),  # a workload of this node: its ingress hook decides
+        (tcp(A4, 1), "egress_no_connect"),  # a workload of this node: nobody connected
+        (tcp(A4, 1, flags="A"), ""),  # opens nothing; its ingress hook decides
+        (scapy.IP(src=A4, dst=A4) / scapy.UDP(sport=1, dport=1), "egress_no_connect"),
+        (scapy.IP(src=A4, dst=A4, proto=17, frag=9) / (b"middle" * 8), ""),
+        (scapy.IP(src=A4, dst=A4, proto=6, frag=9) / (b"middle" * 8), "egress_protocol"),
+        (scapy.IPv6(src=A6, dst=A6) / scapy.IPv6ExtHdrFragment(nh=58) / (b"ping" * 8), "egress_protocol"),
+        (scapy.IPv6(src=A6, dst=A6) / scapy.IPv6ExtHdrFragment(nh=17) / scapy.UDP(sport=1, dport=1), "egress_no_connect"),
         (scapy.IP(src=A4, dst="192.0.2.7") / scapy.UDP(sport=1, dport=443), ""),
         (scapy.IP(src=A4, dst="192.0.2.7") / scapy.ICMP() / b"tunnel", "egress_protocol"),
         (scapy.IP(src=A4, dst="192.0.2.7", proto=132) / (b"sctp" * 8), "egress_protocol"),

@@ -224,6 +224,15 @@ def test_flows_are_filtered_sorted_and_harmless(cli: Cli, agent: Fake) -> None:
     assert [json.loads(line)["verdict"] for line in only] == ["denied"]
 
 
+def test_a_flow_says_what_is_known_and_no_more() -> None:
+    denied = {"time": 1.0, "verdict": "denied", "source": "spiffe://m/ns/a/sa/b", "destination": "Workload/shop/web-1"}
+    told = flows.line({**denied, "reason": "policy_denied", "rule": "shop/web-deny#0", "destination_address": "[fd77::1]:80"})
+    assert "DENIED m/ns/a/sa/b → Workload/shop/web-1 ([fd77::1]:80)" in told
+    assert told.endswith("[policy_denied by shop/web-deny#0]")
+    assert flows.line({**denied, "reason": "shop/web#0", "rule": "shop/web#0"}).endswith(" [shop/web#0]")
+    assert flows.line({**denied, "reason": "outbound_denied", "destination": ""}).endswith("→ ? [outbound_denied]")
+
+
 def test_flows_when_no_agent_answers(cli: Cli, tmp_path: Path) -> None:
     assert cli("--agent", f"unix://{tmp_path}/gone.sock", "flows").code == 1
 

@@ -1,5 +1,6 @@
 """Resolves a name and makes one request on a new connection, `rate` times a second. argv: url rate seconds.
-Prints "started" after the first success, then JSON: {"ok", "failed", "first_errors", "slowest_ms", "statuses"}."""
+Prints "started <unix seconds of the beginning>" after the first success, then JSON: {"ok", "failed", "errors", "slowest_ms", "statuses"};
+errors: up to 500 of [seconds since the beginning, text]."""
 
 import http.client
 import json
@@ -26,22 +27,22 @@ def one(at: float) -> None:
             statuses[status.status] = statuses.get(status.status, 0) + 1
             if status.status == 200:
                 ok += 1
-            elif len(errors) < 5:
-                errors.append(f"+{at:.1f} s: {status.status} {body[:200]!r}")
+            elif len(errors) < 500:
+                errors.append([round(at, 2), f"{status.status} {body[:200]!r}"])
     except OSError as failure:
         with lock:
             statuses["error"] = statuses.get("error", 0) + 1
-            if len(errors) < 5:
-                errors.append(f"+{at:.1f} s: {failure!r}")
+            if len(errors) < 500:
+                errors.append([round(at, 2), repr(failure)])
     with lock:
         slowest = max(slowest, time.monotonic() - began)
     if not started.is_set():
         started.set()
-        print("started", flush=True)
+        print("started", wall, flush=True)
 
 
 threads = []
-begin = time.monotonic()
+begin, wall = time.monotonic(), time.time()
 count = int(rate * seconds)
 for index in range(count):
     time.sleep(max(0.0, begin + index / rate - time.monotonic()))
@@ -50,8 +51,4 @@ for index in range(count):
     threads.append(thread)
 for thread in threads:
     thread.join()
-print(
-    json.dumps(
-        {"ok": ok, "failed": count - ok, "first_errors": errors, "slowest_ms": round(slowest * 1000), "statuses": statuses}
-    )
-)
+print(json.dumps({"ok": ok, "failed": count - ok, "errors": errors, "slowest_ms": round(slowest * 1000), "statuses": statuses}))

@@ -7,7 +7,8 @@ play.client(b"GET / …") >> ["decide GET /"]
 from __future__ import annotations
 
 from l7proxy.errors import Reply
-from l7proxy.http1.cycle import Clock, Cycle, Limits
+from l7proxy.http1.cycle import Cycle
+from l7proxy.http1.exchange import Clock, Limits
 from l7proxy.http1.head import Heads, RequestHead
 
 

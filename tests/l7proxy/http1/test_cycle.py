@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l7proxy.errors import denied, reply
-from l7proxy.http1.cycle import CLOSED, IDLE, LINGER_BYTES_MAX, RAW, Limits
+from l7proxy.http1.exchange import CLOSED, IDLE, RAW, Limits
+from l7proxy.http1.request_side import LINGER_BYTES_MAX
 from tests.l7proxy.http1.playbook import Playbook, Recorder
 
 GET = b"GET / HTTP/1.1\r\nHost: web\r\n\r\n"
@@ -131,12 +132,54 @@ def test_expect_continue() -> None:
     play.upstream(OK) >> ["client …", "release", "finished 200"]
 
 
-def test_an_early_answer_ends_the_connection_but_is_not_lost() -> None:
+def test_after_an_early_answer_the_body_goes_on_and_the_client_stays() -> None:
     play = Playbook(auto=True)
     play.client(POST) >> ["decide POST /in", "upstream …"]
-    play.upstream(OK) >> ["client …", "release close", "finished 200", "end client"]
-    play.client(b"hello") >> []
-    play.after(3) >> ["close client"]
+    play.upstream(OK) >> ["client …"]
+    play.client(b"he") >> ["upstream he"]
+    play.client(b"llo" + GET) >> ["upstream llo", "release close", "finished 200", "decide GET /", "upstream …"]
+
+
+def test_an_early_answer_is_not_lost_when_the_server_closes_behind_it() -> None:
+    for event in ("upstream_eof", "upstream_lost"):
+        play = Playbook(auto=True)
+        play.client(POST + b"he").upstream(OK) >> ["decide POST /in", "upstream …", "upstream he", "client …"]
+        getattr(play, event)(*[None] * (event == "upstream_lost")) >> ["release close", "finished 200", "end client"]
+        play.client(b"llo") >> []
+        play.after(10) >> ["close client"]
+
+
+def test_an_early_answer_and_then_the_client_leaves() -> None:
+    play = Playbook(auto=True)
+    play.client(POST).upstream(OK) >> ["decide POST /in", "upstream …", "client …"]
+    play.client_eof() >> ["release close", "finished 200", "close client"]
+
+
+KEEP = b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nKeep-Alive: timeout=5\r\nContent-Length: 2\r\n\r\nok"
+LAST = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nconnection: close\r\n\r\nok"
+
+
+@pytest.mark.parametrize("answer", [OK, KEEP, LAST])
+def test_a_connection_that_is_to_end_says_so_in_its_next_answer(answer: bytes) -> None:
+    play = Playbook(auto=True)
+    play.end() >> []  # nothing is closed on a guess: a request may be on its way
+    play.client(GET) >> ["decide GET /", "upstream …"]
+    play.upstream(answer) >> ["client " + t(LAST), "release close", "finished 200", "close client"]
+
+
+def test_an_answer_whose_head_is_out_is_not_the_last() -> None:
+    play = Playbook(auto=True)
+    play.client(GET).upstream(OK[:-1]).end() >> ["decide GET /", "upstream …", "client …"]
+    play.upstream(OK[-1:]) >> ["client k", "release", "finished 200"]
+    assert play.cycle.idle
+    play.end_idle() >> ["close client"]
+
+
+def test_a_refusal_on_a_connection_that_is_to_end() -> None:
+    play = Playbook()
+    play.client(GET).end().refuse(reply("no_route")) >> ["decide GET /", "client …", "finished 404 no_route", "close client"]
+    assert b"\r\nconnection: close\r\n" in play.cycle.client_bytes
+    play.end_idle() >> []
 
 
 def test_lingering_is_bounded() -> None:

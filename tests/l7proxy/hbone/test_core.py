@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l7proxy.hbone import BULK, LOW_WATER_BYTES, Core, HboneError, Kind, Limits, Stream
+from l7proxy.hbone.core import Core
+from l7proxy.hbone.stream import BULK, LOW_WATER_BYTES, HboneError, Kind, Limits, Stream
 
 CONNECT = ((b":method", b"CONNECT"), (b":authority", b"10.0.0.1:80"))
 OK = ((b":status", b"200"),)

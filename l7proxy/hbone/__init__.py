@@ -1,0 +1,1 @@
+"""HTTP/2 CONNECT streams between nodes, sans-IO."""

@@ -1,0 +1,165 @@
+"""threats.md 18: one identity floods; its neighbour's requests all succeed, memory stays bounded, what was refused is
+counted exactly. How long the neighbour waits is a benchmark: `make bench ONLY=noisy-neighbour`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, PROGRAMS, TRUST_DOMAIN, Mesh, policy, until
+
+FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
+VICTIM_PER_S, VICTIM_S = 20, 3.0
+BYTES = 4 << 20
+MEMORY_MAX = BYTES + (24 << 20)  # what every worker needs, and one read of each connection in the air
+URL = f"http://web.shop.mesh:{HTTP_PORT}/"
+
+BUDGET = """---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: IdentityBudget
+metadata: {{name: noisy, namespace: {ns}}}
+spec:
+  principals: ["{td}/ns/{ns}/sa/intruder", "{td}/ns/{ns}/sa/far-client"]
+  budgets: {budgets}
+"""
+
+
+def memory(pid: int, field: str) -> int:
+    """Bytes; VmRSS (now) or VmHWM (the peak)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.fixture(scope="module")
+def noisy(mesh: Mesh) -> Iterator[Mesh]:
+    """Both who flood may reach what they flood."""
+    names = {f"noisy-{app}": (app, who) for app, who in (("web", "intruder"), ("echo", "intruder"))} | {
+        "noisy-peer": ("web", "far-client")
+    }
+    mesh.apply("".join(policy(name, app, who=who) for name, (app, who) in names.items()))
+    yield mesh
+    for name in names:
+        mesh.delete("AuthorizationPolicy", name)
+
+
+@contextmanager
+def quiet_neighbour(mesh: Mesh, budgets: str) -> Iterator[None]:
+    """While this runs, `client` asks `web` and every answer is 200; the worker stays the same, and small."""
+    mesh.apply(BUDGET.format(ns=NS, td=TRUST_DOMAIN, budgets=budgets))
+    try:
+        assert mesh.curl("client", URL)[0] == 200
+        (worker,) = mesh.lab.pids("n1", "proxy-worker")
+        before = memory(worker, "VmRSS")
+        Path(f"/proc/{worker}/clear_refs").write_text(FORGET_PEAK)
+        victim = mesh.program("client", "opener.py", URL, VICTIM_PER_S, VICTIM_S)
+        assert victim.first_line().startswith("started")
+        yield
+        report = victim.report(timeout_s=30)
+        assert report["statuses"] == {"200": VICTIM_PER_S * VICTIM_S}, report
+        assert memory(worker, "VmHWM") - before < MEMORY_MAX
+        assert mesh.lab.pids("n1", "proxy-worker") == [worker]
+    finally:
+        mesh.delete("IdentityBudget", "noisy")
+
+
+def noise(mesh: Mesh, kind: str, host: str, port: int, count: int) -> dict[str, int]:
+    flood = mesh.program("intruder", "noisy.py", kind, host, port, count)
+    assert flood.first_line() == "started\n"
+    return flood.report(timeout_s=30)
+
+
+def peer_noise(mesh: Mesh, kind: str, count: int) -> dict[str, int]:
+    """n2 is taken over: no hook, and far-client's certificate."""
+    web, source = mesh.w["web"].addresses[0], mesh.w["far-client"].addresses[0]
+    argv = [
+        *(sys.executable, str(PROGRAMS / "noisy_peer.py"), kind, str(mesh.lab.paths.agent_state("n2")), "shop/far-client"),
+        *(web, f"web.shop.{TRUST_DOMAIN}", f"{web}:{HTTP_PORT}", f'for="{source}:4242"', str(count)),
+    ]
+    return dict(json.loads(mesh.unhooked("far-client", argv)))
+
+
+def settled(mesh: Mesh) -> None:
+    """Nothing of the flood is left on n1's worker."""
+
+    def left() -> float:
+        return sum(
+            mesh.metric("n1", "pillion_budget_used", identity=f"{NS}/{who}", what=what)
+            for who in ("intruder", "far-client")
+            for what in ("connections", "bytes_in_flight")
+        )
+
+    until(lambda: left() == 0, "the flood leaves something behind")
+
+
+def test_a_flood_of_connections(noisy: Mesh) -> None:
+    before = noisy.denied("n1", "budget_connections")
+    with quiet_neighbour(noisy, "{connections: 50}"):
+        assert noise(noisy, "connections", "web.shop.mesh", HTTP_PORT, 150) == {"open": 50, "refused": 100}
+    assert noisy.denied("n1", "budget_connections") == before + 100
+    settled(noisy)
+
+
+def test_a_flood_of_requests(noisy: Mesh) -> None:
+    before = noisy.denied("n1", "budget_requests")
+    with quiet_neighbour(noisy, "{requestsPerSecond: 100}"):
+        said = noise(noisy, "requests", "web.shop.mesh", HTTP_PORT, 320)
+    assert said.keys() == {"200", "429"} and sum(said.values()) == 320
+    assert noisy.denied("n1", "budget_requests") == before + said["429"]
+    settled(noisy)
+
+
+def test_readers_that_sleep(noisy: Mesh) -> None:
+    before = noisy.denied("n1", "budget_bytes")
+    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}"):
+        said = noise(noisy, "sleepers", "echo.shop.mesh", ECHO_PORT, 150)
+    assert said["refused"] > 0 and said["open"] > 0
+    assert noisy.denied("n1", "budget_bytes") == before + said["refused"]
+    settled(noisy)
+
+
+def test_a_flood_of_handshakes(noisy: Mesh) -> None:
+    before = noisy.denied("n1", "budget_handshakes")
+    with quiet_neighbour(noisy, "{handshakesPerSecond: 20}"):
+        said = peer_noise(noisy, "handshakes", 60)
+    # a second's worth and what has come since; those that were let in wait, and are limited by their source
+    refused = noisy.denied("n1", "budget_handshakes") - before
+    assert said["made"] == 60 and 30 <= refused <= 40
+    assert noisy.metric("n1", "pillion_budget_refused_total", identity=f"{NS}/far-client", reason="budget_handshakes") >= refused
+
+
+@pytest.mark.parametrize(("kind", "count"), [("resets", 5000), ("continuations", 2000)])
+def test_a_flood_of_frames(noisy: Mesh, kind: str, count: int) -> None:
+    before = noisy.denied("n1", "hbone_error")
+    with quiet_neighbour(noisy, "{requestsPerSecond: 2000}"):
+        said = peer_noise(noisy, kind, count)
+    assert said["ended"]
+    until(lambda: noisy.denied("n1", "hbone_error") == before + 1, "the tunnel's end is counted once")
+    settled(noisy)
+
+
+def test_a_flood_of_denials_leaves_the_flows_to_others(noisy: Mesh) -> None:
+    before = noisy.metric("n1", "pillion_datapath_total", reason="policy_denied")
+    with quiet_neighbour(noisy, "{requestsPerSecond: 2000}"):
+        assert noise(noisy, "denied", noisy.w["dark"].addresses[0], ECHO_PORT, 3000) == {"refused": 3000}
+        assert noise_of_victim(noisy)
+    denied = noisy.metric("n1", "pillion_datapath_total", reason="policy_denied") - before
+    assert denied == 3001
+
+
+def noise_of_victim(mesh: Mesh) -> bool:
+    """The victim's own denial is told although the intruder's fill the window."""
+    denied = mesh.program("client", "noisy.py", "denied", mesh.w["dark"].addresses[0], ECHO_PORT, 1)
+    assert denied.report(timeout_s=20) == {"refused": 1}
+
+    def told() -> bool:
+        return any(
+            flow["verdict"] == "denied" and flow["source"].endswith("/sa/client") and "dark" in flow["destination"]
+            for flow in mesh.flows("n1")
+        )
+
+    return bool(until(told, "the victim's denial is not told"))
