@@ -13,7 +13,7 @@ import h2.connection
 import h2.events
 import h2.exceptions
 import h2.settings
-from hpack import Encoder, HPACKError
+from hpack import Encoder, HPACKError, NeverIndexedHeaderTuple
 from hyperframe.exceptions import HyperframeError
 
 from fuzz.target import Disagreement, Target
@@ -24,6 +24,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 LIMITS = Limits()
 SERVER, CLIENT = b"S", b"C"  # a case's first byte: which end the core is
 STREAMS = 3  # a client core has opened so many
+_RST_STREAM = 3
 JUDGE_EVERY = 3  # accepted cases
 _CONNECT = ((b":method", b"CONNECT"), (b":authority", b"10.0.0.1:80"))
 
@@ -33,8 +34,6 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def _block(*fields: tuple[bytes, bytes]) -> bytes:
-    from hpack import NeverIndexedHeaderTuple
-
     return bytes(Encoder().encode([NeverIndexedHeaderTuple(name, value) for name, value in fields], huffman=False))
 
 
@@ -70,9 +69,12 @@ TRAILERS = (_block((b"x", b"y")), _block((b":status", b"200")), b"")
 class Hbone(Target):
     name = "hbone"
     tokens = (
-        frame(4, 0, 0), frame(4, 1, 0), frame(0, 1, 1), frame(0, 0, 1, b"abc"), frame(8, 0, 0, b"\0\0\0\1"), frame(8, 0, 1, bytes(4)),
-        frame(3, 0, 1, b"\0\0\0\x08"), frame(6, 0, 0, bytes(8)), frame(7, 0, 0, bytes(8)), frame(0, 8, 1, b"\1a\0"), frame(9, 4, 1),
-        frame(1, 4, 3, REQUESTS[0]), frame(1, 5, 1, TRAILERS[0]), frame(5, 4, 1, bytes(4)), b"\0\0\0\1", b"\xff\xff\xff\xff", b"\x7f",
+        frame(4, 0, 0), frame(4, 1, 0), frame(0, 1, 1), frame(0, 0, 1, b"abc"), frame(8, 0, 0, b"\0\0\0\1"), frame(8, 0, 1,
+            bytes(4)),
+        frame(3, 0, 1, b"\0\0\0\x08"), frame(6, 0, 0, bytes(8)), frame(7, 0, 0, bytes(8)), frame(0, 8, 1, b"\1a\0"), frame(9, 4,
+            1),
+        frame(1, 4, 3, REQUESTS[0]), frame(1, 5, 1, TRAILERS[0]), frame(5, 4, 1, bytes(4)), b"\0\0\0\1", b"\xff\xff\xff\xff",
+            b"\x7f",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -86,7 +88,20 @@ class Hbone(Target):
         blocks = REQUESTS if server else RESPONSES
         out = [SERVER + PREFACE if server else CLIENT]
         if random() < 0.95:
-            values = ((1, 0), (1, 4096), (3, 100), (4, 65535), (4, 1 << 20), (5, 16384), (5, 1 << 20), (6, 8192), (2, 0), (2, 1), (4, 1 << 31), (9, 1))
+            values = (
+                (1, 0),
+                (1, 4096),
+                (3, 100),
+                (4, 65535),
+                (4, 1 << 20),
+                (5, 16384),
+                (5, 1 << 20),
+                (6, 8192),
+                (2, 0),
+                (2, 1),
+                (4, 1 << 31),
+                (9, 1),
+            )
             chosen = [struct.pack("!HI", *values[int(random() * len(values))]) for _ in range(int(random() * 3))]
             out.append(frame(4, 0, 0, b"".join(chosen)))
         opened = 1 if server else 1 + 2 * (STREAMS - 1)
@@ -133,7 +148,9 @@ class Hbone(Target):
         number = crc32(case)
         size = len(data)
         plans = [[data[:at], data[at:]] for at in range(1, size)] if deep and size < 600 else []
-        plans.append([data[n : n + 1] for n in range(size)] if deep or number % 16 == 0 else [data[: number % size], data[number % size :]])
+        plans.append(
+            [data[n : n + 1] for n in range(size)] if deep or number % 16 == 0 else [data[: number % size], data[number % size :]]
+        )
         for pieces in plans:
             parts = _Run(client, [piece for piece in pieces if piece])
             if whole.error != parts.error and (whole.reset or parts.reset):
@@ -182,7 +199,9 @@ class Hbone(Target):
                     detail = f"stream {number}: {theirs.get(number)!r}, Pillion {ours.get(number)!r}"
                     raise Disagreement("h2", f"other {what}", detail[:1000])
         if different := (ended ^ whole.ended) - reset - whole.reset:
-            raise Disagreement("h2", "another end", f"streams {sorted(different)}: {sorted(ended)}, Pillion {sorted(whole.ended)}")
+            raise Disagreement(
+                "h2", "another end", f"streams {sorted(different)}: {sorted(ended)}, Pillion {sorted(whole.ended)}"
+            )
 
 
 class _Run:
@@ -195,7 +214,7 @@ class _Run:
         self.bodies: dict[int, bytes] = {}
         self.ended: set[int] = set()
         self.reset: set[int] = set()
-        self.kinds: list[int] = []
+        self.kinds: list[Kind] = []
         self.error: str | None = None
         if client:
             for _ in range(STREAMS):
@@ -214,10 +233,10 @@ class _Run:
             self.error = self.error or "failed"
         at = 0
         while at < len(said):
-            length, kind, number = int.from_bytes(said[at : at + 3], "big"), said[at + 3], int.from_bytes(said[at + 5 : at + 9], "big")
-            if kind == 3 and number in self.core.streams:
+            word, _, number = struct.unpack_from("!IBI", said, at)
+            if word & 0xFF == _RST_STREAM and number in self.core.streams:
                 raise Disagreement("pillion", "keeps a stream it has reset", f"stream {number}")
-            at += 9 + length
+            at += 9 + (word >> 8)
         if at != len(said):
             raise Disagreement("pillion", "says half a frame", repr(said[-100:]))
 
@@ -230,7 +249,7 @@ class _Run:
 
     def _note(self, kind: Kind, stream: Stream | None, payload: Any) -> None:
         if not self.kinds or self.kinds[-1] != kind:
-            self.kinds.append(int(kind))
+            self.kinds.append(kind)
         if stream is None:
             return
         number = stream.id

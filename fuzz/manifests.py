@@ -16,7 +16,8 @@ from mesh import resources
 _DOCUMENTS = (
     {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
      "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]}},
-    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "Workload", "metadata": {"name": "web-1", "namespace": "shop", "labels": {"app": "web"}},
+    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "Workload", "metadata": {"name": "web-1", "namespace": "shop",
+        "labels": {"app": "web"}},
      "spec": {"node": "n1", "serviceAccount": "web", "addresses": ["10.77.1.1", "fd77:1::1"]}},
     {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "NodeGrant", "metadata": {"name": "n1"},
      "spec": {"node": "n1", "serviceAccounts": ["shop/web", "shop/*"]}},
@@ -26,7 +27,8 @@ _DOCUMENTS = (
           "to": [{"operation": {"methods": ["GET"], "paths": ["/a/*"], "hosts": ["*.mesh"], "ports": ["8080"]}}]}]}},
     {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "PeerAuthentication", "metadata": {"name": "p", "namespace": "shop"},
      "spec": {"mtls": {"mode": "STRICT"}}},
-    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "MeshConfig", "metadata": {"name": "mesh"}, "spec": {"trustDomain": "mesh.local"}},
+    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "MeshConfig", "metadata": {"name": "mesh"},
+        "spec": {"trustDomain": "mesh.local"}},
     {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "shop"},
      "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "web", "port": 80}], "rules": [
          {"matches": [{"path": {"type": "RegularExpression", "value": "/a+"}, "headers": [{"name": "x", "value": "y"}]}],
@@ -36,15 +38,18 @@ _DOCUMENTS = (
 
 class Manifests(Target):
     name = "resources"
-    tokens = tuple(
+    tokens = (b"\xff", b"\xed\xa0\x80") + tuple(  # noqa: RUF005  # plainer so
         token.encode()
         for token in (
-            "---\n", "...\n", "&a ", "*a", "!!python/object:os.system ", "!!binary ", "<<: ", "? ", "- ", ": ", "{", "}", "[", "]", "|\n", ">\n",
-            "'", '"', "#", "\t", "%YAML 1.1\n", "null", "~", "yes", "0x10", "1e3", ".inf", ".nan", "2001-01-01", "1_000", "0o7", "é",
-            "\u2028", "\ufeff", "\x85", "\x00", "\x07", "{" * 40, "[" * 40, "[" * 5000, "- " * 2000, "a: " * 50, "9" * 30, "\\ud800",
+            "---\n", "...\n", "&a ", "*a", "!!python/object:os.system ", "!!binary ", "<<: ", "? ", "- ", ": ", "{", "}", "[",
+                "]", "|\n", ">\n",
+            "'", '"', "#", "\t", "%YAML 1.1\n", "null", "~", "yes", "0x10", "1e3", ".inf", ".nan", "2001-01-01", "1_000", "0o7",
+                "é",
+            "\u2028", "\ufeff", "\x85", "\x00", "\x07", "{" * 40, "[" * 40, "[" * 5000, "- " * 2000, "a: " * 50, "9" * 30,
+                "\\ud800",
             "apiVersion: v1\n", "kind: Service\n", '"\\u0000"', "@", "`", "\U0010ffff",
         )
-    ) + (b"\xff", b"\xed\xa0\x80")  # fmt: skip
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +63,16 @@ class Manifests(Target):
             for _ in range(int(rng.random() * 3)):
                 document = change(rng, document)
             if rng.random() < 0.5:
-                out.append(json.dumps(document, indent="\t" if rng.random() < 0.2 else None, ensure_ascii=rng.random() < 0.7) + "\n")
+                out.append(
+                    json.dumps(document, indent="\t" if rng.random() < 0.2 else None, ensure_ascii=rng.random() < 0.7) + "\n"
+                )
                 if rng.random() < 0.7:
                     break
             else:
                 out.append(yaml.safe_dump(document, sort_keys=False, default_flow_style=rng.random() < 0.2, allow_unicode=True))
         return "---\n".join(out).encode("utf-8", "surrogatepass")
 
-    def check(self, case: bytes, *, deep: bool = False) -> Hashable:
+    def check(self, case: bytes, *, deep: bool = False) -> Hashable:  # noqa: ARG002  # of every target
         text = case.decode("utf-8", "surrogatepass" if len(case) % 2 else "replace") if _decodes(case) else case.decode("latin-1")
         try:
             loaded = resources.load(text, "fuzz")
@@ -81,12 +88,17 @@ class Manifests(Target):
         self._as_json(text, loaded)
         try:
             wanted = compiler.needs(loaded, "mesh.local")
-            numbers = [{name: 256 + n for n, name in enumerate(names)} for names in (wanted.identities, wanted.workloads, wanted.services)]
-            vips = {name: (f"240.0.0.{n + 1}", f"fd50:494c::{n + 1:x}") for n, name in enumerate(wanted.services)}
-            compiler.compile_state(loaded, compiler.Allocations(*numbers, vips, ("PEM",), ()))
+            allocations = compiler.Allocations(
+                {name: 256 + n for n, name in enumerate(wanted.identities)},
+                {name: 256 + n for n, name in enumerate(wanted.workloads)},
+                {name: 256 + n for n, name in enumerate(wanted.services)},
+                {name: (f"240.0.0.{n + 1}", f"fd50:494c::{n + 1:x}") for n, name in enumerate(wanted.services)},
+                ("PEM",),
+            )
+            compiler.compile_state(loaded, allocations)
         except compiler.CompileError as error:
             return str(error)[:24]
-        return tuple(sorted(one.kind for one in loaded))
+        return tuple(sorted(one.key[0] for one in loaded))
 
     def _as_json(self, text: str, loaded: list[resources.Resource]) -> None:
         """What is JSON means what JSON says."""

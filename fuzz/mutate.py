@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-_BYTES = b"\x00\t\n\r !\"#%*+,-./09:;<=>?@AZ[\\]^_`az{|}~\x7f\x80\xff"
+_BYTES = b'\x00\t\n\r !"#%*+,-./09:;<=>?@AZ[\\]^_`az{|}~\x7f\x80\xff'
 
 
 def mutate(case: bytes, rng: Random, tokens: Sequence[bytes], other: bytes = b"", size_max: int = 65536) -> bytes:

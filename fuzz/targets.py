@@ -9,8 +9,8 @@ from fuzz.hbone import Hbone
 from fuzz.http1.nginx import Nginx
 from fuzz.http1.requests import HttpRequests
 from fuzz.http1.responses import HttpResponses
-from fuzz.messages import Link, Stream
 from fuzz.manifests import Manifests
+from fuzz.messages import Link, Stream
 from fuzz.target import Target
 
 PLAIN: tuple[type[Target], ...] = (HttpResponses, Hbone, Dns, Link, Stream, Manifests)

@@ -73,6 +73,9 @@ class DestinationTunnel(Tunnel):
 
     def on_request(self, stream: Stream, headers: Headers) -> None:
         worker = self.inbound.worker
+        if stream.id not in self.core.streams:  # reset by the same bytes
+            self.account.request(worker.budgets.clock())
+            return
         answered = False
         try:
             asked = parse_connect(headers)
@@ -102,6 +105,8 @@ class DestinationTunnel(Tunnel):
         protocol = worker.serve_inbound(transport, admission.caller, admission.workload, admission.port, opened)
         if stream.id in self.core.streams:
             transport.start(protocol)
+        else:
+            protocol.connection_lost(None)
 
     def _respond(self, stream: Stream, status: int, reason: str) -> None:
         if status == 200:

@@ -191,10 +191,10 @@ class Pool:
                 check_times(tunnel.peer, self.serials, now)
                 if not owners:
                     raise PeerRefused("peer_gone", f"{tunnel.key.address} is no endpoint of {tunnel.key.peer} any more")
-                if not _may_call(new, tunnel.key.source, owners):  # the kernel drops its packets now: it looks alive and is not
-                    raise PeerRefused("peer_gone", f"{tunnel.key.source} may not call {tunnel.key.peer} any more")
                 if all(w.node in cut for w in owners):
                     raise PeerRefused("node_cut", f"node {owners[0].node} is cut from the mesh")
+                if not _may_call(new, tunnel.key.source, owners):  # the kernel drops its packets now: it looks alive and is not
+                    raise PeerRefused("peer_gone", f"{tunnel.key.source} may not call {tunnel.key.peer} any more")
             except PeerRefused as refusal:
                 if refusal.reason == "peer_gone":
                     tunnel.retire()  # an endpoint that is leaving may finish what it has

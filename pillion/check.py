@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from pillion import output
-from pillion.context import FormatOption, chosen
+from pillion.context import FormatOption, NodeOption, chosen
 from pillion.errors import CliError
 from pillion.output import Format
 from pillion.run import cgroup2_mount
+from pillion.security import check_security
 
 KERNEL_MIN = (5, 15)
 TOOLS = ("ip", "nsenter", "unshare", "setpriv")
@@ -108,8 +110,18 @@ CHECKS: dict[str, Callable[[], Result]] = {
 }
 
 
-def check(form: FormatOption = Format.TABLE) -> None:
-    """Whether this machine can run the mesh, and whether the mesh on it is well. Exit code 1 if anything is not."""
+def check(
+    form: FormatOption = Format.TABLE,
+    security: Annotated[bool, typer.Option("--security", help="what is enforced on this node, and what is not")] = False,
+    node: NodeOption = None,
+) -> None:
+    """Whether this machine can run the mesh, and whether the mesh on it is well. Exit code 1 if anything is not.
+
+    With --security: 0 all enforced, 1 something is not, 2 not all could be told.
+    """
+    if security:
+        check_security(form, node)
+        return
     report = []
     for name, probe in CHECKS.items():
         try:

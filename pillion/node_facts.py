@@ -34,7 +34,6 @@ class Process:
     interfaces: tuple[str, ...] | None  # of its network namespace
     user_namespace: str | None
     cgroup_writable: bool | None  # it sees a cgroup2 mounted read-write
-    parent: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,14 @@ def process(pid: int, proc: Path = PROC) -> Process | None:
     try:
         uid = int(fields["Uid"].split()[1])
         capabilities = {name: int(fields[name], 16) for name in CAPABILITY_SETS}
-        seccomp, no_new, parent = int(fields["Seccomp"]), fields["NoNewPrivs"] == "1", int(fields["PPid"])
+        seccomp, no_new = int(fields["Seccomp"]), fields["NoNewPrivs"] == "1"
     except (KeyError, ValueError, IndexError):
         return None
     lines = (_text(base / "cgroup") or "").splitlines()
     group = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
     return Process(
         pid, uid, capabilities, no_new, seccomp, _dumpable(base, uid), group, _interfaces(base), _link(base / "ns/user"),
-        _cgroup_writable(base), parent,
+        _cgroup_writable(base),
     )  # fmt: skip
 
 
@@ -139,13 +138,15 @@ def processes(pids: Iterable[int], proc: Path = PROC) -> list[Process]:
     return [found for pid in pids if (found := process(pid, proc)) is not None]
 
 
-def mode_of(path: Path) -> Mode | None:
+def mode_of(path: Path, root: Path = Path("/")) -> Mode | None:
+    """``root``: where its owner's file system begins; left out of what is shown."""
     try:
         found = path.lstat()
     except OSError:
         return None
     kind = "directory" if stat.S_ISDIR(found.st_mode) else "socket" if stat.S_ISSOCK(found.st_mode) else "file"
-    return Mode(str(path), found.st_uid, stat.S_IMODE(found.st_mode), kind, kind == "directory" and _is_bpffs(path))
+    shown = f"/{path.relative_to(root)}" if path.is_relative_to(root) else str(path)
+    return Mode(shown, found.st_uid, stat.S_IMODE(found.st_mode), kind, kind == "directory" and _is_bpffs(path))
 
 
 def _is_bpffs(path: Path) -> bool:

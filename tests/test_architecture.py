@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = ("controller", "nodeagent", "l7proxy", "pillion")
-OURS = {*PROCESSES, "mesh", "lab", "bench", "tests", "bpf"}
+OURS = {*PROCESSES, "mesh", "lab", "bench", "fuzz", "tests", "bpf"}
 MAY_IMPORT = {
     "mesh": {"mesh"},
     "controller": {"controller", "mesh"},
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "pillion": {"pillion", "mesh"},
     "lab": {"lab", "mesh"},
     "bench": {"bench", "lab", "mesh"},
+    "fuzz": {"fuzz", "l7proxy", "mesh"},
 }
 # What reaches outside the process; `mesh` is told everything it works on
 IMPURE = {

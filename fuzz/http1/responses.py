@@ -4,6 +4,7 @@ upstream connection goes back to its pool only if nobody could read on in it."""
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import pairwise
 from random import Random
 
 from fuzz.http1 import grammar
@@ -39,7 +40,7 @@ class HttpResponses(Target):
         whole = self._run(self.heads, request, [data])
         for cuts in splits(data, deep):
             edges = (0, *cuts, len(data)) if cuts else range(len(data) + 1)
-            parts = self._run(Heads(), request, [data[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b])
+            parts = self._run(Heads(), request, [data[a:b] for a, b in pairwise(edges) if a < b])
             self._same(whole, parts, cuts)
         told = b"".join(whole.told)
         signature = (whole.reply, whole.ends, whole.reusable, whole.switched, whole.interim, whole.status)
@@ -69,10 +70,8 @@ class HttpResponses(Target):
         if (whole.reply, whole.switched, whole.status) != (parts.reply, parts.switched, parts.status):
             raise Disagreement("pillion", "another end when cut", f"at {cuts}: {whole.reply} then {parts.reply}")
         ours, theirs = b"".join(whole.told), b"".join(parts.told)
-        if whole.reply is None:
-            same = ours == theirs
-        else:  # a broken body: what came before the fault may have gone on. An answer of the proxy's own: in other words
-            same = whole.reply[1] != "cut" or theirs.startswith(ours)
+        # of a broken body, what came before the fault may have gone on; an answer of the proxy's own may have other words
+        same = ours == theirs if whole.reply is None else whole.reply[1] != "cut" or theirs.startswith(ours)
         if not same:
             raise Disagreement("pillion", "forwards other bytes when cut", f"at {cuts}")
 
@@ -126,6 +125,8 @@ class HttpResponses(Target):
                 raise Disagreement(reader, "ends earlier", repr(told[-200:]))
             if length is not None and message.length != length and not error:
                 raise Disagreement(reader, "another body", f"{message.length} bytes, Pillion {length}")
+        if ended and not error and (len(messages) < len(expected) or not messages[-1].whole):
+            raise Disagreement(reader, "ends later", repr(told[-200:]))
         if sentinel and not error:
             raise Disagreement(reader, "fewer responses", f"{len(messages)}, Pillion {len(expected)}")
 
@@ -146,4 +147,3 @@ class Run(Responses):
 
 def _asks(request: bytes) -> bool:
     return request in grammar.ASKED
-

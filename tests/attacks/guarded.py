@@ -46,8 +46,8 @@ def ask(
 
 
 @contextmanager
-def guarded(mesh: Mesh) -> Iterator[Mesh]:
-    """The sites stand, /admin is denied to everyone, and who says `x-role: root` is denied."""
+def guarded(mesh: Mesh, protocol: str = "http") -> Iterator[Mesh]:
+    """The sites stand, /admin is denied to everyone, and who says `x-role: root` is denied. `protocol` "": it is not told."""
     site = mesh.scratch / "site"
     (site / "admin").mkdir(parents=True, exist_ok=True)
     (site / "index.html").write_text(OPEN)
@@ -67,7 +67,8 @@ def guarded(mesh: Mesh) -> Iterator[Mesh]:
         mesh.listening(name, PORT)
     resources = {"Service": "", "AuthorizationPolicy": ""}
     for name in SERVERS:
-        resources["Service"] += service(f"guarded-{name}", name, PORT, "http")
+        declared = service(f"guarded-{name}", name, PORT, "http")
+        resources["Service"] += declared if protocol else declared.replace(", appProtocol: http", "")
         for number, operation in enumerate((CLOSED, BY_HEADER)):
             text = policy(f"guarded-{name}-{number}", name, action="DENY", who="*", operation=operation)
             resources["AuthorizationPolicy"] += text

@@ -29,27 +29,27 @@ SERVERS = {
 RIGHT, FORGED = "93.184.215.14", "192.88.99.66"
 
 ANY_ANSWER = Mutant(
-    "names",
+    "b1",
     "private, local and virtual addresses are no answer",
     ("l7proxy/dns_core.py", "            if rrset.name.is_subdomain(_ZONE) or not all(", "            if not all(1 or "),
 )
 ANY_SENDER = Mutant(
-    "names",
+    "b1",
     "id, spelling and sender of an answer are compared",
     ("l7proxy/dns.py", "        if pending is None or pending.upstream != source:\n", "        if pending is None:\n"),
 )
 ANYBODYS_NAMES = Mutant(
-    "names",
+    "b1",
     "names are asked for whom policy names",
     ("l7proxy/dns_core.py", "            any(not principals or ", "            any(1 or "),
 )
 ANY_NAME = Mutant(
-    "any-name",
+    "b2",
     "only names of the policy leave",
     ("l7proxy/dns_core.py", "if any_pattern(names, name)]", "if names]"),
 )
 OPEN_WAY_OUT = Mutant(
-    "names",
+    "b1",
     "a workload's packets have no way to the resolver",
     (
         "mesh/dataplane.py",

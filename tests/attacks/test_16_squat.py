@@ -16,9 +16,13 @@ from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import HTTP_PORT, Mesh, until
 
 JOINABLE = Mutant(
-    "squat",
+    "b1",
     "bind() keeps our ports, and nobody can join",
-    ("bpf/bind.c", "    if (port != PL_PORT_OUTBOUND && port != PL_PORT_HBONE && port != PL_PORT_DNS)\n      return 1;\n", "    return 1;\n"),
+    (
+        "bpf/bind.c",
+        "    if (port != PL_PORT_OUTBOUND && port != PL_PORT_HBONE && port != PL_PORT_DNS)\n      return 1;\n",
+        "    return 1;\n",
+    ),
     (
         "nodeagent/netns.py",
         "        sock.bind((address, port))\n",
@@ -26,7 +30,7 @@ JOINABLE = Mutant(
     ),
 )
 ANYBODYS_LISTENER = Mutant(
-    "squat",
+    "b1",
     "connect() leads to our own listener only",
     ("bpf/common.h", "  if (!listeners.lookup(&netns))\n    return PL_R_NO_LISTENER;\n", ""),
 )  # fmt: skip
@@ -76,19 +80,25 @@ def there_before(mesh: Mesh, name: str) -> Iterator[Workload]:
             squatter.kill()
 
 
-
-
 @pytest.mark.attack("be there before the agent")
 def test_nothing_connects_until_the_port_is_ours(mesh: Mesh, counted: Counted) -> None:
     web = mesh.w["web"]
     with there_before(mesh, "late") as late:
         before = mesh.denied("n1", "no_listener")
-        until(lambda: not dial(late, web.addresses[0], HTTP_PORT).opened and mesh.denied("n1", "no_listener") > before, "enrolled", 20)
+        until(
+            lambda: not dial(late, web.addresses[0], HTTP_PORT).opened and mesh.denied("n1", "no_listener") > before,
+            "enrolled",
+            20,
+        )
         with counted(mesh, "n1", "no_listener", times=3):
             found = [dial(late, address(web, family), HTTP_PORT) for family in FAMILIES]
         assert found == [Dialled("", "PermissionError")] * 3
         assert "web for" in dial(mesh.w["client"], web.addresses[0], HTTP_PORT).answer
-    until(lambda: "web for" in dial(late, web.addresses[0], HTTP_PORT).answer, "the agent does not take the port that became free", 20)
+    until(
+        lambda: "web for" in dial(late, web.addresses[0], HTTP_PORT).answer,
+        "the agent does not take the port that became free",
+        20,
+    )
     late.remove()
 
 

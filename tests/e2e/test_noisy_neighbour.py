@@ -16,6 +16,7 @@ from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, PROGRAMS, TRUST_DOMAIN, Mes
 FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
 VICTIM_PER_S, VICTIM_S = 20, 3.0
 BYTES = 4 << 20
+HEAD_BYTES = 30_000  # programs/noisy.py
 MEMORY_MAX = BYTES + (24 << 20)  # what every worker needs, and one read of each connection in the air
 URL = f"http://web.shop.mesh:{HTTP_PORT}/"
 
@@ -38,7 +39,7 @@ def memory(pid: int, field: str) -> int:
 @pytest.fixture(scope="module")
 def noisy(mesh: Mesh) -> Iterator[Mesh]:
     """Both who flood may reach what they flood."""
-    names = {f"noisy-{app}": (app, who) for app, who in (("web", "intruder"), ("echo", "intruder"))} | {
+    names = {f"noisy-{app}": (app, who) for app, who in (("web", "intruder"), ("echo-far", "intruder"))} | {
         "noisy-peer": ("web", "far-client")
     }
     mesh.apply("".join(policy(name, app, who=who) for name, (app, who) in names.items()))
@@ -99,7 +100,7 @@ def settled(mesh: Mesh) -> None:
 def test_a_flood_of_connections(noisy: Mesh) -> None:
     before = noisy.denied("n1", "budget_connections")
     with quiet_neighbour(noisy, "{connections: 50}"):
-        assert noise(noisy, "connections", "web.shop.mesh", HTTP_PORT, 150) == {"open": 50, "refused": 100}
+        assert noise(noisy, "connections", noisy.w["web"].addresses[0], HTTP_PORT, 150) == {"open": 50, "refused": 100}
     assert noisy.denied("n1", "budget_connections") == before + 100
     settled(noisy)
 
@@ -107,18 +108,29 @@ def test_a_flood_of_connections(noisy: Mesh) -> None:
 def test_a_flood_of_requests(noisy: Mesh) -> None:
     before = noisy.denied("n1", "budget_requests")
     with quiet_neighbour(noisy, "{requestsPerSecond: 100}"):
-        said = noise(noisy, "requests", "web.shop.mesh", HTTP_PORT, 320)
+        said = noise(noisy, "requests", noisy.w["web"].addresses[0], HTTP_PORT, 320)
     assert said.keys() == {"200", "429"} and sum(said.values()) == 320
     assert noisy.denied("n1", "budget_requests") == before + said["429"]
     settled(noisy)
 
 
-def test_readers_that_sleep(noisy: Mesh) -> None:
+def test_heads_that_never_end(noisy: Mesh) -> None:
+    """Each holds 30 KiB; what no longer fits is cut."""
     before = noisy.denied("n1", "budget_bytes")
     with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}"):
-        said = noise(noisy, "sleepers", "echo.shop.mesh", ECHO_PORT, 150)
-    assert said["refused"] > 0 and said["open"] > 0
+        said = noise(noisy, "heads", noisy.w["web"].addresses[0], HTTP_PORT, 200)
+    assert said == {"open": BYTES // HEAD_BYTES, "refused": 200 - BYTES // HEAD_BYTES}
     assert noisy.denied("n1", "budget_bytes") == before + said["refused"]
+    settled(noisy)
+
+
+def test_readers_that_sleep(noisy: Mesh) -> None:
+    """On another node's server: both nodes hold bytes, and either may be the first to have too many."""
+    before = sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2"))
+    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}"):
+        said = noise(noisy, "sleepers", noisy.w["echo-far"].addresses[0], ECHO_PORT, 100)
+    assert said["refused"] > 0
+    assert sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2")) - before >= said["refused"]
     settled(noisy)
 
 

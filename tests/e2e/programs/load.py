@@ -17,6 +17,7 @@ REQUEST = f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
 end = time.monotonic() + seconds
 ok, last_ok, failures, texts = 0, 0.0, 0, collections.Counter()
 working: set[int] = set()
+all_work = asyncio.Event()
 
 
 class Failed(Exception):
@@ -27,6 +28,8 @@ def worked(number: int) -> None:
     global ok, last_ok
     ok, last_ok = ok + 1, time.monotonic()
     working.add(number)
+    if len(working) == connections:
+        all_work.set()
 
 
 async def head(reader: asyncio.StreamReader) -> bytes:
@@ -83,8 +86,7 @@ async def one(number: int) -> None:
 
 
 async def started() -> None:
-    while len(working) < connections:
-        await asyncio.sleep(0.01)
+    await all_work.wait()
     await asyncio.sleep(WARM_S)
     print("started", flush=True)
 

@@ -1,7 +1,7 @@
 """One neighbour that makes noise. argv: kind host port count [seconds]; for how a program of a node that was taken over
 makes it, see noisy_peer.py. Prints "started", then JSON; what it counts depends on the kind:
 connections: so many held open at once {"open", "refused"}; requests: so many on 8 keep-alive connections {"<status>": n};
-sleepers: so many connections that write and never read {"open", "refused"}; denied: connects {"refused"}."""
+sleepers: so many connections that write and never read {"open", "refused"}; heads: so many heads without an end, the same; denied: connects {"refused"}."""
 
 import collections
 import contextlib
@@ -85,6 +85,24 @@ def sleepers() -> dict[str, int]:
     return {"open": count - cut, "refused": cut}
 
 
+def heads() -> dict[str, int]:
+    """Each is most of a head, and stays."""
+    held = [socket.create_connection((host, port), 5) for _ in range(count)]
+    for sock in held:
+        sock.sendall(HEAD[:-2] + b"X: ".ljust(30_000 - len(HEAD) + 2, b"a"))
+    time.sleep(1.0)  # what is cut is cut by now
+    outcome = []
+    for sock in held:
+        sock.settimeout(0.01)
+        try:
+            outcome.append(bool(sock.recv(1)))
+        except TimeoutError:
+            outcome.append(True)
+        except ConnectionError:
+            outcome.append(False)
+    return {"open": outcome.count(True), "refused": outcome.count(False)}
+
+
 def denied() -> dict[str, int]:
     number = 0
     for _ in range(count):
@@ -97,4 +115,5 @@ def denied() -> dict[str, int]:
 
 
 print("started", flush=True)
-print(json.dumps({"connections": connections, "requests": requests, "sleepers": sleepers, "denied": denied}[kind]()), flush=True)
+kinds = {"connections": connections, "requests": requests, "sleepers": sleepers, "heads": heads, "denied": denied}
+print(json.dumps(kinds[kind]()), flush=True)
