@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import report
+from bench import neighbour, report
 from bench.load import Iperf, LoadError, RedisPing, Run, Wrk
 from bench.world import HTTP_PORT, L4_PORT, World, scale_policies, until_it_answers
 
@@ -24,6 +24,7 @@ UNITS = {
     "connect-rate": "connections/s",
     "policy-scale": "connections/s",
 }
+NAMES = (*UNITS, *neighbour.NAMES)
 POLICIES_MANY, POLICIES_FEW = 10_000, 10
 
 Load = Callable[[Run], float]
@@ -68,12 +69,13 @@ def measure(name: str, sides: dict[str, tuple[Load, Run]], rounds: int, console:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--only", help=f"comma-separated names of {', '.join(UNITS)}")
+    parser.add_argument("--only", help=f"comma-separated names of {', '.join(NAMES)}; noisy-neighbour: all of these")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    names = arguments.only.split(",") if arguments.only else list(UNITS)
-    if unknown := set(names) - set(UNITS):
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(UNITS)}")
+    asked = arguments.only.split(",") if arguments.only else list(NAMES)
+    names = [name for each in asked for name in (neighbour.NAMES if each == "noisy-neighbour" else (each,))]
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     console = Console(stderr=True)
     rows, failed = [], False
     with World("bench", mesh=True) as mesh, World("bare", mesh=False) as bare:
@@ -85,6 +87,9 @@ def main() -> int:
                 mesh.lab.wait(revision)
         for name in names:
             try:
+                if name in neighbour.NAMES:
+                    rows.append(neighbour.measure(name, mesh, arguments.rounds, console))
+                    continue
                 rows.append(measure(name, parties(name, mesh, bare, envoys), arguments.rounds, console))
             except LoadError as error:
                 failed = True

@@ -31,6 +31,8 @@ http {{
 #: name, node, what it runs
 WORKLOADS = (
     ("client", "n1", ""),
+    ("noisy", "n1", ""),
+    ("aside", "n1", "nginx"),
     ("web", "n1", "nginx"),
     ("web-far", "n2", "nginx"),
     ("redis", "n1", "redis"),
@@ -79,6 +81,9 @@ def resources() -> str:
     for app in ("redis", "stream", "stream-far"):
         text += allow(app, app, client_principal())
     text += allow("web-http", "web", client_principal(), f'{{ports: ["{HTTP_PORT}"], methods: ["GET"], paths: ["/*"]}}')
+    text += service("aside", HTTP_PORT, "http")
+    for app in ("aside", "stream-far"):
+        text += allow(f"{app}-noisy", app, f"mesh.local/ns/{NAMESPACE}/sa/noisy")
     text += allow("web-l4", "web", client_principal(), f'{{ports: ["{L4_PORT}"]}}')
     text += allow("web-far", "web-far", client_principal(), f'{{ports: ["{HTTP_PORT}"], methods: ["GET"], paths: ["/*"]}}')
     return text

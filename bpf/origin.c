@@ -56,7 +56,8 @@ int on_setsockopt(struct bpf_sockopt *ctx)
     goto deny;
   caller = *from;
   caller.pad = 0;
-  if (is_loopback(&caller.addr) || is_zero(&caller.addr) || !caller.port)
+  settle(&caller.addr); /* the unspecified address, of either family, is loopback by another name */
+  if (is_loopback(&caller.addr) || !caller.port)
     goto deny; /* the most trusted address is never shown on somebody's behalf */
   if (sk->family == AF_INET && !is_v4(&caller.addr))
     goto deny;

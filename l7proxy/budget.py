@@ -15,7 +15,7 @@ from typing import Protocol
 from mesh.budgets import BudgetTable
 from mesh.model import CONFIG_KEY, Budget, Config, IdentityBudget, State
 
-TURN_S = 0.001  # of the worker's time; an identity's share of it is what others may have to wait for
+TURN_S = 0.0004  # of the worker's time; an identity's share of it is what others may have to wait for
 BUSY_S = 1.0  # who was active this long ago counts as at work
 BURST_S = 1.0  # a rate's worth of this may come at once
 UNKNOWN = 0

@@ -123,9 +123,13 @@ class DestinationTunnel(Tunnel):
         refused = tls.refused if isinstance(tls, ServerSide) else None
         self.inbound.gone(self)
         if self.peer is not None:
-            if isinstance(error, HboneError):  # what HTTP/2 forbids: rapid resets, CONTINUATION without end, …
+            if self.core.failed or isinstance(
+                error, HboneError
+            ):  # what HTTP/2 forbids: rapid resets, CONTINUATION without end, …
                 self.account.refused["hbone_error"] += 1
-                self.inbound.refused(Refusal("hbone_error", str(error)), self.peer.spiffe, self.source)
+                self.inbound.refused(
+                    Refusal("hbone_error", str(error or "it was told to calm down")), self.peer.spiffe, self.source
+                )
             return
         if isinstance(error, Refusal):
             self.inbound.refused(error, "", self.source)

@@ -83,6 +83,7 @@ class SourceTunnel(Tunnel):
         self.pool = pool
         self.key = key
         self.serial = serial
+        self.account = pool.worker.budgets.of(pool.worker.config.identity(key.source), key.source)
         self.waiting: list[Dial] = []
         self.dials: dict[int, Dial] = {}  # stream -> the dial that waits for its response
         self.since = self.idle_since = time.perf_counter()
@@ -144,6 +145,14 @@ class SourceTunnel(Tunnel):
                 self._open(dial)
             else:
                 self.pool.again(dial)
+
+    def hold(self, size: int) -> bool:
+        fits, account = super().hold(size), self.account
+        account.held += size
+        if size < 0 or not account.overfull:
+            return fits
+        self.pool.worker.metrics.denied(account.refuse("budget_bytes"))
+        return False
 
     def on_response(self, stream: Stream, headers: Headers) -> None:
         dial = self.dials.pop(stream.id, None)

@@ -11,10 +11,12 @@ import socket
 import struct
 from collections.abc import Callable, Collection, Sequence
 from random import random
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from l7proxy.budget import Account
 from l7proxy.config import Endpoint
+from l7proxy.local_dial import LocalDial
 from l7proxy.target import Caller, DialError, Target
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ IDLE_PER_POOL_MAX = 128
 OPEN_PER_POOL_MAX = 4096
 IDLE_S = 60.0
 FAILED_FIRST_S, FAILED_MAX_S = 1.0, 30.0  # an endpoint that refused is left alone for this long, doubling
+DIAL_S = 0.0002  # of the worker's time, about; it comes in pieces that nobody measures
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 PoolKey = tuple[str | None, str, Endpoint]
@@ -85,7 +88,20 @@ class Pool:
 class UpstreamConnection(asyncio.Protocol):
     """A server's connection, local or through a tunnel, whoever uses it now."""
 
-    __slots__ = ("counted", "dial", "idle_since", "lost", "pool", "reader_paused", "sink", "transport", "upstreams", "write")
+    __slots__ = (
+        "counted",
+        "dial",
+        "idle_since",
+        "late",
+        "late_eof",
+        "lost",
+        "pool",
+        "reader_paused",
+        "sink",
+        "transport",
+        "upstreams",
+        "write",
+    )
 
     def __init__(self, upstreams: Upstreams, pool: Pool, sink: Sink) -> None:
         self.upstreams, self.pool = upstreams, pool
@@ -93,7 +109,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.write: Callable[[bytes], None] = _unconnected
         self.dial: Dial | None = None
-        self.lost = self.reader_paused = False
+        self.lost = self.reader_paused = self.late_eof = False
+        self.late: bytes | None = None  # came when the caller's turn was over
         self.idle_since = 0.0
         self.counted = True
         pool.open += 1
@@ -123,14 +140,50 @@ class UpstreamConnection(asyncio.Protocol):
             sink.upstream_failed(error)
 
     def data_received(self, data: bytes) -> None:
-        sink = self.sink
+        sink, account = self.sink, self.pool.account
         if sink is not None:
+            if self.late is not None or (account.spent > account.limit and account.over()):
+                self._put_off(data)
+                return
+            started = perf_counter()
             sink.upstream_data(data)
+            account.spent += perf_counter() - started
         else:  # nobody asked: whatever it means, it must not become the next answer
             self.upstreams.worker.metrics.count("unsolicited_response")
             self.abort()
 
+    def _put_off(self, data: bytes) -> None:
+        if self.late is None:
+            self.late = data
+            self.pool.account.held += len(data)
+            self.transport.pause_reading()
+            self.pool.account.defer(self)
+        else:
+            self.late += data
+            self.pool.account.held += len(data)
+
+    def proceed(self) -> None:
+        """The caller's next turn."""
+        data, self.late = self.late, None
+        if data is None:
+            return
+        account = self.pool.account
+        account.held -= len(data)
+        if self.sink is None:
+            return
+        if not self.reader_paused and not self.lost:
+            self.transport.resume_reading()
+        started = perf_counter()
+        self.sink.upstream_data(data)
+        if self.late_eof and self.sink is not None:
+            self.late_eof = False
+            self.eof_received()
+        account.spent += perf_counter() - started
+
     def eof_received(self) -> bool:
+        if self.late is not None:
+            self.late_eof = True
+            return True
         if self.sink is not None:
             self.sink.upstream_eof()
             return True
@@ -140,6 +193,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone()
+        self.proceed()
         if self in self.pool.idle:
             self.pool.idle.remove(self)
         if self.sink is not None:
@@ -162,7 +216,8 @@ class UpstreamConnection(asyncio.Protocol):
     def resume(self) -> None:
         if self.reader_paused and not self.lost:
             self.reader_paused = False
-            self.transport.resume_reading()
+            if self.late is None:
+                self.transport.resume_reading()
 
     def abort(self) -> None:
         """RST; or give the dial up."""
@@ -258,6 +313,7 @@ class Upstreams:
         workload = worker.config.workloads.get(endpoint.key)
         if workload is None:
             return worker.loop.call_soon(failed, DialError("no_endpoints", f"{endpoint.key} is gone"))
+        worker.budgets.of(caller.identity, caller.spiffe).spent += DIAL_S
         target = Target(workload, endpoint.address, endpoint.port, caller, source_netns, opaque)
         if not endpoint.local:
             return worker.dial_remote(target, protocol, failed)
@@ -294,75 +350,6 @@ class Upstreams:
                 for connection in pool.idle:
                     connection.close()
                 pool.idle.clear()
-
-
-class LocalDial:
-    """From the stock of the endpoint's netns, as the caller, to the endpoint's address."""
-
-    __slots__ = ("failed", "protocol", "target", "task", "worker")
-
-    def __init__(self, worker: Worker, target: Target, protocol: asyncio.Protocol, failed: Callable[[DialError], None]) -> None:
-        self.worker, self.target, self.protocol, self.failed = worker, target, protocol, failed
-        self.task: asyncio.Task[None] = worker.loop.create_task(self._run())
-
-    def cancel(self) -> None:
-        self.task.cancel()
-
-    async def _run(self) -> None:
-        sock: socket.socket | None = None
-        try:
-            sock = await self._socket()
-            async with asyncio.timeout(self.worker.config.mesh.connect_timeout_s):
-                self.worker.kernel.set_caller(sock, self.target.caller)
-                await self.worker.loop.sock_connect(sock, (self.target.address, self.target.port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self.worker.loop.create_connection(lambda: self.protocol, sock=sock)
-            return
-        except DialError as error:
-            outcome = error
-        except TimeoutError:
-            outcome = DialError("connect_timeout", f"{self._where()} did not answer")
-        except ConnectionRefusedError:
-            outcome = DialError("connect_refused", f"{self._where()} refused the connection")
-        except PermissionError:
-            over = self.worker.lease.over(self.worker.config.mesh.policy_lease_s)  # the kernel looks at the same clock
-            outcome = DialError("lease_expired") if over else DialError("dial_denied", f"{self._where()} may not be dialled")
-        except OSError as error:
-            outcome = DialError("connect_reset", f"{self._where()}: {error.strerror or error}")
-        except asyncio.CancelledError:
-            if sock is not None:
-                sock.close()
-            raise
-        if sock is not None:
-            sock.close()
-        self.failed(outcome)
-
-    async def _socket(self) -> socket.socket:
-        worker, target = self.worker, self.target
-        key = f"Workload/{target.workload.namespace}/{target.workload.name}"
-        local = worker.config.local.get(key)
-        if local is None:
-            raise DialError("no_endpoints", f"{key} left this node")
-        family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
-        sock = worker.stock.take(local.netns, family)
-        if sock is None:
-            waiter: asyncio.Future[socket.socket | None] = worker.loop.create_future()
-            worker.stock.wait(local.netns, family, lambda found: _give(waiter, found), worker.config.mesh.connect_timeout_s)
-            sock = await waiter
-        if sock is None:
-            raise DialError("no_stock", f"no socket for {key}", elsewhere=True)
-        return sock
-
-    def _where(self) -> str:
-        workload = self.target.workload
-        return f"Workload {workload.namespace}/{workload.name} port {self.target.port}"
-
-
-def _give(waiter: asyncio.Future[socket.socket | None], sock: socket.socket | None) -> None:
-    if not waiter.done():
-        waiter.set_result(sock)
-    elif sock is not None:
-        sock.close()
 
 
 def _draw(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, Endpoint]:

@@ -375,6 +375,11 @@ class Agent:
 
     # ---- for the metrics
 
+    @property
+    def older_ended(self) -> int:
+        """Connections ended because they were older than the enrolment of who held them."""
+        return self._work.older_ended
+
     async def worker_metrics(self) -> dict[str, str]:
         return await self.fleet.scrape()
 

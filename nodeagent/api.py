@@ -277,6 +277,7 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
             "kernel_failed": counts.kernel_failed,
             "maps_repaired": counts.repaired,
             "connections_ended": counts.ended,
+            "older_ended": agent.older_ended,
             "workloads_file_refused": agent.workloads.file.refused,
             "flows_missed": agent.ring.missed,
             **agent.counts,

@@ -1,6 +1,7 @@
 """What stood in a netns before the programs watched it. Hooks run when a socket is made, connected or accepted; a
 socket that is older, or came from outside the attached cgroup, was never asked. Such connections are ended when their
-netns is enrolled; such listeners are reported (what they accept, the ingress hook judges)."""
+netns is enrolled. Listeners: for one of a cgroup outside no hook will ever run, so it is ended too; one that is merely
+older is reported (what it accepts, the ingress hook judges)."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def plan(
     for sock in socks:
         if (held is not None and sock.inode not in held) or not foreign(sock, seen_ids, cgroup_ids):
             continue
-        unconnected_udp = sock.protocol == socket.IPPROTO_UDP and not sock.remote_port
-        (listeners if sock.state == State.LISTEN or unconnected_udp else destroy).append(sock)
+        waits = sock.state == State.LISTEN or (sock.protocol == socket.IPPROTO_UDP and not sock.remote_port)
+        (listeners if waits and sock.cgroup in cgroup_ids else destroy).append(sock)
     return destroy, listeners
 
 

@@ -44,7 +44,9 @@ class KernelWork:
         self._enrolled: set[tuple[str, int, int]] = set()
         self._guarded: dict[str, tuple[tuple[str, ...], bool]] = {}
         self._open: set[int] = set()  # cookies with listeners
+        self._leaving: set[int] = set()  # nobody's any more, but their connections are still to be ended
         self._plan = NodePlan()
+        self.older_ended = 0  # connections that stood before their workload was enrolled
 
     def start(self) -> dict[str, bool]:
         """Loads the programs. Raises DatapathError."""
@@ -64,7 +66,7 @@ class KernelWork:
     def _lose(self, netns: str | None) -> None:
         """The path is nobody's any more, or another netns has it; one that is in use goes with the next rollout."""
         known = self._cookies.pop(netns, None)
-        if known is not None and known[1] not in self._open:
+        if known is not None and known[1] not in self._open | self._leaving:
             self._datapath.forget(known[1])
 
     def _place(self, spec: Spec) -> ev.Placed:
@@ -182,6 +184,7 @@ class KernelWork:
                 result.errors[entry.spec.key] = f"older connections cannot be ended: {report.survived[0]}"
                 continue
             self._enrolled.add(mark)
+            self.older_ended += len(report.destroyed)
             log.info(
                 "enrolled",
                 workload=entry.spec.key,
@@ -191,12 +194,16 @@ class KernelWork:
             )
 
     def _forget(self, enrolled: tuple[ev.Enrolled, ...]) -> None:
-        """Let go of netns no workload is in, so that they can be deleted."""
+        """Netns no workload is in are let go, so that they can be deleted: after `end_denied` has looked into them."""
         kept = {entry.netns for entry in enrolled}
-        for cookie in self._open - kept:
+        self._leaving = (self._leaving | self._open) - kept
+        self._open &= kept
+
+    def _let_go(self) -> None:
+        for cookie in self._leaving:
             self._datapath.forget(cookie)
-            self._open.discard(cookie)
-            self._cookies = {path: known for path, known in self._cookies.items() if known[1] != cookie}
+        self._cookies = {path: known for path, known in self._cookies.items() if known[1] not in self._leaving}
+        self._leaving.clear()
 
     # ---- the rest
 
@@ -210,10 +217,13 @@ class KernelWork:
 
     def end_denied(self) -> int:
         """Raises DatapathError, OSError."""
-        return self._datapath.end_denied(self._plan)
+        ended = self._datapath.end_denied(self._plan)
+        self._let_go()
+        return ended
 
     def repair(self) -> tuple[str, int]:
         """(digest of the maps now, entries that were put right). Raises DatapathError, OSError."""
+        self._let_go()  # after a rollout that had nothing to end
         repaired = self._datapath.repair()
         return self._datapath.observed_digest(), repaired
 

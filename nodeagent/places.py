@@ -115,8 +115,8 @@ class Places:
         return listener
 
     def listening(self) -> set[int]:
-        """The cookies of where we have listeners."""
-        return {listener.netns for listener in self._listeners.values()}
+        """The cookies of where every listener is ours: while a stranger has one of the ports, none leads to us."""
+        return set(self.addresses)
 
     # ---- addresses
 

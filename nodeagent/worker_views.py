@@ -70,6 +70,8 @@ class Workers:
         if state is None or (
             not full and view.sent is state and view.local == self._local and view.generation == self._generation
         ):
+            if view.acked:
+                self._out.append(ev.EquipWorker(name))  # a listener may have become ours at a second try
             return
         if full or view.sent is None:
             update = link.Update(state.revision, True, state.state, (), self._local, self._generation)

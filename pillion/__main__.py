@@ -27,6 +27,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @app.callback()
 def options(
+    context: typer.Context,
     controller: Annotated[
         str | None, typer.Option(envvar="PILLION_CONTROLLER", help="unix:///… or https://host:15443", show_envvar=True)
     ] = None,
@@ -34,6 +35,11 @@ def options(
     lab: Annotated[str | None, typer.Option(envvar="PILLION_LAB", help="a running lab by name")] = None,
 ) -> None:
     """A service mesh without sidecars: services ride on the node's own kernel."""
+    given = {name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"}
+    if {"controller", "agent"} & given:
+        if "lab" in given:
+            raise CliError("--lab and --controller or --agent exclude each other", "name one mesh", USAGE)
+        lab = None  # from the environment: what is typed wins
     chosen.controller, chosen.agent, chosen.lab = controller, agent, lab
 
 

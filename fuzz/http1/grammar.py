@@ -34,7 +34,9 @@ PLAIN = (
     b"Trailer: x", b"Content-Type: text/plain", b"Content_Length: 5", b"Content-Encoding: gzip", b"Range: bytes=0-1",
     b"Via: 1.1 x",
     b"Accept: " + b"a" * 300, b"Sec-WebSocket-Key: dGhlIHNhbXBsZQ==", b"If-Match: *", b"If-Modified-Since: x", b"Expect:",
-    b"Expect: 100-continue", b"Connection: keep-alive\t,", b"X-Original-URL: /b", b"X-HTTP-Method-Override: PUT", b"Date: x",
+    b"Expect: 100-continue", b"Connection: keep-alive\t,", b"X-Forwarded-Client-Cert: By=a;URI=b",
+    b"x_forwarded-client_cert: c", b"X-Request-Id: 1", b"traceparent: x", b"X-Original-URL: /b", b"X-HTTP-Method-Override: PUT",
+    b"Date: x",
 )  # fmt: skip
 ODD = (
     b"A", b": b", b"A : b", b"A\t: b", b" A: b", b"\tA: b", b"A\x00: b", b"A: b\x00c", b"A: b\x01", b"A: b\x7f", b"A(: b",

@@ -11,10 +11,14 @@ from fuzz.http1 import grammar
 from fuzz.http1.nginx import Echo, Nginx
 from fuzz.http1.reading import LIMITS, Httptools, Message, Requests, body_bytes, h11_request
 from fuzz.target import Disagreement, Target
-from l7proxy.http1.head import Heads, RequestHead
+from l7proxy.http1.added import with_headers
+from l7proxy.http1.head import FIELDS_MAX, Heads, RequestHead, parse_request
 
 SENTINEL = b"GET /sentinel HTTP/1.1\r\nHost: sentinel\r\n\r\n"
 REFUSALS = {(400, "bad_request"), (431, "head_too_large")}
+ADDED = ("x-forwarded-client-cert", "x-request-id", "traceparent")
+CERTIFICATE = b"x-forwarded-client-cert"
+SOURCE = "spiffe://mesh.local/ns/shop/sa/web"
 H11_EVERY = 16  # cases
 NGINX_EVERY = 8
 DEEP_BYTES_MAX = 2048  # every single split point up to this size
@@ -73,6 +77,8 @@ class HttpRequests(Target):
         self._httptools(whole, sent)
         if deep or self.count % H11_EVERY == 0:
             self._h11(whole, sent)
+            for head, _ in exchanges:
+                _same_with_headers_added(head)
         if self.echo is not None and (deep or self.count % NGINX_EVERY == 0):
             for index, (head, _) in enumerate(exchanges[: whole.done]):
                 if head.keep and not head.websocket:
@@ -149,6 +155,23 @@ class HttpRequests(Target):
             compare("h11", message, head, sent[index], done)
             if done and rest != SENTINEL:
                 raise Disagreement("h11", "another end", repr(rest[:100]))
+
+
+def _same_with_headers_added(head: RequestHead) -> None:
+    """The one place where a head is written anew must leave the rest as it was, and the client's claims out."""
+    if len(head.fields) > FIELDS_MAX - len(ADDED):
+        return
+    again = parse_request(with_headers(head, ADDED, SOURCE, "spiffe://mesh.local/ns/a/sa/b"))
+    for field in ("method", "target", "host", "version", "framing", "close", "keep", "expect", "websocket"):
+        if getattr(head, field) != getattr(again, field):
+            raise Disagreement("pillion", f"another {field} with headers added", repr(again.raw[:300]))
+    ours = [(name, value) for name, value in head.fields if name.replace(b"_", b"-") != CERTIFICATE]
+    kept = [(name, value) for name, value in again.fields if name.replace(b"_", b"-") != CERTIFICATE][: len(ours)]
+    if ours != kept:
+        raise Disagreement("pillion", "other fields with headers added", repr(again.raw[:300]))
+    claims = [value for name, value in again.fields if name.replace(b"_", b"-") == CERTIFICATE]
+    if len(claims) != 1 or SOURCE.encode() not in claims[0]:
+        raise Disagreement("pillion", "passes on what a client says of its certificate", repr(again.raw[:300]))
 
 
 def compare(reader: str, message: Message, head: RequestHead, sent: bytes, whole: bool) -> None:

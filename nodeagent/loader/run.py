@@ -17,8 +17,8 @@ from nodeagent.loader.attach import HOOKS, LoadError, SchemaError
 from nodeagent.loader.layouts import layout_of, name_of, nested
 
 MAPS = (
-    "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "arriving", "usage", "datagrams",
-    "creators", "origins", "callers", "conns", "peers", "counters", "events", "shapes",
+    "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "arriving", "usage",
+    "datagrams", "creators", "origins", "callers", "conns", "peers", "counters", "events", "shapes",
 )  # fmt: skip
 WITHOUT_LAYOUT = ("events",)  # its records are struct pl_event
 ROLES = {"agent": "PL_ROLE_AGENT", "proxy": "PL_ROLE_PROXY"}  # cgroups under --cgroup, by convention

@@ -29,26 +29,33 @@ FIRST_ORIGIN_STAYS = Mutant(
     "a new connect() ends the old origin",
     ("bpf/connect.c", "  origins.sk_storage_delete(sk);\n  if (!c)\n", "  if (!c)\n"),
 )
+_NEVER_FORGOTTEN = ("bpf/sockops.c", "  if (!a)\n    return;\n  identity =", "  if (1)\n    return;\n  identity =")
 OLD_ARRIVAL_STAYS = Mutant(
     "b",
     "a record goes with its connection",
-    ("bpf/sockops.c", "  if (arriving.update(&f, &a) == 0) {\n", "  if (arriving.insert(&f, &a) != -1) {\n"),
-    ("bpf/sockops.c", "  if (a)\n    arriving.delete(&f);\n", ""),
-    ("bpf/sockops.c", "  flow_of(s, true, &f);\n  arriving.delete(&f);\n", "  flow_of(s, true, &f);\n"),
+    _NEVER_FORGOTTEN,
+    ("bpf/sockops.c", "    return false;\n  __sync_fetch_and_add(&u->arriving, 1);\n", "    return true;\n"),
 )
 EVICTING_MAP = Mutant(
     "c",
     "the origin is in the socket, not in an LRU map",
-    ("bpf/maps.h", 'PL_MAP("hash", arriving, struct pl_flow, struct pl_arrival, 16384, 0)',
-     'PL_MAP("lru_hash", arriving, struct pl_flow, struct pl_arrival, 1024, 0)'),
-    ("bpf/sockops.c", "  if (a)\n    arriving.delete(&f);\n", ""),
-    ("bpf/sockops.c", "  flow_of(s, true, &f);\n  arriving.delete(&f);\n", "  flow_of(s, true, &f);\n"),
+    (
+        "bpf/maps.h",
+        'PL_MAP("hash", arriving, struct pl_flow, struct pl_arrival, 16384, 0)',
+        'PL_MAP("lru_hash", arriving, struct pl_flow, struct pl_arrival, 256, 0)',
+    ),
+    _NEVER_FORGOTTEN,
+    ("bpf/sockops.c", "  if (!u || arriving.insert(f, a) != 0)", "  if (!u || arriving.update(f, a) != 0)"),
     ("bpf/sockops.c", "      origins.sk_storage_get(sk, &a->origin, BPF_SK_STORAGE_GET_F_CREATE);\n", "      ;\n"),
-    ("bpf/origin.c", "  o = origins.sk_storage_get(sk, 0, 0);\n  if (!o)\n    return 1;\n",
-     "  struct pl_flow f = {};\n  struct pl_addr there, here;\n  set_v4(&there, sk->dst_ip4);\n  set_v4(&here, sk->src_ip4);\n"
-     "  set_flow(&f, netns_cookie(ctx), &there, ntoh16(sk->dst_port), &here, sk->src_port);\n"
-     "  struct pl_arrival *late = arriving.lookup(&f);\n  if (!late)\n    return 1;\n  o = &late->origin;\n"),
-)  # fmt: skip
+    (
+        "bpf/origin.c",
+        "  o = origins.sk_storage_get(sk, 0, 0);\n  if (!o)\n    return 1;\n",
+        "  struct pl_flow f = {};\n  struct pl_addr there, here;\n  set_v4(&there, sk->dst_ip4);\n"
+        "  set_v4(&here, sk->src_ip4);\n"
+        "  set_flow(&f, netns_cookie(ctx), &there, ntoh16(sk->dst_port), &here, sk->src_port);\n"
+        "  struct pl_arrival *late = arriving.lookup(&f);\n  if (!late)\n    return 1;\n  o = &late->origin;\n",
+    ),
+)
 NAT_IS_BELIEVED = Mutant(
     "b",
     "SO_ORIGINAL_DST is not asked",

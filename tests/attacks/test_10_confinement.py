@@ -1,5 +1,5 @@
-"""threats.md 10: the proxy is taken over. Code runs as it does (user, cgroup, seccomp filter, netns), with sockets as the agent hands
-them out. (Every system call that its filter refuses: tests/l7proxy/test_confine.py.)"""
+"""threats.md 10: the proxy is taken over. Code runs as it does (user, cgroup, seccomp filter, netns), with sockets as the agent
+hands them out. (Every system call that its filter refuses: tests/l7proxy/test_confine.py.)"""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ ANY_DIAL = Mutant(
 NOBODYS_DIAL = Mutant(
     "b2",
     "a connection to a server says for whom",
-    ("bpf/connect.c", "    if (!caller)\n      return PL_R_NO_CALLER;\n    conn.kind = PL_ARRIVAL_PROXY;\n    conn.identity = caller->identity;\n",
-     "    conn.kind = PL_ARRIVAL_PROXY;\n    conn.identity = caller ? caller->identity : 0;\n"),
-    ("bpf/sockops.c", "    if (!caller)\n      goto unrecorded;\n", "    if (!caller)\n      return;\n"),
-    ("bpf/ingress.c", "  if (is_loopback(&p->src) || is_loopback(&p->dst))\n    return PL_R_INGRESS_NO_RECORD;\n  if (!(owner->flags",
-     "  if (1)\n    return PASS;\n  if (!(owner->flags"),
+    ("bpf/connect.c", "      return PL_R_NO_CALLER;\n", "      return PL_R_PROXY_DIAL;\n"),
+    (
+        "bpf/ingress.c",
+        "  if (is_loopback(&p->src) || is_loopback(&p->dst))\n    return PL_R_INGRESS_NO_RECORD;\n  if (!(owner->flags",
+        "  if (1)\n    return PASS;\n  if (!(owner->flags",
+    ),
     ("bpf/packet.h", "      may = verdict == PL_ALLOW && (owner->flags & PL_MEMBER_PERMISSIVE);\n  }", "      may = true;\n  }"),
-)  # fmt: skip
+)
 ANY_PAIRING = Mutant(
     "b1",
     "policy is asked again where the packet arrives",
@@ -200,7 +201,11 @@ def test_it_has_its_own_nodes_keys_and_no_others(mesh: Mesh) -> None:
         for pid in mesh.lab.pids(node, "proxy-worker"):
             assert held(pid)
             for key in held(pid):
-                where = [name for name, text in stored.items() if json.dumps(key.decode())[1:-1].encode() in text.replace(b"\n", b"\\n")]
+                where = [
+                    name
+                    for name, text in stored.items()
+                    if json.dumps(key.decode())[1:-1].encode() in text.replace(b"\n", b"\\n")
+                ]
                 assert where == [node]
     paths = [*keys(mesh, "n1"), *keys(mesh, "n2")]
     assert set(as_proxy(mesh, mesh.w["web"], *[("read", str(path)) for path in paths])) == {"PermissionError"}

@@ -19,7 +19,7 @@ FOR_EVER = Mutant(
     "b3",
     "what is open is decided anew",
     ("bpf/packet.h", "conn->generation && conn->generation == c->generation &&", "conn->generation &&"),
-    ("nodeagent/datapath_live.py", "            conns = self._maps[\"conns\"]\n", "            return 0\n            conns = self._maps[\"conns\"]\n"),
+    ("nodeagent/datapath_live.py", "ended += len(destroy_where(", "ended += 0 * len((lambda *_: ())("),
     ("l7proxy/worker.py", "            session.recheck()\n", "            pass\n"),
 )  # fmt: skip
 SERVERS = ("echo", "echo-far")  # native; through a tunnel

@@ -1,6 +1,6 @@
 """threats.md 14: be taken for somebody by one's address: the node's (where probes come from), or a spoofed one.
 
-The attacker has a root shell on a node, or a packet rewritten on its way; no hook of a mesh saw its socket. (Probes: not yet.)
+The attacker has a root shell on a node, or passes on what comes to the node; no hook of a mesh saw its socket. (Probes: not yet.)
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 from lab.process import Process
-from tests.attacks.actions import FAMILIES, PROGRAMS, Dialled, address, dial, run
+from tests.attacks.actions import FAMILIES, PROGRAMS, Dialled, address, dial
 from tests.attacks.mutants import Counted, Mutant
-from tests.attacks.test_06_packets import gateway
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy, until
 
 PLAIN_TCP = Mutant(
@@ -24,6 +24,7 @@ PLAIN_TCP = Mutant(
     ("bpf/ingress.c", "    return PL_R_INGRESS_PLAINTEXT;\n  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP",
      "    return PASS;\n  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP"),
     ("bpf/packet.h", "      may = verdict == PL_ALLOW && (owner->flags & PL_MEMBER_PERMISSIVE);\n  }", "      may = true;\n  }"),
+    ("bpf/veth.c", "    if (reply && (v->flags & PL_MEMBER_PERMISSIVE))\n", "    if (reply)\n"),
 )  # fmt: skip
 PLAIN_UDP = Mutant(
     "b3",
@@ -33,7 +34,11 @@ PLAIN_UDP = Mutant(
 UNKNOWN_IS_ALLOWED = Mutant(
     "b3",
     "who is not known is asked about as unknown",
-    ("bpf/ingress.c", "  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP, &t->rule) != PL_ALLOW)\n    return PL_R_POLICY_DENIED;\n", ""),
+    (
+        "bpf/ingress.c",
+        "  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP, &t->rule) != PL_ALLOW)\n    return PL_R_POLICY_DENIED;\n",
+        "",
+    ),
 )
 UDP_PORT = 7001
 UDP_SERVICE = f"""---
@@ -52,36 +57,38 @@ spec: {selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}}
 """
 
 
-def from_host(mesh: Mesh, node: str, family: str, server: str = "web", port: int = HTTP_PORT) -> Dialled:
-    return dial(mesh.lab.nodes[node], address(mesh.w[server], family), port)
+def from_hosts(mesh: Mesh, *servers: tuple[str, int]) -> list[Dialled]:
+    """What a program of each node gets from these, in each family, all at once."""
+    places = [
+        (node, address(mesh.w[name], family), port)
+        for node in mesh.lab.nodes.values()
+        for name, port in servers
+        for family in FAMILIES
+    ]
+    with ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(lambda place: dial(*place), places))
 
 
 @pytest.mark.attack("a program of the node")
-@pytest.mark.parametrize(("server", "port"), [("web", HTTP_PORT), ("echo", ECHO_PORT)])
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_program_of_the_node_is_nobody(mesh: Mesh, counted: Counted, node: str, server: str, port: int) -> None:
+def test_a_program_of_the_node_is_nobody(mesh: Mesh, counted: Counted) -> None:
     """What a kubelet's probe looks like, from the workload's own node and from another's."""
-    for family in FAMILIES:
-        with counted(mesh, "n1", "ingress_plaintext"):
-            assert from_host(mesh, node, family, server, port) == Dialled("", "TimeoutError")
+    with counted(mesh, "n1", "ingress_plaintext", times=12):
+        assert set(from_hosts(mesh, ("web", HTTP_PORT), ("echo", ECHO_PORT))) == {Dialled("", "TimeoutError")}
     assert "web for" in dial(mesh.w["client"], mesh.w["web"].addresses[0], HTTP_PORT).answer
 
 
 @pytest.mark.red("a program of the node", PLAIN_TCP)
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_program_of_the_node_is_served_without(broken: Mesh, node: str) -> None:
-    assert "web for" in from_host(broken, node, "v4").answer
+def test_a_program_of_the_node_is_served_without(broken: Mesh) -> None:
+    assert all("web for" in found.answer for found in from_hosts(broken, ("web", HTTP_PORT)))
 
 
 @pytest.mark.attack("plaintext where it is taken")
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_permissive_makes_nobody_somebody(mesh: Mesh, counted: Counted, node: str) -> None:
+def test_permissive_makes_nobody_somebody(mesh: Mesh, counted: Counted) -> None:
     """Plaintext is of an unknown identity, whatever its address: policy names none such."""
     mesh.apply(PERMISSIVE)
     try:
-        for family in FAMILIES:
-            with counted(mesh, "n1", "policy_denied"):
-                assert from_host(mesh, node, family).answer == ""
+        with counted(mesh, "n1", "policy_denied", times=6):
+            assert {found.answer for found in from_hosts(mesh, ("web", HTTP_PORT))} == {""}
         assert "web for" in dial(mesh.w["client"], mesh.w["web"].addresses[0], HTTP_PORT).answer
     finally:
         mesh.delete("PeerAuthentication", "plain")
@@ -90,48 +97,46 @@ def test_permissive_makes_nobody_somebody(mesh: Mesh, counted: Counted, node: st
 @pytest.mark.red("plaintext where it is taken", UNKNOWN_IS_ALLOWED)
 def test_permissive_lets_anybody_in_without(broken: Mesh) -> None:
     broken.apply(PERMISSIVE)
-    assert "web for" in from_host(broken, "n2", "v4").answer
+    assert all("web for" in found.answer for found in from_hosts(broken, ("web", HTTP_PORT)))
     broken.delete("PeerAuthentication", "plain")
 
 
-# ---- packets rewritten on their way
+# ---- a port of the node
 
 
-def behind_nat(mesh: Mesh, family: int) -> bool:
-    """A packet by hand, which the node gives its own address on the way to web; whether web answers it."""
-    intruder, web = mesh.w["intruder"], mesh.w["web"]
-    node = mesh.lab.nodes["n1"]
-    with run_nat(mesh):
-        argv = [gateway(mesh, "intruder"), intruder.addresses[family], web.addresses[family], HTTP_PORT]
-        with web.capture() as seen:
-            found = bool(run(intruder, "syn.py", *argv)["answered"])
-    assert node.name == "n1" and seen.frames
-    return found
+NODE_PORT = 30080
 
 
 @contextmanager
-def run_nat(mesh: Mesh) -> Iterator[None]:
-    """The node masquerades what is forwarded to web's port."""
+def node_port(mesh: Mesh, family: int) -> Iterator[str]:
+    """n1 passes on what comes to a port of its own, with its own address as the source; where that is."""
     node = mesh.lab.nodes["n1"]
-    process = node.start([sys.executable, str(PROGRAMS / "masquerade.py"), str(HTTP_PORT)], name="masquerade")
+    argv = [sys.executable, str(PROGRAMS / "hairpin.py"), str(NODE_PORT), mesh.w["web"].addresses[family], str(HTTP_PORT)]
+    process = node.start(argv, name=f"hairpin-{family}")
     try:
-        until(lambda: "ready" in process.output(), process.output() or "no rule")
-        yield
+        until(lambda: "ready" in process.output(), "the node's port is not open")
+        yield node.addresses[family]
     finally:
-        process.stop()
+        process.kill()
 
 
-@pytest.mark.attack("a packet behind the node's address")
+@pytest.mark.attack("through a port of the node")
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
-def test_a_packet_behind_the_nodes_address_is_nobodys(mesh: Mesh, counted: Counted, family: int) -> None:
-    with counted(mesh, "n1", "ingress_plaintext"):
-        assert not behind_nat(mesh, family)
+def test_who_comes_through_a_node_port_is_nobody(mesh: Mesh, counted: Counted, family: int) -> None:
+    """From another node, from the node itself; a workload cannot even reach it."""
+    with node_port(mesh, family) as at:
+        for node in ("n1", "n2"):
+            with counted(mesh, "n1", "ingress_plaintext"):
+                assert dial(mesh.lab.nodes[node], at, NODE_PORT) == Dialled("", "")  # the node took it and had no answer
+        with counted(mesh, "n1", "outbound_denied"):
+            assert not dial(mesh.w["intruder"], at, NODE_PORT).opened
 
 
-@pytest.mark.red("a packet behind the node's address", PLAIN_TCP)
+@pytest.mark.red("through a port of the node", PLAIN_TCP)
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
-def test_a_packet_behind_the_nodes_address_is_answered_without(broken: Mesh, family: int) -> None:
-    assert behind_nat(broken, family)
+def test_who_comes_through_a_node_port_is_served_without(broken: Mesh, family: int) -> None:
+    with node_port(broken, family) as at:
+        assert "web for" in dial(broken.lab.nodes["n2"], at, NODE_PORT).answer
 
 
 # ---- datagrams
@@ -164,9 +169,9 @@ def test_a_datagram_is_nobodys_whatever_its_source(mesh: Mesh, counted: Counted)
     with datagrams(mesh) as server:
         texts = []
         for node in ("n1", "n2"):
-            for family in (0, 1):
+            for number in (0, 1):
                 with counted(mesh, "n1", "ingress_plaintext"):
-                    texts.append(spoofed(mesh, node, family))
+                    texts.append(spoofed(mesh, node, number))
         for family in FAMILIES:  # from the client itself they arrive, and all the others would have by now
             text = secrets.token_hex(8)
             argv = [sys.executable, str(PROGRAMS / "datagram.py"), "", address(mesh.w["dark"], family), str(UDP_PORT), text]

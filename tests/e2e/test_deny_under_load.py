@@ -83,7 +83,7 @@ def falls(
     won: dict[str, dict[str, Any]] = {name: running.report(SECONDS + 10) for name, running in winning.items()}
     for name, report in lost.items():
         assert report["ok"] >= CONNECTIONS, f"{name}: {report}"
-        assert report["failures"] >= CONNECTIONS, f"{name} never failed: {report}"
+        assert report["failures"] >= CONNECTIONS, f"{name} never failed: {report}; all: {lost}"
         assert report["last_ok"] < in_force + GRACE_S, f"{name} passed {report['last_ok'] - in_force:.2f} s after: {report}"
         if not name.endswith("idle"):
             assert report["last_ok"] > began - GRACE_S, f"{name} had failed before: {report}"

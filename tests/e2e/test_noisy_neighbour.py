@@ -17,7 +17,8 @@ FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
 VICTIM_PER_S, VICTIM_S = 20, 3.0
 BYTES = 4 << 20
 HEAD_BYTES = 30_000  # programs/noisy.py
-MEMORY_MAX = BYTES + (24 << 20)  # what every worker needs, and one read of each connection in the air
+MEMORY_MAX = BYTES + (24 << 20)
+SLEEPERS, PASSING = 60, 1 << 20  # what one connection may have under way before it counts as waiting: a read, a flush
 URL = f"http://web.shop.mesh:{HTTP_PORT}/"
 
 BUDGET = """---
@@ -49,7 +50,7 @@ def noisy(mesh: Mesh) -> Iterator[Mesh]:
 
 
 @contextmanager
-def quiet_neighbour(mesh: Mesh, budgets: str) -> Iterator[None]:
+def quiet_neighbour(mesh: Mesh, budgets: str, memory_max: int = MEMORY_MAX) -> Iterator[None]:
     """While this runs, `client` asks `web` and every answer is 200; the worker stays the same, and small."""
     mesh.apply(BUDGET.format(ns=NS, td=TRUST_DOMAIN, budgets=budgets))
     try:
@@ -62,7 +63,7 @@ def quiet_neighbour(mesh: Mesh, budgets: str) -> Iterator[None]:
         yield
         report = victim.report(timeout_s=30)
         assert report["statuses"] == {"200": VICTIM_PER_S * VICTIM_S}, report
-        assert memory(worker, "VmHWM") - before < MEMORY_MAX
+        assert memory(worker, "VmHWM") - before < memory_max
         assert mesh.lab.pids("n1", "proxy-worker") == [worker]
     finally:
         mesh.delete("IdentityBudget", "noisy")
@@ -127,8 +128,8 @@ def test_heads_that_never_end(noisy: Mesh) -> None:
 def test_readers_that_sleep(noisy: Mesh) -> None:
     """On another node's server: both nodes hold bytes, and either may be the first to have too many."""
     before = sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2"))
-    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}"):
-        said = noise(noisy, "sleepers", noisy.w["echo-far"].addresses[0], ECHO_PORT, 100)
+    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}", MEMORY_MAX + SLEEPERS * PASSING):
+        said = noise(noisy, "sleepers", noisy.w["echo-far"].addresses[0], ECHO_PORT, SLEEPERS)
     assert said["refused"] > 0
     assert sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2")) - before >= said["refused"]
     settled(noisy)

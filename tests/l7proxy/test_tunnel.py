@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from l7proxy.hbone.stream import BULK
-from mesh.model import Budget
+from mesh.model import Action, Budget
 from tests.l7proxy.two_nodes import CLIENT, CLIENT_IP, WEB, WEB_IP, Collect, Echo, TwoNodes, until
 
 
@@ -211,6 +211,21 @@ async def test_rotation_moves_new_streams_to_the_new_certificate(nodes: TwoNodes
     await until(lambda: old.data == b"still here")
     old.transport.close()
     await until(lambda: len(nodes.inbound.tunnels) == 1)
+
+
+async def test_a_caller_that_is_denied_everywhere_leaves_its_tunnel(nodes: TwoNodes) -> None:
+    """The kernels drop what is in it from then on: whoever is allowed again later must not wait for it."""
+    nodes.configure(default_action=Action.ALLOW)
+    client = nodes.dial()
+    await until(lambda: client.answered)
+    nodes.configure(default_action=Action.ALLOW)
+    assert not client.transport.retired
+    nodes.configure(default_action=Action.DENY)
+    assert client.transport.retired
+    nodes.configure(default_action=Action.ALLOW)
+    again = nodes.dial()
+    await until(lambda: again.answered)
+    assert again.transport.tunnel is not client.transport.tunnel
 
 
 async def test_expiry_closes(nodes: TwoNodes) -> None:

@@ -6,7 +6,7 @@ from mesh import compile as compiler
 from mesh import resources
 from mesh.compile import Allocations, CompileError, Reach, compile_state, needs, reachable
 from mesh.kinds import ServicePortSpec
-from mesh.model import Action, Policy, Protocol, TlsMode
+from mesh.model import CONFIG_KEY, Action, DnsForward, Policy, Protocol, TlsMode
 from mesh.policy import Peer, PolicySet, Request, authorize
 from tests.mesh.build import TD, compiled, spiffe
 from tests.mesh.shop import SHOP
@@ -107,6 +107,15 @@ def test_a_missing_number_is_the_controllers_fault():
 def test_another_trust_domain_is_refused():
     with pytest.raises(CompileError, match="runs mesh"):
         compiled(SHOP.replace("  dnsUpstreams", "  trustDomain: other.local\n  dnsUpstreams"))
+
+
+def test_who_may_ask_which_names_outside():
+    rules = '  dnsForward: ["*.Example.com", {names: [api.pay.test], principals: ["mesh.local/ns/shop/sa/web"]}]\n'
+    config = compiled(SHOP.replace("  dnsUpstreams", rules + "  dnsUpstreams"))[CONFIG_KEY]
+    assert config.dns_forward == (
+        DnsForward(("*.example.com",)),
+        DnsForward(("api.pay.test",), ("mesh.local/ns/shop/sa/web",)),
+    )
 
 
 def test_two_workloads_may_share_an_address_but_not_a_port():

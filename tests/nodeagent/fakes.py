@@ -258,6 +258,7 @@ class FakeWorker:
         self.listeners: dict[str, link.Listener] = {}
         self.stock: dict[tuple[int, int], int] = {}
         self.order: list[str] = []
+        self.leased_ns = 0
 
     def start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,6 +348,8 @@ class FakeWorker:
             case link.Stock():
                 key = message.netns, message.family
                 self.stock[key] = self.stock.get(key, 0) + len(fds)
+            case link.Lease():
+                self.leased_ns = message.until_ns
             case link.Scrape():
                 text = "# HELP pillion_requests_total r\n# TYPE pillion_requests_total counter\npillion_requests_total 3\n"
                 self.say(link.Metrics(self.index, text))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.dataplane import (
+    NODE_NETNS,
     BackendEntry,
     BackendKey,
     Dest,
@@ -47,6 +48,12 @@ def plan(**changes: object) -> NodePlan:
         "dials": frozenset({Dial(37, POD, 15008)}),
     }
     return NodePlan(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_the_nodes_own_netns_has_the_cookie_the_agent_knows(codec: Codec) -> None:
+    resolver = plan(dials=frozenset({Dial(NODE_NETNS, POD, 53)}))
+    (key,) = codec.fill(resolver, 4711)["dials"]
+    assert codec.layouts["pl_dial_key"].unpack(key)["netns"] == 4711
 
 
 def test_fill_says_what_the_plan_says(codec: Codec) -> None:

@@ -226,14 +226,16 @@ def inode_of(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
-def test_the_port_of_a_stranger_is_an_error_not_a_takeover(mesh: Setup) -> None:
+@pytest.mark.parametrize("at", ["127.0.0.1", "::1"])
+def test_the_port_of_a_stranger_is_an_error_not_a_takeover(mesh: Setup, at: str) -> None:
     world, datapath, (cookie, _) = mesh
     datapath.forget(cookie)
     place = datapath.adopt(world.a.path)
-    squatter = datapath._places[place].run(lambda: spaces.listen_tcp("127.0.0.1", 15001))  # as if older than the programs
+    squatter = datapath._places[place].run(lambda: spaces.listen_tcp(at, 15001))  # as if older than the programs
     try:
         with pytest.raises(OSError, match="15001"):
             datapath.open_listeners(place, world.a.addresses)
+        datapath.repair()
         assert struct.pack("=Q", place) not in datapath._maps["listeners"].items()  # so connects fail closed
     finally:
         squatter.close()

@@ -49,6 +49,14 @@ def test_listeners_are_told_and_others_ended() -> None:
     assert plan([old, listener, elsewhere], SEEN, INSIDE, {10}) == ([elsewhere], [])
 
 
+def test_a_listener_that_no_hook_will_ever_see_is_ended() -> None:
+    outside = [
+        sock(cgroup=1, state=State.LISTEN, remote_port=0),
+        sock(cgroup=1, protocol=socket.IPPROTO_UDP, state=State.CLOSE, remote_port=0),
+    ]
+    assert plan(outside, SEEN, INSIDE, None) == (outside, [])
+
+
 def test_inodes_are_those_of_sockets() -> None:
     with socket.socket() as one:
         assert os.fstat(one.fileno()).st_ino in inodes_of([os.getpid()])

@@ -93,6 +93,18 @@ def play() -> Play:
     return Play()
 
 
+def test_listeners_opened_at_a_second_try_are_handed_out(play: Play) -> None:
+    """Nothing else changed: the worker has the state, and would not be told."""
+    play.started()
+    play(ev.WorkerUp("w0"), ev.Received(make_snapshot(STATE, 7)))
+    order = play.order()
+    play(ev.KernelApplied(order.token, "kernel", frozenset(), {KEY: "a stranger has the port"}))
+    play(ev.WorkerAcked("w0", 7, play.core.enforced.digest), ev.Ended(order.token, 0), ev.Persisted(order.token))
+    play(ev.Tick(), later=REPAIR_EVERY_S)
+    play.applied()
+    assert ev.EquipWorker("w0") in play.said
+
+
 def test_nothing_is_enforced_before_the_programs_are_loaded(play: Play) -> None:
     play(ev.ControllerUp(), ev.Received(make_snapshot(STATE, 7)))
     assert "ApplyKernel" not in play.kinds()

@@ -38,7 +38,9 @@ STATUS: dict[str, Any] = {
     "controller": {"connected": True},
     "policy_age_s": 1.0,
     "policy_lease_s": 60.0,
-    "workloads": [{"namespace": "shop", "name": "web", "spiffe": "spiffe://m/ns/shop/sa/web", "svid": {"not_after": time.time() + 999}}],
+    "workloads": [
+        {"namespace": "shop", "name": "web", "spiffe": "spiffe://m/ns/shop/sa/web", "svid": {"not_after": time.time() + 999}}
+    ],
 }
 STATE: State = {
     "Config//mesh": Config("mesh.local"),
@@ -103,7 +105,9 @@ def test_a_workload_that_could_leave_its_cgroup(change: dict[str, Any], word: st
     ],
 )
 def test_root_that_can_not_leave(change: dict[str, Any]) -> None:
-    assert found(replace(FACTS, workloads={"shop/web": [replace(WEB, **change)]}))["workloads confined"].verdict is Verdict.ENFORCED
+    assert (
+        found(replace(FACTS, workloads={"shop/web": [replace(WEB, **change)]}))["workloads confined"].verdict is Verdict.ENFORCED
+    )
 
 
 def test_two_identities_under_one_user() -> None:
@@ -153,7 +157,9 @@ def test_policy() -> None:
 
 
 def test_what_can_not_be_seen_is_not_called_enforced() -> None:
-    blind = Facts(None, {20: None}, {"shop/web": None}, {"shop/web": None}, {"bpffs": None, "agent's socket": None}, {"connect4": None})
+    blind = Facts(
+        None, {20: None}, {"shop/web": None}, {"shop/web": None}, {"bpffs": None, "agent's socket": None}, {"connect4": None}
+    )
     verdicts = {name: finding.verdict for name, finding in found(blind, state=None).items()}
     assert Verdict.NOT not in verdicts.values()
     told = {name for name, verdict in verdicts.items() if verdict is Verdict.ENFORCED}
@@ -164,7 +170,13 @@ def test_facts_of_a_process(tmp_path: Path) -> None:
     base = tmp_path / "77"
     (base / "net").mkdir(parents=True)
     (base / "ns").mkdir()
-    lines = ["Name:\tx", "Uid:\t5\t6\t7\t8", "NoNewPrivs:\t1", "Seccomp:\t2", *(f"{name}:\t00000000000000ff" for name in CAPABILITY_SETS)]
+    lines = [
+        "Name:\tx",
+        "Uid:\t5\t6\t7\t8",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        *(f"{name}:\t00000000000000ff" for name in CAPABILITY_SETS),
+    ]
     (base / "status").write_text("\n".join(lines))
     (base / "cgroup").write_text("5:cpu:/x\n0::/mesh/n1/proxy\n")
     (base / "net/dev").write_text("Inter-|\n face |\n    lo: 0 0\n  eth0: 0 0\n")

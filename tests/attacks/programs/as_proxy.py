@@ -1,4 +1,4 @@
-"""Code that has taken the proxy over: its cgroup, user, seccomp filter and empty netns, with sockets of the kind the agent hands it.
+"""Code that has taken the proxy over: its cgroup, user, seccomp filter and empty netns, with sockets as the agent hands out.
 
 Started as the agent (in its cgroup, in a workload's netns, where it makes the sockets); argv: PROXY_CGROUP, then JSON: a list of
 attempts, each [kind, …]; prints a JSON list of what became of each ("passed" or the error's name):
@@ -40,7 +40,7 @@ def attempt(number: int, kind: str, *rest: object) -> str:
         if kind == "dial":
             host, port, who = str(rest[0]), int(str(rest[1])), str(rest[2])
             sock = made[number]
-            sock.settimeout(2)
+            sock.settimeout(1)
             if who:
                 caller(sock, who)
             sock.connect((host, port))
@@ -49,7 +49,7 @@ def attempt(number: int, kind: str, *rest: object) -> str:
         elif kind == "socket":
             socket.socket(*rest)  # type: ignore[arg-type]  # three numbers
         else:
-            open(str(rest[0]), "rb").read(1)
+            Path(str(rest[0])).read_bytes()
     except OSError as error:
         return type(error).__name__
     return "passed"

@@ -39,20 +39,25 @@ async def head(reader: asyncio.StreamReader) -> bytes:
     return text
 
 
+async def step(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    if kind == "stream":
+        writer.write(BLOCK)
+        await reader.readexactly(len(BLOCK))
+    elif kind == "http":
+        writer.write(REQUEST)
+        fields = (await head(reader)).lower()
+        await reader.readexactly(int(fields.partition(b"content-length:")[2].split()[0]))
+    elif not await reader.read(65536):
+        raise Failed("closed")
+
+
 async def rounds(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     if kind in ("stream", "idle"):
         await reader.readuntil(b"\n")  # whom it saw
     while time.monotonic() < end:
-        if kind == "stream":
-            writer.write(BLOCK)
-            await reader.readexactly(len(BLOCK))
-        elif kind == "http":
-            writer.write(REQUEST)
-            fields = (await head(reader)).lower()
-            await reader.readexactly(int(fields.partition(b"content-length:")[2].split()[0]))
-        elif kind == "download":
-            if not await reader.read(65536):
-                raise Failed("closed")
+        if kind != "idle":
+            async with asyncio.timeout(TIMEOUT_S):  # a connection that is cut off without a word
+                await step(reader, writer)
         else:
             worked(number)
             try:

@@ -1,7 +1,8 @@
 """One neighbour that makes noise. argv: kind host port count [seconds]; for how a program of a node that was taken over
 makes it, see noisy_peer.py. Prints "started", then JSON; what it counts depends on the kind:
-connections: so many held open at once {"open", "refused"}; requests: so many on 8 keep-alive connections {"<status>": n};
-sleepers: so many connections that write and never read {"open", "refused"}; heads: so many heads without an end, the same; denied: connects {"refused"}."""
+connections: so many held open at once {"open", "refused"}; heads: so many that do not end, the same; sleepers: so many
+that write and never read, the same; requests: so many on 8 keep-alive connections {"<status>": n}; denied: connects
+{"refused"}."""
 
 import collections
 import contextlib

@@ -1,6 +1,6 @@
 """Resolves a name and makes one request on a new connection, `rate` times a second. argv: url rate seconds.
-Prints "started <unix seconds of the beginning>" after the first success, then JSON: {"ok", "failed", "errors", "slowest_ms", "statuses"};
-errors: up to 500 of [seconds since the beginning, text]."""
+Prints "started <unix seconds of the beginning>" after the first success, then JSON: {"ok", "failed", "errors", "slowest_ms",
+"statuses"}; errors: up to 500 of [seconds since the beginning, text]."""
 
 import http.client
 import json
