@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def asked(mesh: Mesh, source: str, program: str, *arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
+def audited(mesh: Mesh, node: str) -> list[dict[str, Any]]:
+    return [flow for flow in mesh.flows(node) if flow["verdict"] == "audited"]
+
+
 @pytest.fixture(scope="module")
 def mirrors(mesh: Mesh) -> Iterator[Mesh]:
     """A server that shows what it was sent, beside nginx on both nodes; the one on n2 asks for added headers."""
@@ -132,7 +137,7 @@ def test_audit_mode_is_seen_and_harms_nobody(mesh: Mesh) -> None:
     with applied(mesh, WATCH, ("AuthorizationPolicy", "watched")):
         assert mesh.curl("client", f"http://far.shop.mesh:{HTTP_PORT}/watched")[0] == 200
         for node in ("n1", "n2"):
-            flows = until(lambda node=node: [f for f in mesh.flows(node) if f["verdict"] == "audited"], "an audited flow")
+            flows = until(partial(audited, mesh, node), "an audited flow")
             assert flows[-1]["path"] == "/watched" and "shop/watched#0 would DENY" in json.dumps(flows[-1])
 
 
@@ -178,7 +183,7 @@ def test_a_udp_service_on_the_same_node_and_not_across(mesh: Mesh) -> None:
         with applied(mesh, DATAGRAMS.format(app="web") + DATAGRAMS.format(app="far"), *names):
             for where in ("web", "far"):
                 listens = ["ip", "netns", "exec", mesh.w[where].pod.netns, "ss", "-Hunl", f"sport = :{UDP_PORT}"]
-                until(lambda argv=listens: subprocess.run(argv, capture_output=True, check=True).stdout, f"{where} listens")
+                until(partial(subprocess.check_output, listens), f"{where} listens")
             here = asked(mesh, "client", "datagrams.py", "ask", "udp-web.shop.mesh", 700)
             for text, source in here.values():
                 assert text.split()[0] in mesh.w["client"].addresses and text.endswith(" hello"), here

@@ -7,6 +7,7 @@ import pytest
 
 from pillion.endpoints import Endpoints, discover
 from pillion.errors import CliError
+from tests.pillion.conftest import Cli
 
 
 def lab_file(root: Path, name: str, *, mesh: bool = True, built: bool = True) -> None:
@@ -74,3 +75,14 @@ def test_a_node_must_be_named_where_there_are_two() -> None:
     with pytest.raises(CliError, match="'n3'"):
         two.agent_of("n3")
     assert Endpoints(None, {"": "unix:///1"}).agent_of(None) == "unix:///1"
+
+
+@pytest.mark.parametrize("option", ["--controller", "--agent"])
+def test_a_typed_address_wins_over_a_lab_of_the_environment(cli: Cli, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    """Else `--controller https://there delete …` would delete here."""
+    monkeypatch.setenv("PILLION_LAB", "nowhere")
+    command = ("get", "svc") if option == "--controller" else ("flows",)
+    done = cli(option, "unix:///nowhere/a.sock", *command)
+    assert done.code == 1 and "/nowhere/a.sock does not answer" in done.err, done.err
+    both = cli(option, "unix:///nowhere/a.sock", "--lab", "nowhere", *command)
+    assert both.code == 2 and "exclude each other" in both.err
