@@ -20,7 +20,7 @@ class Wrk:
     """Requests a second over keep-alive connections, or one connection a request when `close`."""
 
     url: str
-    seconds: int = 4
+    seconds: int = 3
     connections: int = 32
     close: bool = False
 
@@ -45,7 +45,7 @@ class RedisPing:
 
     host: str
     port: int = 6379
-    requests: int = 300_000
+    requests: int = 200_000
 
     def __call__(self, run: Run) -> float:
         argv = ["redis-benchmark", "-h", self.host, "-p", str(self.port), "-c", "32", "-n", str(self.requests)]
@@ -61,7 +61,7 @@ class Iperf:
 
     host: str
     port: int = 5201
-    seconds: int = 4
+    seconds: int = 3
 
     def __call__(self, run: Run) -> float:
         out = run(["iperf3", "-c", self.host, "-p", str(self.port), "-t", str(self.seconds), "-J"], self.seconds + 20).stdout

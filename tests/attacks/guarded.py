@@ -17,7 +17,7 @@ HEADER = "x-role"
 SERVERS = ("web", "echo", "far")  # nginx, Python, nginx on the other node
 OPEN, SECRET = "OPEN", "SECRET"
 
-NGINX = """daemon off; worker_processes 1; pid {dir}/guarded.pid; error_log /dev/null;
+NGINX = """daemon off; user root; worker_processes 1; pid {dir}/guarded.pid; error_log /dev/null;
 events {{ worker_connections 256; }}
 http {{ access_log off; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
  uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;

@@ -21,7 +21,7 @@ from lab import Lab
 from tests.attacks.mutants import Counted, Mutant
 from tests.conftest import SESSION
 from tests.e2e.certificates import new_key, request_pem
-from tests.e2e.mesh import ECHO_PORT, TRUST_DOMAIN, Mesh, policy, until
+from tests.e2e.mesh import ECHO_PORT, TRUST_DOMAIN, Mesh, Refused, policy, until
 
 CONTROLLER = "https://10.77.0.2:15443"
 CUT_S = 5.0
@@ -195,6 +195,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 def held(mesh: Mesh) -> Iterator[None]:
     """A connection from n2 to the echo server on n1 stands, and n2's agent hears of nothing more."""
     mesh.apply(policy("far-client-echo", "echo", who="far-client"))
+    until(lambda: answers(mesh), "far-client does not reach the echo server")
     holder = mesh.program("far-client", "hold.py", "echo.shop.mesh", ECHO_PORT, 25)
     assert holder.first_line().startswith("open")
     (agent,) = mesh.lab.pids("n2", "agent")
@@ -205,6 +206,13 @@ def held(mesh: Mesh) -> Iterator[None]:
         os.kill(agent, signal.SIGCONT)
         holder.popen.kill()
         holder.popen.communicate()
+
+
+def answers(mesh: Mesh) -> bool:
+    try:
+        return bool(mesh.echo("far-client", "echo.shop.mesh"))
+    except Refused:
+        return False
 
 
 def open_at_echo(mesh: Mesh) -> str:
