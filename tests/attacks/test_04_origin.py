@@ -18,7 +18,7 @@ OUR_PORTS_OPEN = Mutant(
     "a",
     "connect() denies our ports",
     (
-        "bpf/common.h",
+        "bpf/choice.h",
         "  if (port == PL_PORT_OUTBOUND || port == PL_PORT_HBONE || (port == PL_PORT_DNS && is_loopback(dst)))\n"
         "    return PL_R_RESERVED_PORT;\n",
         "",

@@ -32,7 +32,7 @@ JOINABLE = Mutant(
 ANYBODYS_LISTENER = Mutant(
     "b1",
     "connect() leads to our own listener only",
-    ("bpf/common.h", "  if (!listeners.lookup(&netns))\n    return PL_R_NO_LISTENER;\n", ""),
+    ("bpf/choice.h", "  if (!listeners.lookup(&netns))\n    return PL_R_NO_LISTENER;\n", ""),
 )  # fmt: skip
 OURS = [(at, port) for at in ("127.0.0.1", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1") for port in (15001, 15008, 15053)]
 
