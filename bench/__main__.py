@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import neighbour, report
+from bench import express, neighbour, report
 from bench.load import Iperf, LoadError, RedisPing, Run, Wrk
 from bench.world import HTTP_PORT, L4_PORT, World, scale_policies, until_it_answers
 
@@ -24,7 +24,7 @@ UNITS = {
     "connect-rate": "connections/s",
     "policy-scale": "connections/s",
 }
-NAMES = (*UNITS, *neighbour.NAMES)
+NAMES = (*UNITS, *express.NAMES, *neighbour.NAMES)
 POLICIES_MANY, POLICIES_FEW = 10_000, 10
 
 Load = Callable[[Run], float]
@@ -80,6 +80,8 @@ def main() -> int:
     rows, failed = [], False
     with World("bench", mesh=True) as mesh, World("bare", mesh=False) as bare:
         envoys = bare.start_envoys()
+        if any(name in express.NAMES for name in names):
+            mesh.lab.wait(mesh.lab.apply(express.service()))
         if "policy-scale" in names:
             with console.status(f"applying {POLICIES_MANY:,} policies"):
                 for app, count in (("few", POLICIES_FEW), ("many", POLICIES_MANY)):
@@ -89,6 +91,9 @@ def main() -> int:
             try:
                 if name in neighbour.NAMES:
                     rows.append(neighbour.measure(name, mesh, arguments.rounds, console))
+                    continue
+                if name in express.NAMES:
+                    rows.append(express.measure(name, mesh, bare, envoys["http1-same-node"], arguments.rounds, console))
                     continue
                 rows.append(measure(name, parties(name, mesh, bare, envoys), arguments.rounds, console))
             except LoadError as error:

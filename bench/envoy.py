@@ -65,7 +65,7 @@ def _tls(directory: Path, side: str) -> Json:
 
 
 def http_filter(cluster: str, codec: str = "AUTO") -> Json:
-    """Router behind an RBAC filter that allows GET below /, as the Pillion row's policy does."""
+    """Router behind an RBAC filter that allows GET and POST below /, as the Pillion row's policy does."""
     rbac: Json = {
         "@type": f"{_TYPE}.extensions.filters.http.rbac.v3.RBAC",
         "rules": {
@@ -76,7 +76,7 @@ def http_filter(cluster: str, codec: str = "AUTO") -> Json:
                         {
                             "and_rules": {
                                 "rules": [
-                                    {"header": {"name": ":method", "string_match": {"exact": "GET"}}},
+                                    {"header": {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|POST"}}}},
                                     {"url_path": {"path": {"prefix": "/"}}},
                                 ]
                             }

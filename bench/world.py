@@ -15,7 +15,8 @@ from bench.load import LoadError, Run
 from lab import Lab, Workload
 
 NAMESPACE = "bench"
-HTTP_PORT, L4_PORT, REDIS_PORT, IPERF_PORT = 8080, 8081, 6379, 5201
+HTTP_PORT, L4_PORT, ASIDE_PORT, REDIS_PORT, IPERF_PORT = 8080, 8081, 8082, 6379, 5201
+LARGE_BYTES = 1 << 20
 ENVOY_BIN = Path(".venv/bin/envoy").resolve()
 
 NGINX = """
@@ -24,7 +25,12 @@ events {{ worker_connections 4096; }}
 http {{
   access_log off; keepalive_requests 1000000000; keepalive_timeout 3600s; client_body_temp_path {dir}/b;
   proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
-  server {{ listen 0.0.0.0:8080; listen 0.0.0.0:8081; location / {{ return 200 "hello from nginx\\n"; }} }}
+  sendfile on; default_type text/plain;
+  server {{
+    listen 0.0.0.0:8080; listen 0.0.0.0:8081; listen 0.0.0.0:8082;
+    location / {{ return 200 "hello from nginx\\n"; }}
+    location = /large {{ alias {dir}/large; }}
+  }}
 }}
 """
 
@@ -32,6 +38,7 @@ http {{
 WORKLOADS = (
     ("client", "n1", ""),
     ("noisy", "n1", ""),
+    ("noisy-far", "n2", ""),
     ("aside", "n1", "nginx"),
     ("web", "n1", "nginx"),
     ("web-far", "n2", "nginx"),
@@ -43,12 +50,13 @@ WORKLOADS = (
 )
 
 
-def service(name: str, port: int, protocol: str) -> str:
+def service(name: str, port: int, protocol: str, express: str = "auto") -> str:
     return f"""---
 apiVersion: v1
 kind: Service
 metadata: {{name: {name}, namespace: {NAMESPACE}}}
 spec:
+  express: "{express}"
   selector: {{app: {name.removesuffix("-l4")}}}
   ports: [{{name: main, port: {port}, targetPort: {port}, appProtocol: {protocol}}}]
 """
@@ -68,22 +76,26 @@ spec:
 """
 
 
+READ_WRITE = 'methods: ["GET", "POST"], paths: ["/*"]'
+
+
 def client_principal(trust_domain: str = "mesh.local") -> str:
     return f"{trust_domain}/ns/{NAMESPACE}/sa/client"
 
 
 def resources() -> str:
     """Services and policies of every benchmark but the 10,000."""
-    text = service("web", HTTP_PORT, "http") + service("web-far", HTTP_PORT, "http")
+    text = service("web", HTTP_PORT, "http", express="off") + service("web-far", HTTP_PORT, "http")
     text += service("web-l4", L4_PORT, "tcp") + service("redis", REDIS_PORT, "tcp")
     text += service("stream", IPERF_PORT, "tcp") + service("stream-far", IPERF_PORT, "tcp")
     text += service("few", L4_PORT, "tcp") + service("many", L4_PORT, "tcp")
     for app in ("redis", "stream", "stream-far"):
         text += allow(app, app, client_principal())
-    text += allow("web-http", "web", client_principal(), f'{{ports: ["{HTTP_PORT}"], methods: ["GET"], paths: ["/*"]}}')
+    text += allow("web-http", "web", client_principal(), f'{{ports: ["{HTTP_PORT}", "{ASIDE_PORT}"], {READ_WRITE}}}')
     text += service("aside", HTTP_PORT, "http")
     for app in ("aside", "stream-far"):
         text += allow(f"{app}-noisy", app, f"mesh.local/ns/{NAMESPACE}/sa/noisy")
+    text += allow("aside-noisy-far", "aside", f"mesh.local/ns/{NAMESPACE}/sa/noisy-far")
     text += allow("web-l4", "web", client_principal(), f'{{ports: ["{L4_PORT}"]}}')
     text += allow("web-far", "web-far", client_principal(), f'{{ports: ["{HTTP_PORT}"], methods: ["GET"], paths: ["/*"]}}')
     return text
@@ -131,6 +143,7 @@ class World:
         if kind == "nginx":
             config = directory / "nginx.conf"
             config.write_text(NGINX.format(dir=directory))
+            (directory / "large").write_bytes(bytes(LARGE_BYTES))
             workload.start(["nginx", "-c", str(config), "-e", "stderr"], name="nginx")
         elif kind == "redis":
             workload.start(

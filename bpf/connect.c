@@ -104,6 +104,7 @@ static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *
   /* a socket may connect twice */
   conns.sk_storage_delete(sk);
   origins.sk_storage_delete(sk);
+  leave_express(sk);
   if (!c)
     return PL_R_SCHEMA;
   m = current_member(c, &cgroup);

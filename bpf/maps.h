@@ -50,6 +50,9 @@ PL_SK_STORAGE(origins, struct pl_origin);
 PL_SK_STORAGE(callers, struct pl_caller);
 PL_SK_STORAGE(conns, struct pl_conn);
 PL_SK_STORAGE(peers, struct pl_peers);
+PL_SK_STORAGE(xends, struct pl_xend);
+PL_MAP("hash", xrecords, u64, struct pl_xrecord, 65536, PL_SPARSE);
+PL_MAP("array", xloads, u32, u32, PL_X_PROGRAMS * PL_X_SLOTS, 0); /* asked and not answered, by program and slot */
 PL_MAP("percpu_array", counters, u32, u64, PL_COUNTERS, 0);
 PL_MAP("percpu_array", tolds, u32, struct pl_told, 1, 0);
 PL_RINGBUF(events, 1 << 18);

@@ -55,20 +55,23 @@ static inline bool admit_flow(struct pl_flow *f, struct pl_arrival *a)
   return true;
 }
 
-static inline void forget_flow(struct pl_flow *f)
+static inline void forget_record(struct pl_flow *f, u32 identity)
 {
-  struct pl_arrival *a = arriving.lookup(f);
   struct pl_usage *u;
-  u32 identity;
 
-  if (!a)
-    return;
-  identity = a->origin.identity;
   if (arriving.delete(f) != 0) /* somebody else was first */
     return;
   u = usage.lookup(&identity);
   if (u)
     __sync_fetch_and_add(&u->arriving, -1);
+}
+
+static inline void forget_flow(struct pl_flow *f)
+{
+  struct pl_arrival *a = arriving.lookup(f);
+
+  if (a)
+    forget_record(f, a->origin.identity);
 }
 
 static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
@@ -120,11 +123,13 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
   } else {
     return;
   }
-  forget_flow(&f); /* of a connection that ended unseen */
-  if (admit_flow(&f, &a)) {
-    bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-    return;
+  if (!admit_flow(&f, &a)) {
+    forget_flow(&f); /* of a connection that ended unseen */
+    if (!admit_flow(&f, &a))
+      goto unrecorded;
   }
+  bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+  return;
 unrecorded:
   conn->flags |= PL_CONN_UNRECORDED; /* egress.c drops its SYN, and counts */
   conn->generation = 0;
@@ -155,7 +160,8 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
   }
   conn.flags = PL_CONN_SERVER;
   conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE);
-  forget_flow(&f);
+  if (a)
+    forget_record(&f, conn.identity);
 }
 
 static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
@@ -165,20 +171,30 @@ static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
   /* a client's socket that was disconnected and listens now must not carry its old admission */
   conns.sk_storage_delete(sk);
   origins.sk_storage_delete(sk);
+  leave_express(sk);
   creator = creators.sk_storage_get(sk, &none, BPF_SK_STORAGE_GET_F_CREATE); /* an MPTCP listener has none */
   if (creator)
     creator->netns = netns_cookie(s);
 }
 
-static inline void closed_client(struct bpf_sock_ops *s, struct bpf_sock *sk)
+/* A client's socket leaves a state: its record goes with its end. Mostly the server's socket has taken the record when the
+ * first side closes, and then there is nothing more to hear of. */
+static inline void moved_on(struct bpf_sock_ops *s, struct bpf_sock *sk)
 {
-  struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0);
+  bool over = s->args[1] == TCP_STATE_CLOSE;
   struct pl_flow f = {};
+  struct pl_conn *conn;
 
+  if (!over && s->args[0] != TCP_STATE_ESTABLISHED)
+    return;
+  conn = conns.sk_storage_get(sk, 0, 0);
   if (!conn || (conn->flags & PL_CONN_SERVER))
     return;
   flow_of(s, true, &f);
-  forget_flow(&f);
+  if (over)
+    forget_flow(&f);
+  else if (!arriving.lookup(&f))
+    bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 int on_sockops(struct bpf_sock_ops *s)
@@ -193,7 +209,7 @@ int on_sockops(struct bpf_sock_ops *s)
     accepted(s, sk);
   else if (s->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
     listening(s, sk);
-  else if (s->op == BPF_SOCK_OPS_STATE_CB && s->args[1] == TCP_STATE_CLOSE)
-    closed_client(s, sk);
+  else if (s->op == BPF_SOCK_OPS_STATE_CB)
+    moved_on(s, sk);
   return 1;
 }

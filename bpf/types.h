@@ -2,11 +2,13 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 2 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 3 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
 #define PL_OPT_CALLER 2   /* setsockopt on the proxy's client socket: struct pl_caller */
+#define PL_OPT_EXPRESS 3  /* on an accepted socket that is paired: get struct pl_xview, set struct pl_xarm */
+#define PL_OPT_EXPRESS_HEAD 4 /* there: get the saved head, PL_X_HEAD_BYTES of it */
 
 #define PL_PORT_OUTBOUND 15001
 #define PL_PORT_HBONE 15008
@@ -150,8 +152,118 @@ struct pl_datagram { u32 workload, identity, kind, pad; };
 struct pl_veth_key { u32 ifindex; struct pl_addr addr; };
 struct pl_veth { u64 netns; u32 flags, pad; };
 
+/* ---- express: requests carried from socket to socket, see express.c. TCP sequence numbers are compared for equality alone */
+
+#define PL_X_SLOTS 8           /* endpoints of one program, upstreams of one pair */
+#define PL_X_HEAD_BYTES 1024   /* of a head that is looked at, and saved for a retry */
+#define PL_X_BODY_BYTES 65536  /* of a request's body */
+#define PL_X_BUDGET_BYTES 262144 /* of a response, head and body: what the kernel may hold for a reader that sleeps */
+#define PL_X_STATES 8192       /* of one block: a table lies within one, and its states are numbered in there */
+#define PL_X_BLOCKS 2
+#define PL_X_PROGRAMS 4096
+#define PL_X_BUCKETS 224
+#define PL_X_NO_SLOT 0xffffffff
+
+/* The four sockets of a pair: the application's and the proxy's towards it, the proxy's and the server's */
+enum pl_xside { PL_X_CLIENT = 1, PL_X_SERVER, PL_X_ACCEPTED, PL_X_UPSTREAM };
+
+/* xends: SK_STORAGE on all four. key: of an application's socket in the sockhash, its own for life. settled: every reader of
+ * the socket knows of redirected bytes; seq: rcv_nxt at enrolment; passed: has since sent, after having read more. reg: of
+ * the table's run, by pl_xaction. passed and reg are written by the socket's own program, under the socket's lock. */
+struct pl_xend { u64 record, key; u32 side, slot, settled, seq, passed, pad; u32 reg[8]; };
+
+/* clean: bit 32 | rcv_nxt of the server's socket, when it was last seen with all read. up_seq, srv_seq: where the proxy's
+ * socket stands, by its last arm, in what it wrote and read; base_out, base_in: at pairing. dirty: wrote unasked. */
+struct pl_xslot { u64 key, clean; u32 workload, port, up_seq, srv_seq, base_in, base_out, dirty, pad; };
+
+/* xrecords: HASH u64 id (random, never reused). One client's connection and the upstreams it may use. */
+enum pl_xphase { PL_XP_IDLE, PL_XP_REQUEST, PL_XP_HEAD, PL_XP_BODY };
+struct pl_xrecord {
+  u64 id, client_key;
+  u32 program, identity, off, hold;           /* off: for good; hold: until armed again */
+  u32 armed, arm_up, arm_down, base_in, base_out; /* of the accepted socket, as in pl_xslot */
+  u32 busy, phase, handed, handed_at;         /* busy: slot + 1 of the one that was asked */
+  u32 name, rule, status, method_head, head_len, req_left, req_bytes, resp_left, resp_bytes;
+  u32 punt;                                   /* pl_xreason of the last one */
+  u32 last, refs;                             /* slot + 1 asked last; fewest references seen on the client's socket */
+  u32 counted;                                /* in xloads */
+  u64 t0_ns, done_ns;                         /* CLOCK_BOOTTIME */
+  struct pl_xslot slots[PL_X_SLOTS];
+  u8 head[PL_X_HEAD_BYTES];
+};
+
+/* What getsockopt(PL_OPT_EXPRESS) answers. handed_slow: bytes that server wrote before, unasked. flags: pl_xflag. head: its
+ * start, so that all is no more than the 1,024 bytes that Python's getsockopt takes */
+#define PL_X_VIEW_HEAD_BYTES 952
+enum pl_xflag { PL_XF_OFF = 1, PL_XF_HOLD = 2 };
+struct pl_xview {
+  u64 record;
+  u32 flags, armed, busy, phase, handed, handed_slow, rule, status, method_head, head_len, req_left, resp_left, resp_bytes, punt;
+  u64 t0_ns;
+  u8 head[PL_X_VIEW_HEAD_BYTES];
+};
+
+/* What setsockopt(PL_OPT_EXPRESS) takes. Bytes are counted from the pairing on; slot PL_X_NO_SLOT: the client's part alone */
+enum pl_xarm_op { PL_X_ARM = 1, PL_X_HOLD, PL_X_TAKE };
+struct pl_xarm { u32 op, slot, consumed, sent, up_sent, up_consumed, pad[2]; };
+
+/* xprograms: ARRAY. Valid under one generation alone. sample: so many of 65536 go to user space. Slot i of a record is
+ * endpoint i. */
+struct pl_xprogram {
+  u32 generation, root, response, service, nendpoints, sample;
+  u32 rate_per_s, burst; /* requests; rate 0: no limit */
+  u32 endpoints[PL_X_SLOTS]; /* workload ids */
+};
+
+/* xverdicts: HASH; no entry: user space decides. upto: cumulated weights; mask: of endpoints */
+struct pl_xverdict_key { u32 program; u16 rule, seen; };
+struct pl_xgroup { u32 upto, mask; };
+struct pl_xverdict { u32 name, total; struct pl_xgroup group[4]; };
+
+/* A state as the compiler hands it over. 0: user space decides; 1: the head is complete. Bit 15 of next: do the row's action */
+struct pl_xrow { u16 next[256]; u16 kind, value; u32 pad; };
+/* xrows, xacts: ARRAY of blocks, mapped into the agent: u16 next[PL_X_STATES][256], what each step reads, and apart from it
+ * struct pl_xact[PL_X_STATES], what few need. A root's upper bits name the block. 4 MiB: older kernels take no larger value. */
+struct pl_xact { u16 kind, value; };
+enum pl_xaction {
+  PL_XA_NONE, PL_XA_RULE, /* = value; bit 15: the method is HEAD */
+  PL_XA_ONCE,             /* |= value; set already: user space decides */
+  PL_XA_DIGIT, PL_XA_MATCH, /* of the length; |= value */
+  PL_XA_STATUS
+};
+enum pl_xonce { PL_XO_HOST = 1, PL_XO_LENGTH = 2 };
+
+/* xstats: PERCPU_HASH. bytes_in: of requests, bytes_out: of responses, heads and bodies. Buckets: log-linear, see express.h */
+struct pl_xstat_key { u32 program; u16 name, status; };
+struct pl_xstat { u64 requests, bytes_in, bytes_out, ns, buckets[PL_X_BUCKETS]; };
+
+/* xcounters: PERCPU_ARRAY u64. Why a request went to user space, or a response was handed over. */
+enum pl_xreason {
+  PL_XR_CARRIED, PL_XR_NO_RECORD, PL_XR_OFF, PL_XR_HOLD, PL_XR_NOT_ARMED, PL_XR_UNSETTLED, PL_XR_GENERATION, PL_XR_LEASE,
+  PL_XR_PIPELINED, PL_XR_BEHIND, PL_XR_UNREAD, PL_XR_HEAD, PL_XR_VERDICT, PL_XR_SAMPLE, PL_XR_RATE, PL_XR_BODY, PL_XR_NO_SLOT,
+  PL_XR_DIRTY, PL_XR_UNCLEAN, PL_XR_TARGET_GONE, PL_XR_RESPONSE_HEAD, PL_XR_RESPONSE_STATUS, PL_XR_RESPONSE_BUDGET,
+  PL_XR_EARLY, PL_XR_SURPLUS, PL_XR_UNASKED, PL_XR_STAT_FULL, PL_XR_HANDED, PL_XR_ANSWERED,
+  PL_XR_COUNT
+};
+
+/* What the agent asks of express_control.c, and its answers. local, remote: of the proxy's socket; caller: what the server
+ * was shown. key: in, for a socket that has none; out, the one it has. */
+enum pl_xop_kind { PL_XK_ENROL = 1, PL_XK_CHECK, PL_XK_FORGET, PL_XK_SETTLE, PL_XK_PROGRAM };
+struct pl_xop {
+  u32 kind, side;
+  u64 record, key;
+  u32 slot, identity, family, workload, program, pad;
+  struct pl_addr local, remote, caller;
+  u16 local_port, remote_port, caller_port, port;
+};
+enum pl_xresult {
+  PL_XQ_MALFORMED = 64, PL_XQ_OK, PL_XQ_NO_RECORD, PL_XQ_NO_PROXY_SOCKET, PL_XQ_NO_APP_SOCKET, PL_XQ_NOT_ESTABLISHED,
+  PL_XQ_NOT_THE_PROXYS, PL_XQ_NOT_CAPTURED, PL_XQ_IDENTITY, PL_XQ_CALLER, PL_XQ_LOWAT, PL_XQ_ULP, PL_XQ_NO_STORAGE, PL_XQ_REFUSED,
+  PL_XQ_NOT_YET, PL_XQ_MOVED, PL_XQ_UNREAD,
+};
+
 /* Only so that the compiler describes what no map's key or leaf names */
-struct pl_shapes { struct pl_event event; };
+struct pl_shapes { struct pl_event event; struct pl_xview xview; struct pl_xarm xarm; struct pl_xop xop; };
 
 _Static_assert(sizeof(struct pl_config) == 40, "pl_config");
 _Static_assert(sizeof(struct pl_member) == 24, "pl_member");
@@ -167,3 +279,7 @@ _Static_assert(sizeof(struct pl_conn) == 40, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
+_Static_assert(sizeof(struct pl_xend) == 72 && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
+_Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 64, "pl_xrow, pl_xprogram");
+_Static_assert(sizeof(struct pl_xverdict) == 40 && sizeof(struct pl_xstat_key) == 8, "pl_xverdict, pl_xstat_key");

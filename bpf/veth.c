@@ -45,6 +45,37 @@ static inline int to_neighbour(struct __sk_buff *skb, const struct pl_addr *src,
   return flags & TCP_ACK_OR_RST || arriving.lookup(&f) ? TC_OK : drop(PL_R_EGRESS_NO_CONNECT);
 }
 
+/* Most packets: a whole segment to a workload of this node that opens nothing. False: ask the rest of this file. */
+static inline bool carries_on4(struct __sk_buff *skb)
+{
+  u8 *h = (u8 *)(long)skb->data + ETH_BYTES, *end = (void *)(long)skb->data_end;
+  struct pl_veth_key own = {}, local = {};
+
+  if (h + 34 > end)
+    return false;
+  if ((h[0] & 15) != 5 || h[9] != IPPROTO_TCP || (h[6] & 0x1f) || h[7] || !(h[33] & TCP_ACK_OR_RST))
+    return false;
+  own.ifindex = skb->ifindex;
+  set_v4(&own.addr, *(u32 *)(h + 12));
+  set_v4(&local.addr, *(u32 *)(h + 16));
+  return veths.lookup(&own) && veths.lookup(&local);
+}
+
+static inline bool carries_on6(struct __sk_buff *skb)
+{
+  u8 *h = (u8 *)(long)skb->data + ETH_BYTES, *end = (void *)(long)skb->data_end;
+  struct pl_veth_key own = {}, local = {};
+
+  if (h + 54 > end)
+    return false;
+  if (h[6] != IPPROTO_TCP || !(h[53] & TCP_ACK_OR_RST))
+    return false;
+  own.ifindex = skb->ifindex;
+  own.addr = *(struct pl_addr *)(h + 8);
+  local.addr = *(struct pl_addr *)(h + 24);
+  return veths.lookup(&own) && veths.lookup(&local);
+}
+
 /* l4: where the transport header starts; fragment: it does not start in this packet */
 static inline int transport(struct __sk_buff *skb, struct pl_veth *v, struct pl_addr *src, struct pl_addr *dst, u8 proto, int l4,
                             int fragment)
@@ -186,9 +217,9 @@ int veth(struct __sk_buff *skb)
   if (bpf_skb_load_bytes(skb, 12, &type, 2) < 0)
     return drop(PL_R_EGRESS_PROTOCOL);
   if (type == ntoh16(ETH_P_IP))
-    return ipv4(skb);
+    return carries_on4(skb) ? TC_OK : ipv4(skb);
   if (type == ntoh16(ETH_P_IPV6))
-    return ipv6(skb);
+    return carries_on6(skb) ? TC_OK : ipv6(skb);
   if (type == ntoh16(ETH_P_ARP))
     return arp(skb);
   return drop(PL_R_EGRESS_PROTOCOL);

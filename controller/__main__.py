@@ -24,6 +24,7 @@ from controller.api import OperatorApi
 from controller.ca import Authority, replace_file
 from controller.events import Telemetry
 from controller.grants import Grants
+from controller.notify import Notify
 from controller.publish import Publisher
 from controller.registry import Registry
 from controller.server import BODY_BYTES_MAX, Gate, Tls, serve
@@ -130,16 +131,18 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner, servers = await serve(app, options.listen, tls, options.run_dir / "controller.sock")
-    bundle = options.state_dir / "bundle.pem"
+    runner, servers = await serve(app, options.listen, tls, options.run_dir / "controller.sock", telemetry.turned_away.inc)
+    bundle, notify = options.state_dir / "bundle.pem", Notify()
     tasks = [
         asyncio.create_task(publisher.run(), name="publisher"),
         asyncio.create_task(_upkeep(authority, registry, tls, bundle), name="upkeep"),
+        asyncio.create_task(_alive(notify, store), name="alive"),
         asyncio.create_task(stop.wait(), name="stop"),
     ]
     try:
         replace_file(bundle, "".join(authority.bundle).encode(), mode=0o644)
         ready.write_text(f"{os.getpid()}\n")
+        notify.tell(READY=1, STATUS=f"revision {registry.revision}")
         log.info("serving", listen=[url(address) for address in options.listen], revision=registry.revision)
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -147,6 +150,7 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
     finally:
         ready.unlink(missing_ok=True)
         log.info("stopping")
+        notify.tell(STOPPING=1)
         for server in servers:
             server.close()
         for view in publisher.nodes.values():
@@ -156,6 +160,14 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
+
+
+async def _alive(notify: Notify, store: SqliteStore) -> None:
+    """Signs of life: the loop turns and the database answers."""
+    while True:
+        await store.revision()
+        notify.tell(WATCHDOG=1)
+        await asyncio.sleep(min(notify.interval_s, UPKEEP_INTERVAL_S))
 
 
 async def _sign_off(_: web.Request, response: web.StreamResponse) -> None:

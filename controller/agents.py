@@ -140,7 +140,13 @@ class AgentApi:
         except ValueError:
             raise Refused("bad_request", "revision must be a number", 400, node=caller.name) from None
         view = self._publisher.node(caller.name)
-        stream = NodeStream(self._publisher, self._telemetry, view, caller.expires, lambda: self._registry.is_cut(caller.name))
+
+        def refused() -> str:
+            if self._registry.is_cut(caller.name):
+                return "cut"
+            return "certificate_revoked" if caller.serial in self._registry.revoked else ""
+
+        stream = NodeStream(self._publisher, self._telemetry, view, caller.expires, refused)
         return await stream.serve(request, revision)
 
     async def _issue_node(self, asked: Request, node: str) -> Issued:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from dataclasses import asdict
 
 import msgspec
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from controller import tokens
+from controller import revocation, tokens
 from controller.agents import decode, label, parse
 from controller.allocate import Exhausted
-from controller.ca import Authority, BadRequest, key_pem, new_key, request_for
+from controller.ca import Authority, BadRequest
 from controller.events import Refused, Telemetry
 from controller.publish import Publisher
 from controller.registry import Registry
@@ -34,8 +35,12 @@ class TokenBody(msgspec.Struct, forbid_unknown_fields=True):
     readmit: bool = False
 
 
+class CutBody(msgspec.Struct, forbid_unknown_fields=True):
+    force: bool = False  # also a node nobody has heard of
+
+
 class OperatorBody(msgspec.Struct, forbid_unknown_fields=True):
-    csr: str = ""  # without one the key is made here and returned
+    csr: str  # PEM; the key stays where it was made
 
 
 class RotateBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,8 +75,10 @@ class OperatorApi:
             web.get("/v1/identities", self.identities),
             web.get("/v1/state", self.state),
             web.get("/v1/events", self.events),
+            web.get("/v1/operators", self.operators),
             web.post("/v1/operators/{name}", self.operator),
             web.delete("/v1/operators/{name}", self.revoke_operator),
+            web.post("/v1/certificates/{serial}/revoke", self.revoke),
             web.get("/v1/ca", self.ca),
             web.post("/v1/ca/rotate", self.rotate),
             web.get("/metrics", self.metrics),
@@ -152,11 +159,23 @@ class OperatorApi:
 
     async def cut(self, request: web.Request) -> web.Response:
         node = label(request.match_info["name"], "node")
+        body = decode(await body_of(request), CutBody)
+        if not body.force and not await self._known(node):
+            raise Refused("not_found", f"no node {node} has joined, is granted anything or has a token; is the name right?", 404)
         revision = await self._registry.cut(node)
         view = self._publisher.nodes.get(node)
         if view is not None and view.close is not None:
             view.close("cut")
         return answer({"revision": revision})
+
+    async def _known(self, node: str) -> bool:
+        """Whether the node is in, or could come in."""
+        registry, now = self._registry, time.time()
+        if node in registry.nodes or registry.is_cut(node) or registry.grant_made(node):
+            return True
+        _, entries = await self._store.list("token/")
+        records = (msgspec.json.decode(entry.value, type=tokens.Record) for entry in entries)
+        return any(record.node == node and not record.used_key and record.expires > now for record in records)
 
     async def identities(self, _: web.Request) -> web.Response:
         registry = self._registry
@@ -181,25 +200,42 @@ class OperatorApi:
     async def operator(self, request: web.Request) -> web.Response:
         name = label(request.match_info["name"], "operator")
         body = decode(await body_of(request), OperatorBody)
-        key = None if body.csr else new_key()
-        asked = request_for(key) if key is not None else await parse(body.csr)
+        asked = await parse(body.csr)
         spiffe = str(OperatorId(self._registry.trust_domain, name))
         issued = await asyncio.to_thread(self._authority.sign, asked, spiffe, f"operator:{name}", ttl_s=OPERATOR_TTL_S)
         await self._store.transaction([], [issued.index()])
         self._telemetry.signed.labels("operator").inc()
-        out: dict[str, object] = {
-            "chain": issued.chain,
-            "bundle": "".join(self._authority.bundle),
-            "serial": issued.serial,
-            "not_after": issued.not_after,
-            "controller": self._controllers,
-        }
-        if key is not None:
-            out["key"] = key_pem(key).decode()
-        return answer(out)
+        return answer(
+            {
+                "chain": issued.chain,
+                "bundle": "".join(self._authority.bundle),
+                "serial": issued.serial,
+                "not_after": issued.not_after,
+                "controller": self._controllers,
+            }
+        )
+
+    async def operators(self, _: web.Request) -> web.Response:
+        items = [
+            {
+                "name": found.owner.removeprefix("operator:"),
+                "serial": found.serial,
+                "not_after": found.leaf.not_after,
+                "revoked": found.serial in self._registry.revoked,
+            }
+            for found in await revocation.issued(self._store, "operator:")
+        ]
+        return answer({"items": items})
 
     async def revoke_operator(self, request: web.Request) -> web.Response:
-        return answer({"revision": await self._registry.revoke_operator(request.match_info["name"])})
+        name = label(request.match_info["name"], "operator")
+        return answer({"revision": await self._registry.revoke(revocation.of_operator(name))})
+
+    async def revoke(self, request: web.Request) -> web.Response:
+        """One certificate: nodes end what it has open, and its owner gets another if it may still have one."""
+        found = await revocation.by_serial(self._store, request.match_info["serial"])
+        revision = await self._registry.revoke(revocation.one(found))
+        return answer({"revision": revision, "serial": found.serial, "spiffe": found.leaf.spiffe, "owner": found.owner})
 
     async def ca(self, _: web.Request) -> web.Response:
         return answer({"active": self._authority.active.id, "generations": sorted(self._authority.generations)})

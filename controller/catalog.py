@@ -87,6 +87,20 @@ def encode(resource: Resource, owner: str) -> bytes:
     return msgspec.json.encode(Record(dump(resource), owner))
 
 
+def owner_of(resource: Resource, old: Stored | None) -> str:
+    """Who registered what an operator applies: a node's workload stays the node's, and goes with its grant."""
+    same = old is not None and isinstance(resource, Workload) and resource.spec.node == old.owner
+    return old.owner if old is not None and same else ""
+
+
+def keeping(workload: Workload, old: Stored | None) -> Workload:
+    """A node's registration with what an operator has set on the workload, which the node knows nothing of."""
+    if old is None or not isinstance(old.resource, Workload) or old.resource.spec.express == workload.spec.express:
+        return workload
+    spec = workload.spec.model_copy(update={"express": old.resource.spec.express})
+    return workload.model_copy(update={"spec": spec})
+
+
 def errors_of(found: Iterable[Fault], loaded: list[Resource], text: str, filename: str) -> ResourceErrors:
     """Faults with the lines they are at."""
     documents = dict(zip((resource.key for resource in loaded), yamltree.parse(text), strict=True))

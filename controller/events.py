@@ -56,6 +56,11 @@ class Telemetry:
         self.stream_cuts = Counter(
             "pillion_controller_stream_cuts_total", "Streams the controller ended, by reason.", ["reason"], registry=self.registry
         )
+        self.turned_away = Counter(
+            "pillion_controller_turned_away_total",
+            "Connections closed because there was no room for one more, in all or of their source.",
+            registry=self.registry,
+        )
         self.revision = Gauge("pillion_controller_revision", "The published revision.", registry=self.registry)
         self.resources = Gauge("pillion_controller_resources", "Resources in the registry.", registry=self.registry)
         self.compile_seconds = Histogram(

@@ -36,12 +36,13 @@ class TlsListener:
         protocol: Callable[[], asyncio.Protocol],
         full: Callable[[], bool],
         limits: HandshakeLimits,
+        on_turned_away: Callable[[], None] = lambda: None,
     ) -> None:
         self._sock, self._context, self._protocol, self._full, self._limits = sock, context, protocol, full, limits
         self._sock.setblocking(False)
         self._tasks: set[asyncio.Task[None]] = set()
         self._sources: Counter[str] = Counter()
-        self.turned_away = 0
+        self.turned_away, self._on_turned_away = 0, on_turned_away
         self._accepting = asyncio.create_task(self._accept())
 
     @property
@@ -72,6 +73,7 @@ class TlsListener:
             source, limits = str(peer[0]), self._limits
             if self._full() or len(self._tasks) >= limits.in_all_max or self._sources[source] >= limits.per_source_max:
                 self.turned_away += 1
+                self._on_turned_away()
                 sock.close()
                 continue
             self._sources[source] += 1

@@ -17,7 +17,7 @@ import structlog
 from controller import allocate, expiry, references, revocation
 from controller.allocate import Ledger
 from controller.ca import Authority
-from controller.catalog import Index, Record, Result, Stored, encode, errors_of, grants_of, plain, store_key
+from controller.catalog import Index, Record, Result, Stored, encode, errors_of, grants_of, keeping, owner_of, plain, store_key
 from controller.events import Refused, not_granted
 from controller.references import Fault, Granted, Key
 from controller.rehearsal import Standing, effective
@@ -158,11 +158,13 @@ class Registry:
         results, changed, wanted = [], [], dict(self._resources)
         for resource in loaded:
             kind, namespace, name = resource.key
-            value, old = encode(resource, ""), self._resources.get(resource.key)
+            old = self._resources.get(resource.key)
+            owner = owner_of(resource, old)
+            value = encode(resource, owner)
             unchanged = old is not None and old.value == value
             results.append(Result(kind, namespace, name, "unchanged" if unchanged else "configured" if old else "created"))
             if not unchanged:
-                wanted[resource.key] = Stored(resource, value, old.created if old else 0)
+                wanted[resource.key] = Stored(resource, value, old.created if old else 0, owner)
                 changed.append(resource.key)
         if not changed:
             return self.revision, results
@@ -205,13 +207,13 @@ class Registry:
         self.revoked.update(revoked)
         return await self._seen(revision)
 
-    async def revoke_operator(self, name: str) -> int:
-        """Revokes every live certificate of an operator; Refused with 404 if there is none."""
+    async def revoke(self, find: revocation.Find) -> int:
+        """Revokes what ``find`` picks from the store, given what is revoked already. The revision it is in force at."""
 
         async def work() -> int:
-            revoked = await live(self._store, "operator", name, self.revoked)
+            revoked = await find(self._store, self.revoked)
             if not revoked:
-                raise Refused("not_found", f"operator {name} has no live certificate", 404)
+                return self.revision
             revision = await self._store.transaction([], list(revocation.writes(revoked)))
             self.revoked.update(revoked)
             return await self._seen(revision)
@@ -271,6 +273,7 @@ class Registry:
         if not self.granted(node, workload.namespace, account):
             raise not_granted(node, workload.namespace, account, spiffe, source)
         old = self._resources.get(workload.key)
+        workload = keeping(workload, old)
         if old is not None and isinstance(old.resource, Workload) and old.resource.spec.node != node:
             raise refuse("workload_taken", f"workload {shown} runs on node {old.resource.spec.node}; give this one another name")
         if old is None and len(self._index.by_node.get(node, ())) >= NODE_WORKLOADS_MAX:

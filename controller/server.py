@@ -47,12 +47,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. role: node | operator | nobody. ``expires``: unix seconds at which the certificate ends."""
+    """Who asks. role: node | operator | nobody. ``expires``: unix seconds at which the certificate ``serial`` ends."""
 
     role: str
     name: str
     expires: float
     address: str
+    serial: str = ""
 
 
 CALLER: web.RequestKey[Caller] = web.RequestKey("caller", Caller)
@@ -208,7 +209,7 @@ class Gate:
             raise Refused("certificate_revoked", f"certificate {serial} is revoked; join again with a new token", **refusal)
         if leaf.not_after <= time.time():
             raise Refused("certificate_expired", f"certificate {serial} has expired; join again with a new token", **refusal)
-        return Caller(role, who.name, leaf.not_after, address)
+        return Caller(role, who.name, leaf.not_after, address, serial)
 
 
 UNTIMED = {"/v1/agent/stream", "/v1/wait"}  # they limit themselves
@@ -251,7 +252,11 @@ class ListenContext(Protocol):
 
 
 async def serve(
-    app: web.Application, listen: Sequence[tuple[str, int]], tls: ListenContext, unix: Path
+    app: web.Application,
+    listen: Sequence[tuple[str, int]],
+    tls: ListenContext,
+    unix: Path,
+    turned_away: Callable[[], None] = lambda: None,  # told of each connection that finds no room
 ) -> tuple[web.AppRunner, list[Listener]]:
     """Starts every listener; OSError names the address that is taken."""
     runner = web.AppRunner(
@@ -276,16 +281,24 @@ async def serve(
     def full() -> bool:
         return len(server.connections) >= CONNECTIONS_MAX
 
+    def local() -> asyncio.Protocol:
+        if not full():
+            return server()
+        turned_away()
+        return _Turned()
+
     for host, port in listen:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         servers.append(
-            TlsListener(socket.create_server((host, port), family=family, backlog=BACKLOG), context, server, full, limits)
+            TlsListener(
+                socket.create_server((host, port), family=family, backlog=BACKLOG), context, server, full, limits, turned_away
+            )
         )
     with contextlib.suppress(FileNotFoundError):
         unix.unlink()
     old = os.umask(0o177)  # the socket must not be anybody's for an instant
     try:
-        servers.append(await loop.create_unix_server(lambda: _Turned() if full() else server(), str(unix), backlog=BACKLOG))
+        servers.append(await loop.create_unix_server(local, str(unix), backlog=BACKLOG))
     finally:
         os.umask(old)
     return runner, servers

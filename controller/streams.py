@@ -38,9 +38,9 @@ class NodeStream:
     """Serves one node until it leaves or is cut. ``expires``: unix seconds at which its certificate ends."""
 
     def __init__(
-        self, publisher: Publisher, telemetry: Telemetry, view: NodeView, expires: float, refused: Callable[[], bool]
+        self, publisher: Publisher, telemetry: Telemetry, view: NodeView, expires: float, refused: Callable[[], str]
     ) -> None:
-        self._refused = refused  # whether the node was cut since its request was admitted
+        self._refused = refused  # "" or, if the node may be told nothing more since its request was admitted, why
         self._publisher, self._telemetry, self._view, self._expires = publisher, telemetry, view, expires
         self._heard = self._repaired = 0.0
         self._sent = 0
@@ -59,8 +59,8 @@ class NodeStream:
         if view.close is not None:
             view.close("newer_stream")
         view.close, view.connected = self.close, True
-        if self._refused():
-            self.close("cut")
+        if reason := self._refused():
+            self.close(reason)
         self._resume(has_revision)
         self._telemetry.streams.inc()
         self._heard = time.monotonic()
@@ -94,7 +94,7 @@ class NodeStream:
 
     async def _shut(self, socket: web.WebSocketResponse, request: web.Request, reason: str) -> None:
         transport = request.transport
-        if reason in ("cut", "slow", "silent", "certificate_expired"):
+        if reason in ("cut", "slow", "silent", "certificate_expired", "certificate_revoked"):
             if transport is not None:
                 transport.abort()  # a polite close could wait for the peer
             return
@@ -110,6 +110,8 @@ class NodeStream:
         self._sent = view.acked
         while True:
             await publisher.until(self._due)
+            if why := self._refused():
+                raise Cut(why)
             if view.repair:
                 await asyncio.sleep(max(0.0, self._repaired + REPAIR_INTERVAL_S - time.monotonic()))
                 self._repaired = time.monotonic()
@@ -176,6 +178,8 @@ class NodeStream:
             now = time.monotonic()
             if time.time() >= self._expires:
                 raise Cut("certificate_expired")
+            if why := self._refused():
+                raise Cut(why)
             if now - self._heard > SILENCE_S_MAX:
                 raise Cut("silent")
             self._sent_at = {revision: at for revision, at in self._sent_at.items() if revision in self._view.inflight}

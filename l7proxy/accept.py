@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING
+
+from l7proxy.budget import Account
 
 if TYPE_CHECKING:
     from l7proxy.worker import Worker
 
-ACCEPTS_PER_TURN = 64
+ACCEPTS_PER_TURN = 16  # of one listener; of one identity, what its share of the turn has room for
+BEGIN_S = 0.00002  # of the worker's time, about: what the loop does for a new connection later, where nobody measures
 PAUSE_S = 0.2  # out of descriptors or memory: a reader left in place would spin
 
 
 class Acceptor:
-    """Owns ``sock``. ``begin``: gets each connection, non-blocking, and its peer's address; owns it from then on."""
+    """Owns ``sock``. ``begin``: gets each connection, non-blocking, and its peer's address; owns it from then on. It says
+    on whose account that was: when this one's turn is over, what comes next waits in the backlog."""
 
-    def __init__(self, worker: Worker, sock: socket.socket, name: str, begin: Callable[[socket.socket, str], None]) -> None:
+    def __init__(
+        self, worker: Worker, sock: socket.socket, name: str, begin: Callable[[socket.socket, str], Account | None]
+    ) -> None:
         self._worker, self._sock, self._name, self._begin = worker, sock, name, begin
         self._fd = sock.fileno()
         self.closed = self._paused = False
@@ -34,6 +41,7 @@ class Acceptor:
         for _ in range(ACCEPTS_PER_TURN):
             if self.closed or self._paused:  # by what `begin` set off
                 return
+            started = perf_counter()
             try:
                 sock, address = self._sock.accept()
             except (BlockingIOError, InterruptedError):
@@ -48,11 +56,17 @@ class Acceptor:
                 return
             sock.setblocking(False)
             try:
-                self._begin(sock, str(address[0]) if address else "")
+                account = self._begin(sock, str(address[0]) if address else "")
             except Exception:  # one connection's failure is not the listener's
                 sock.close()
                 self._worker.log.exception("a new connection failed", listener=self._name)
                 self._worker.metrics.count("accept_failed")
+                continue
+            if account is not None:
+                account.spent += perf_counter() - started + BEGIN_S
+                if account.spent > account.limit and account.over():
+                    self.pause()
+                    account.defer(self)
 
     def pause(self) -> None:
         """What comes next waits in the backlog until `proceed`."""

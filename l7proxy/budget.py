@@ -15,8 +15,9 @@ from typing import Protocol
 from mesh.budgets import BudgetTable
 from mesh.model import CONFIG_KEY, Budget, Config, IdentityBudget, State
 
-TURN_S = 0.0004  # of the worker's time; an identity's share of it is what others may have to wait for
+TURN_S = 0.0002  # of the worker's time; an identity's share of it is what others may have to wait for
 BUSY_S = 1.0  # who was active this long ago counts as at work
+EMPTY_S = 0.001
 BURST_S = 1.0  # a rate's worth of this may come at once
 UNKNOWN = 0
 TOLD_PER_S_MAX = 50  # denials of one identity in the flow log
@@ -51,13 +52,17 @@ class Rate:
         self._at = at + self._interval
         return True
 
+    def empty(self, now: float) -> None:
+        """Elsewhere all was taken: for a moment there is none here either."""
+        self._at = max(self._at, now + BURST_S + EMPTY_S)
+
 
 class Account:
     """One identity on this worker."""
 
     __slots__ = (
-        "active_at", "budget", "budgets", "connections", "descriptors", "handshakes", "handshaking", "held", "limit", "quota",
-        "refused", "requesting", "requests", "seen", "shut", "spent", "spiffe", "told", "waiting",
+        "active_at", "budget", "budgets", "connections", "crowded", "descriptors", "handshakes", "handshaking", "held", "limit",
+        "quota", "refused", "requesting", "requests", "seen", "shut", "spent", "spiffe", "told", "waiting",
     )  # fmt: skip
 
     def __init__(self, budgets: Budgets, spiffe: str, budget: Budget) -> None:
@@ -69,6 +74,7 @@ class Account:
         self.active_at = float("-inf")
         self.limit = 0.0  # of `spent`, in this turn
         self.shut = False  # until its next turn
+        self.crowded = False  # when it last used up its turn, another was at work
         self.told = 0
         self.waiting: deque[Deferred] = deque()
         self.requesting, self.handshaking = Rate(budget.requests_per_s), Rate(budget.handshakes_per_s)
@@ -187,6 +193,7 @@ class Budgets:
             if other.spent != other.seen:
                 other.seen, other.active_at = other.spent, now
             busy |= other is not account and now - other.active_at < BUSY_S
+        account.crowded = busy
         if busy:
             account.shut = True
         else:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from l7proxy.worker import Worker
 
 PARKED_S = 0.1  # how long a connection is not read after a 429
+LOST_S = 0.00001  # of the worker's time, about: what the loop does to end a connection
 
 
 class Budgeted:

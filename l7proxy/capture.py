@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from l7proxy.accept import Acceptor
+from l7proxy.budget import Account
 from l7proxy.config import Config, Destination
 from l7proxy.kernel import Origin
 from l7proxy.learn import Learner
@@ -38,26 +38,21 @@ class Capture:
         """Accepts no more; open connections stay."""
         self._acceptor.close()
 
-    def _begin(self, sock: socket.socket, _address: str) -> None:
+    def _begin(self, sock: socket.socket, _address: str) -> Account | None:
         worker, listener = self.worker, self.listener
         origin = worker.kernel.origin(sock)
         if origin is None or (origin.netns != listener.netns and listener.netns):
             worker.metrics.denied("no_origin")
             refuse(sock)
-            return
-        started = perf_counter()
+            return None
         session = outbound(worker, origin)
         if session is None:
             refuse(sock)
-            return
+            return worker.budgets.accounts.get(origin.identity)
         task: asyncio.Task[object] = worker.loop.create_task(worker.loop.connect_accepted_socket(lambda: session, sock))
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._begun(done, session))
-        account = session.account
-        account.spent += perf_counter() - started
-        if account.spent > account.limit and account.over():
-            self._acceptor.pause()
-            account.defer(self._acceptor)
+        return session.account
 
     def _begun(self, task: asyncio.Task[object], session: HttpSession | Relay) -> None:
         self._tasks.discard(task)

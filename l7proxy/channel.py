@@ -37,6 +37,7 @@ _OPTIONS = (
     (IPPROTO_TCP, TCP_USER_TIMEOUT, 30_000),
 )
 ALONE_BYTES = 64 << 10  # a piece this large is encrypted where it is
+PIECE_BYTES_MIN = 512  # of what one read brought, handed on between two looks at the clock
 
 
 class _Buffers(threading.local):
@@ -92,6 +93,9 @@ class TlsChannel:
         self.closed = False
         self._closing = False
         self._reading = False
+        self._since = 0.0  # what was read since then is not on the meter yet
+        self._piece = PIECE_BYTES_MIN  # while another identity is at work
+        self._more = False  # what was read is not all handed on: its meter's turn was over
         self._rest = memoryview(b"")
         for level, option, value in _OPTIONS:
             sock.setsockopt(level, option, value)
@@ -112,20 +116,43 @@ class TlsChannel:
 
     def proceed(self) -> None:
         """The meter's next turn."""
-        if not self._closing:
+        if self.closed or self._closing:
+            return
+        if self._more:
+            self._more, self._since = False, perf_counter()
+            self._decrypt()
+            self._charge()
+        if not self._more:
             self.resume()
 
     def _readable(self) -> None:
         meter = self.meter
-        if meter is None:
-            self._read()
-        elif meter.spent > meter.limit and meter.over():
-            self.pause()
-            meter.defer(self)
-        else:
-            started = perf_counter()
-            self._read()
-            meter.spent += perf_counter() - started
+        if meter is not None and meter.spent > meter.limit and meter.over():
+            self._wait(meter)
+            return
+        self._since = perf_counter()
+        self._read()
+        self._charge()
+
+    def _charge(self) -> float:
+        """Seconds that go onto the meter."""
+        since, self._since = self._since, perf_counter()
+        if self.meter is not None:
+            self.meter.spent += self._since - since
+        return self._since - since
+
+    def _wait(self, meter: Account) -> None:
+        self.pause()
+        meter.defer(self)
+
+    def _turn_is_over(self, meter: Account) -> bool:
+        """After a piece. Pieces grow while they are cheap: bytes cost little, frames of a few bytes much."""
+        cost = self._charge()
+        if cost > meter.quota / 2:
+            self._piece = max(self._piece // 2, PIECE_BYTES_MIN)
+        elif cost < meter.quota / 8:
+            self._piece = min(self._piece * 2, READ_BYTES)
+        return meter.spent > meter.limit and meter.over()
 
     def _read(self) -> None:
         try:
@@ -146,18 +173,25 @@ class TlsChannel:
         self._decrypt()
 
     def _decrypt(self) -> None:
-        tls, incoming, plain = self.tls, self._in, self._plain
+        tls, incoming, plain, meter = self.tls, self._in, self._plain, self.meter
         filled, ended = 0, False
+        most = self._piece if meter is not None and meter.crowded else READ_BYTES
         try:
             while not ended and not self.closed:
-                got = tls.read(READ_BYTES, plain[filled:])
+                got = tls.read(min(most - filled, RECORD_BYTES_MAX), plain[filled:])
                 if not got:
                     ended = True
                 filled += int(got)  # an int when a buffer is given
-                if READ_BYTES - filled < RECORD_BYTES_MAX:
+                if filled >= most or READ_BYTES - filled < RECORD_BYTES_MAX:
                     self._handler.channel_data(plain[:filled])
                     filled = 0
-                if not incoming.pending:
+                    if meter is not None and meter.crowded and not self.closed and not self._closing:
+                        if self._turn_is_over(meter):
+                            self._more = True
+                            self._wait(meter)
+                            break
+                        most = self._piece
+                if not incoming.pending and not tls.pending():
                     break
         except ssl.SSLWantReadError:
             pass

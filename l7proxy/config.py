@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from l7proxy.http1.exchange import Limits
 from mesh import snapshot
-from mesh.identity import IdentityError, SpiffeId
 from mesh.link import LocalWorkload, Update
+from mesh.metrics import UNKNOWN, identity_label
 from mesh.model import CONFIG_KEY, IDENTITY_UNKNOWN, Identity, Protocol, Service, ServicePort, State, Workload
 from mesh.model import Config as MeshConfig
 from mesh.policy import PolicySet, port_needs_l7
@@ -188,13 +188,7 @@ class Config:
 
     def label(self, spiffe: str | None) -> str:
         """ "namespace/service account" for metrics, from a closed set."""
-        if spiffe is None or spiffe not in self.spiffe_id:
-            return "unknown"
-        try:
-            identity = SpiffeId.parse(spiffe)
-        except IdentityError:
-            return "unknown"
-        return f"{identity.namespace}/{identity.service_account}"
+        return identity_label(spiffe) if spiffe in self.spiffe_id else UNKNOWN
 
     def identity(self, spiffe: str | None) -> int:
         """The number of an identity, 0 when it is not known here."""

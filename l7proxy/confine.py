@@ -56,8 +56,13 @@ def user_ids(user: str | None) -> tuple[int, int]:
 
 
 def _empty_netns() -> None:
+    """A service manager that takes the right to make one (PrivateNetwork=) has given us one."""
     if _libc().unshare(_CLONE_NEWNET):
-        raise ConfineError(f"unshare(CLONE_NEWNET): {os.strerror(ctypes.get_errno())}; start the proxy as root")
+        error = ctypes.get_errno()
+        with open("/proc/self/net/dev") as text:
+            interfaces = {line.partition(":")[0].strip() for line in text.readlines()[2:]}
+        if error != errno.EPERM or interfaces - {"lo"}:
+            raise ConfineError(f"unshare(CLONE_NEWNET): {os.strerror(error)}; start the proxy as root")
 
 
 def _limits() -> None:

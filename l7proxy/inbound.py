@@ -210,13 +210,13 @@ class HboneListener:
             self._context, self._bundle = self.inbound.contexts.front(self._identities), bundle
         return self._context
 
-    def _begin(self, sock: socket.socket, source: str) -> None:
+    def _begin(self, sock: socket.socket, source: str) -> Account | None:
         inbound = self.inbound
         source = source.removeprefix("::ffff:")
         if len(inbound.handshakes) >= HANDSHAKES_MAX or inbound.handshakes_from[source] >= HANDSHAKES_PER_SOURCE_MAX:
             sock.close()
             inbound.refused(Refusal("handshake_flood", "too many unfinished handshakes"), "", source)
-            return
+            return None
         config, budgets = inbound.worker.config, inbound.worker.budgets
         spiffe = next((workload.spiffe for workload in config.by_address.get(source, ())), None)
         account = budgets.of(config.identity(spiffe), spiffe)
@@ -224,15 +224,16 @@ class HboneListener:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
             inbound.refused(Refusal("budget_handshakes", "too many TLS handshakes in a second"), spiffe or "", source)
-            return
+            return account
         try:
             tunnel = DestinationTunnel(self, sock, self._front(), source, account)
         except (OSError, ValueError) as error:  # no bundle yet, or the peer went away
             sock.close()
             inbound.refused(Refusal("tls_handshake", f"{error}"), "", source)
-            return
+            return account
         inbound.handshakes.add(tunnel)
         inbound.handshakes_from[source] += 1
+        return account
 
 
 class Inbound:

@@ -5,13 +5,32 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from l7proxy.express import FLAG_OFF, View
 from l7proxy.target import Caller
 from mesh.link import Hello
 
 _PEERCRED = struct.Struct("iII")
+_U32 = 0xFFFFFFFF
+_HEAD_BYTES = 1024  # PL_X_HEAD_BYTES; as much as Python's getsockopt takes
+_VIEW = {
+    "flags",
+    "busy",
+    "phase",
+    "handed",
+    "handed_slow",
+    "status",
+    "head_len",
+    "req_left",
+    "resp_left",
+    "punt",
+    "t0_ns",
+    "head",
+}
+_ARM = {"op", "slot", "consumed", "sent", "up_sent", "up_consumed"}
 
 
 class SocketLike(Protocol):
@@ -40,7 +59,10 @@ class Kernel:
 
     def __init__(self) -> None:
         self._hello: Hello | None = None
-        self._origin = self._caller = struct.Struct("")
+        self._origin = self._caller = self._view = self._arm = struct.Struct("")
+        self.express = False  # this node's kernel carries exchanges by itself
+        self._view_at: dict[str, int] = {}
+        self._blank: dict[str, int | bytes] = {}  # pl_xarm, in order
 
     def learn(self, hello: Hello) -> None:
         """Takes the layouts of the programs that are loaded now. Raises ValueError when they lack a field."""
@@ -48,6 +70,10 @@ class Kernel:
         wanted = {"dst", "client", "netns", "workload", "identity", "service", "dst_port", "client_port"}
         if missing := wanted - set(hello.origin_fields) | {"addr", "identity", "port"} - set(hello.caller_fields):
             raise ValueError(f"the agent's layouts lack {', '.join(sorted(missing))}")
+        self._view, self._arm = struct.Struct(hello.xview_format), struct.Struct(hello.xarm_format)
+        self._view_at = {name: index for index, name in enumerate(hello.xview_fields)}
+        self._blank = dict(zip(hello.xarm_fields, self._arm.unpack(bytes(self._arm.size)), strict=True))
+        self.express = set(hello.xview_fields) >= _VIEW and set(hello.xarm_fields) >= _ARM
         self._hello, self._origin, self._caller = hello, origin, caller
 
     def origin(self, sock: SocketLike) -> Origin | None:
@@ -79,6 +105,57 @@ class Kernel:
         values = {"addr": address_bytes(caller.address), "identity": caller.identity, "port": caller.port}
         packed = self._caller.pack(*(values.get(name, 0) for name in hello.caller_fields))
         sock.setsockopt(hello.origin_level, hello.caller_opt, packed)
+
+    def express_view(self, sock: SocketLike) -> View | None:
+        """The kernel's account of a paired accepted socket; None: it is not paired."""
+        hello, at = self._hello, self._view_at
+        if hello is None or not self.express:
+            return None
+        try:
+            values = self._view.unpack(sock.getsockopt(hello.origin_level, hello.express_opt, self._view.size))
+            head = values[at["head"]]
+            if values[at["head_len"]] > len(head):  # the option next to it has all of it
+                head = sock.getsockopt(hello.origin_level, hello.express_opt + 1, _HEAD_BYTES)
+        except (OSError, struct.error):
+            return None
+        punt = values[at["punt"]]
+        began = values[at["t0_ns"]]
+        since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - began
+        return View(
+            values[at["busy"]] - 1,
+            values[at["phase"]],
+            bool(values[at["handed"]]),
+            values[at["handed_slow"]],
+            values[at["status"]],
+            head[: values[at["head_len"]]],
+            values[at["req_left"]],
+            values[at["resp_left"]],
+            hello.xreasons[punt] if punt < len(hello.xreasons) else "",
+            time.perf_counter() - since_ns / 1e9,
+            bool(values[at["flags"]] & FLAG_OFF),
+            began,
+        )
+
+    def express_op(
+        self, sock: SocketLike, op: int, slot: int, consumed: int = 0, sent: int = 0, up_sent: int = 0, up_consumed: int = 0
+    ) -> bool:
+        """ARM, HOLD or TAKE (see bpf/types.h; bytes are counted from the pairing on). False: refused, or not paired."""
+        hello = self._hello
+        if hello is None or not self.express:
+            return False
+        values = {
+            "op": op,
+            "slot": slot,
+            "consumed": consumed & _U32,
+            "sent": sent & _U32,
+            "up_sent": up_sent & _U32,
+            "up_consumed": up_consumed & _U32,
+        }
+        try:
+            sock.setsockopt(hello.origin_level, hello.express_opt, self._arm.pack(*(self._blank | values).values()))
+        except (OSError, struct.error):
+            return False
+        return True
 
     def check_agent(self, connection: socket.socket) -> bool:
         """Whether the other end of the link is root."""

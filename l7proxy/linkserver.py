@@ -1,9 +1,12 @@
-"""The worker's end of the link: accepts the agent, reads frames with their descriptors, writes frames without any."""
+"""The worker's end of the link: accepts the agent, reads and writes frames with their descriptors."""
 
 from __future__ import annotations
 
+import array
 import os
 import socket
+from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from l7proxy.accept import Acceptor
@@ -25,7 +28,8 @@ class LinkServer:
         self._acceptor: Acceptor | None = None
         self.connection: socket.socket | None = None
         self.decoder = link.Decoder()
-        self.unsent = bytearray()
+        self.unsent: deque[tuple[bytearray, list[int]]] = deque()  # descriptors ride with the first byte of theirs
+        self.unsent_bytes = 0
         self.writing = False
 
     def start(self) -> None:
@@ -36,17 +40,23 @@ class LinkServer:
             self._acceptor.close()
         self._drop()
 
-    def send(self, message: link.Message) -> None:
-        """Dropped while there is no agent."""
+    def send(self, message: link.Message, fds: Sequence[int] = ()) -> bool:
+        """False: dropped, there is no agent. Of ``fds`` duplicates are sent. Raises OSError when there can be none."""
         if self.connection is None:
-            return
-        self.unsent += link.encode(message)
-        if len(self.unsent) > UNSENT_BYTES_MAX:
+            return False
+        data, own = link.encode(message, len(fds)), _duplicates(fds)
+        if own or not self.unsent:
+            self.unsent.append((bytearray(data), own))
+        else:
+            self.unsent[-1][0].extend(data)
+        self.unsent_bytes += len(data)
+        if self.unsent_bytes > UNSENT_BYTES_MAX:
             self.worker.log.warning("the agent does not read; dropped")
             self._drop()
         elif not self.writing:
             self.writing = True
             self.worker.loop.call_soon(self._flush)
+        return self.connection is not None
 
     def _begin(self, connection: socket.socket, _address: str) -> None:
         if not self.worker.kernel.check_agent(connection):
@@ -92,14 +102,23 @@ class LinkServer:
         if connection is None:
             self.writing = False
             return
-        try:
-            sent = connection.send(self.unsent)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
-            self._drop()
-            return
-        del self.unsent[:sent]
+        while self.unsent:
+            data, fds = self.unsent[0]
+            try:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                sent = connection.sendmsg([data], rights)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                self._drop()
+                return
+            while fds:
+                os.close(fds.pop())
+            self.unsent_bytes -= sent
+            if sent < len(data):
+                del data[:sent]
+            else:
+                self.unsent.popleft()
         if self.unsent:
             self.worker.loop.add_writer(connection.fileno(), self._flush)
         else:
@@ -114,5 +133,21 @@ class LinkServer:
             connection.close()
         for fd in self.decoder.take_fds():
             os.close(fd)
+        for _, fds in self.unsent:
+            for fd in fds:
+                os.close(fd)
         self.unsent.clear()
+        self.unsent_bytes = 0
         self.writing = False
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    """They may be closed before their frame leaves."""
+    own: list[int] = []
+    try:
+        own += (os.dup(fd) for fd in fds)
+    except OSError:
+        for fd in own:
+            os.close(fd)
+        raise
+    return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import ctypes
 import gc
 import logging
@@ -15,11 +16,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from l7proxy.confine import ConfineError, confine, die_with_parent, user_ids
+from l7proxy.notify import Notify
 
 WORKERS_MAX = 256
 BACKLOG = 16
@@ -27,8 +30,10 @@ STEADY_S = 10.0  # a worker that lived this long is restarted at once
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 DRAIN_S = 35.0  # after SIGTERM; then SIGKILL
+SILENCE_S = 30.0  # a worker whose loop does not turn for so long is killed
 
 log = structlog.get_logger()
+Beat = Callable[[], None]
 
 
 def configure_logging() -> None:
@@ -69,8 +74,8 @@ def tune_allocator() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
-def run_worker(index: int, listen: socket.socket) -> int:
-    """One worker, until it is drained. Returns the exit status."""
+def run_worker(index: int, listen: socket.socket, beat: Beat = lambda: None) -> int:
+    """One worker, until it is drained; ``beat`` is called every second. Returns the exit status."""
     import uvloop
 
     from l7proxy import inbound
@@ -81,10 +86,17 @@ def run_worker(index: int, listen: socket.socket) -> int:
     async def live() -> None:
         worker = Worker(index, listen)
         inbound.install(worker)
+        worker.on_sweep.append(lambda _: beat())
+        asyncio.get_running_loop().call_soon(beat)  # its loop turns, so it listens
         await worker.run()
 
     uvloop.run(live())
     return 0
+
+
+def _beat(fd: int, index: int) -> None:
+    with suppress(OSError):  # the pipe is full: the main process has been told often enough
+        os.write(fd, bytes((index,)))
 
 
 @dataclass(slots=True)
@@ -97,14 +109,19 @@ class Slot:
     started: float = 0.0
     delay: float = 0.0
     due: float = 0.0  # when to start it (again)
+    heard: float = 0.0  # its last sign of life; 0: none yet
 
 
 class Supervisor:
     """Forks a worker for each slot and replaces those that die. ``run``: the worker's life, returns its exit status."""
 
-    def __init__(self, listens: list[socket.socket], run: Callable[[int, socket.socket], int] = run_worker) -> None:
+    def __init__(
+        self, listens: list[socket.socket], notify: Notify, run: Callable[[int, socket.socket, Beat], int] = run_worker
+    ) -> None:
         self._slots = [Slot(index, sock) for index, sock in enumerate(listens)]
+        self._notify, self._told_at, self._ready = notify, 0.0, False
         self._run = run
+        self._beats, self._beat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # workers write their index
         self._stopping = 0.0
 
     def serve(self) -> int:
@@ -126,17 +143,37 @@ class Supervisor:
                 for slot in self._slots:
                     if not slot.pid and slot.due <= now:
                         self._fork(slot, now, (wake_read, wake_write))
+                self._watch(now)
             waits = [slot.due - now for slot in self._slots if not slot.pid and not self._stopping]
+            waits.append(min(SILENCE_S, self._notify.interval_s))
             if self._stopping:
                 waits.append(max(0.2, self._stopping - now))
             with suppress(InterruptedError):
-                select.select([wake_read], [], [], max(0.0, min(waits)) if waits else None)
+                select.select([wake_read, self._beats], [], [], max(0.0, min(waits)))
             with suppress(BlockingIOError):
                 while os.read(wake_read, 512):
                     pass
+            with suppress(BlockingIOError):
+                for index in os.read(self._beats, 4096):
+                    self._slots[index].heard = time.monotonic()
+
+    def _watch(self, now: float) -> None:
+        """Ready once every worker listens. One that hangs is killed here, alone; who hears no more of us kills us all."""
+        for slot in self._slots:
+            if slot.pid and now - max(slot.heard, slot.started) > SILENCE_S:
+                log.error("worker hangs; killed", worker=slot.index, pid=slot.pid, silent_s=SILENCE_S)
+                with suppress(ProcessLookupError):
+                    os.kill(slot.pid, signal.SIGKILL)
+        if not self._ready and all(slot.heard for slot in self._slots):
+            self._ready = True
+            self._notify.tell(READY=1, STATUS=f"{len(self._slots)} workers listen for the agent")
+        if now - self._told_at >= self._notify.interval_s:
+            self._told_at = now
+            self._notify.tell(WATCHDOG=1)
 
     def _stop(self, *_: object) -> None:
         if not self._stopping:
+            self._notify.tell(STOPPING=1, STATUS="draining")
             self._stopping = time.monotonic() + DRAIN_S
             self._signal(signal.SIGTERM)
 
@@ -181,12 +218,12 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
-            for fd in close:
+            for fd in (*close, self._beats):
                 os.close(fd)
             for other in self._slots:
                 if other is not slot:
                     other.listen.close()
-            code = self._run(slot.index, slot.listen)
+            code = self._run(slot.index, slot.listen, partial(_beat, self._beat, slot.index))
         except BaseException:
             log.exception("worker failed", worker=slot.index)
         finally:
@@ -217,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         uid, gid = user_ids(arguments.user)
+        notify = Notify()  # while it may make a socket
         arguments.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         listens = [worker_socket(arguments.run_dir, index) for index in range(arguments.workers)]
         os.chdir("/")
@@ -227,4 +265,4 @@ def main(argv: list[str] | None = None) -> int:
     gc.collect()
     gc.freeze()
     log.info("proxy started", workers=arguments.workers, uid=uid)
-    return Supervisor(listens).serve()
+    return Supervisor(listens, notify).serve()

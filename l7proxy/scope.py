@@ -50,7 +50,7 @@ class Plan:
 class Scope:
     """``inbound``: the destination's side of a tunnel."""
 
-    __slots__ = ("caller", "config", "destination", "inbound", "label", "peer", "plans", "refused", "v6", "worker")
+    __slots__ = ("caller", "config", "destination", "express", "inbound", "label", "peer", "plans", "refused", "v6", "worker")
 
     def __init__(self, worker: Worker, config: Config, caller: Caller, destination: Destination, *, inbound: bool) -> None:
         self.worker, self.config, self.caller, self.destination, self.inbound = worker, config, caller, destination, inbound
@@ -59,6 +59,7 @@ class Scope:
         self.plans: dict[RequestHead, Plan] = {}
         self.label = config.label(caller.spiffe)
         self.refused = worker.metrics.http(self.label, self.service_label, "refused")
+        self.express = not inbound and worker.express.allows(config, caller, destination)  # until the agent says no
 
     @property
     def service_label(self) -> str:

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from l7proxy.budget import Account
-from l7proxy.budgeted import PARKED_S, Budgeted
+from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
 from l7proxy.http1.added import with_headers
@@ -20,6 +20,7 @@ from l7proxy.target import Caller, DialError
 from l7proxy.upstream import UpstreamConnection, reset
 
 if TYPE_CHECKING:
+    from l7proxy.express_session import Newcomer, Pair
     from l7proxy.worker import Worker
 
 TRIES_MAX = 5  # endpoints tried for one request
@@ -37,6 +38,7 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         "late_eof",
         "lost",
         "metered",
+        "pair",
         "plan",
         "scope",
         "sockets",
@@ -63,6 +65,7 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         self.holds = 0
         self.late: bytes | None = None  # came when its identity's turn was over
         self.late_eof = False
+        self.pair: Pair | Newcomer | None = worker.express.newcomer if scope.express else None
 
     # ---- the client's transport
 
@@ -128,10 +131,15 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        started = perf_counter()
         self.lost, self.late = True, None
         self.worker.sessions.discard(self)
         self.client_lost()
+        if self.pair is not None:
+            self.pair.lost()
         self.ended()
+        if self.metered:
+            self.account.spent += perf_counter() - started + LOST_S
 
     def pause_writing(self) -> None:
         self.client_blocked()
@@ -161,6 +169,8 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
                 return
             scope = self.scope = again
             self.limits = scope.config.limits
+            if self.pair is None and scope.express:
+                self.pair = worker.express.newcomer
         plan = self.plan = scope.plans.get(head) or scope.plan(head)
         if self.tried:
             self.tried = []
@@ -198,7 +208,8 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         pool = candidate.pool
         if pool.retired:
             pool = candidate.pool = self.worker.upstreams.pool(self.caller, candidate.endpoint)
-        connection = None if fresh else pool.take()
+        pair = self.pair
+        connection = None if fresh else pool.take() if pair is None else pair.take(pool)
         if connection is None:
             connection = self.worker.upstreams.open(pool, self.caller, self.source_netns, self)
             if connection is None:
@@ -245,7 +256,10 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
             self.upstream = None
             connection.pool.health.outstanding -= 1
             if reusable:
-                self.worker.upstreams.keep(connection)
+                if self.pair is None:
+                    self.worker.upstreams.keep(connection)
+                else:
+                    self.pair.keep(self, connection)
             else:
                 connection.close()
 
@@ -303,10 +317,47 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         self.candidate = None
         self.plan = None
 
+    # ---- paired with the kernel
+
+    def carry_on(self, head: RequestHead, connection: UpstreamConnection, elapsed: float) -> None:
+        """Before `adopt`: what `decide` would have set, for a request that went without us."""
+        scope = self.scope
+        if scope.config is not self.worker.config:
+            scope = self.scope = self.worker.rescope(scope) or scope
+            self.limits = scope.config.limits
+        endpoint = connection.pool.endpoint
+        plan = self.plan = scope.plan(head)
+        self.candidate = plan.candidates.get(endpoint) or scope.candidate(plan, endpoint)
+        self.tried, self.started = [], perf_counter() - elapsed
+        self.upstream, connection.sink = connection, self
+        self.to_upstream = connection.write
+        connection.pool.health.outstanding += 1
+
+    @property
+    def unread(self) -> bool:
+        """At rest on this side, with nothing half read."""
+        return self.rq == IDLE and not (self.pending or self.late or self.lost or self.ending or self.client_ended)
+
+    @property
+    def idle(self) -> bool:
+        return super().idle and (self.pair is None or self.pair.quiet)
+
+    def end(self) -> None:
+        super().end()
+        if self.pair is not None:
+            self.pair.refuse_more()
+
+    def cut(self) -> None:
+        if self.pair is not None:
+            self.pair.seize()
+        super().cut()
+
     # ---- from the worker
 
     def recheck(self) -> None:
         """A new configuration: what runs now is decided anew, and cut if it is denied."""
+        if self.pair is not None:
+            self.pair.recheck()
         if self.rq in (IDLE, CLOSED) or self.request is None or self.candidate is None:
             return
         scope = self.worker.rescope(self.scope)

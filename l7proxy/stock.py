@@ -33,7 +33,7 @@ class Shelf:
 class Stock:
     """``need(netns, family, count)`` asks the agent for more."""
 
-    def __init__(self, need: Callable[[int, int, int], None]) -> None:
+    def __init__(self, need: Callable[[int, int, int], object]) -> None:
         self._need = need
         self._shelves: dict[tuple[int, int], Shelf] = {}
 

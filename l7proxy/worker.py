@@ -9,7 +9,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from l7proxy.budget import Budgets
 from l7proxy.budget_metrics import BudgetCollector
 from l7proxy.config import Config, Destination, Endpoint
 from l7proxy.drain import STOP_S, Drain
+from l7proxy.express_desk import Desk
 from l7proxy.http1.exchange import Clock
 from l7proxy.http1.head import Heads
 from l7proxy.kernel import Kernel
@@ -95,6 +96,7 @@ class Worker:
         self.access: AccessLog | None = None
         self.flow_budget, self.denied_budget = FLOWS_ALLOWED_PER_S, FLOWS_DENIED_PER_S
         self._scopes: dict[tuple[object, ...], Scope] = {}
+        self.express = Desk(self)
         self._link = LinkServer(self, listen)
         self._stopped: asyncio.Event | None = None
         self._recheck: asyncio.Task[None] | None = None
@@ -170,14 +172,15 @@ class Worker:
 
     # ---- from the agent
 
-    def send(self, message: link.Message) -> None:
-        """To the agent; dropped while there is none."""
-        self._link.send(message)
+    def send(self, message: link.Message, fds: Sequence[int] = ()) -> bool:
+        """To the agent, with duplicates of ``fds``; dropped while there is none (False)."""
+        return self._link.send(message, fds)
 
     def linked(self) -> None:
         """The agent has dialled."""
         self.send(link.Ready(self.index, os.getpid()))
         self.stock.relink()
+        self.express.relinked()
 
     def handle(self, message: link.Message, fds: list[int]) -> None:
         """One message; takes over its descriptors."""
@@ -189,6 +192,9 @@ class Worker:
             return
         if isinstance(message, link.Listener) and len(fds) == 1:
             self._listener(message, fds[0])
+            return
+        if isinstance(message, link.Takeover):
+            self.express.takeover(message, fds)
             return
         for fd in fds:
             os.close(fd)
@@ -209,7 +215,7 @@ class Worker:
             self.send(link.Metrics(self.index, self.metrics.text()))
         elif isinstance(message, link.Drain):
             self.drain(message.seconds)
-        elif not self.lease.hear(message):
+        elif not self.lease.hear(message) and not self.express.hear(message):
             self.log.warning("the agent sent what it should not", message=type(message).__name__, descriptors=len(fds))
 
     def _svid(self, message: link.Svid, fd: int) -> None:

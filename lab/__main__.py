@@ -1,4 +1,4 @@
-"""`python -m lab up|down|exec|status`: what `pillion lab …` runs."""
+"""`python -m lab up|down|exec|status|vm`: what `pillion lab …` runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lab.cleanup import known_labs
 from lab.lab import Lab
 from lab.state import LabError
 from lab.topology import PlanError
+
+EXEC_EXAMPLES = ("client -- curl -s http://front.shop.mesh/", "--name mine n1 -- ip route")
 
 
 def _say(text: str) -> None:
@@ -117,26 +119,35 @@ def _print(lab: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pillion lab", description="nodes and workloads as namespaces on this machine")
-    commands = parser.add_subparsers(required=True, metavar="up|down|exec|status")
+    named = os.environ.get("PILLION_LAB") or None  # as `pillion --lab` sets it, too
+    commands = parser.add_subparsers(required=True, metavar="up|down|exec|status|vm")
 
-    def command(name: str, function: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--name", default=None, help="which lab (default: demo)")
+    def command(name: str, function: Any, help: str, *examples: str) -> argparse.ArgumentParser:
+        shown = "\n".join(["examples:", *(f"  pillion lab {name} {example}".rstrip() for example in examples)])
+        raw = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=help, description=help, epilog=shown, formatter_class=raw)
+        sub.add_argument("--name", default=named, help="which lab (default: PILLION_LAB, or demo)")
         sub.set_defaults(function=function)
         return sub
 
-    up = command("up", _up, "bring a lab up, or back what died in it")
+    up = command("up", _up, "bring a lab up, or back what died in it", "", "--nodes 3 --name mine")
     up.add_argument("--nodes", type=int, default=2)
     up.add_argument("--workers", type=int, default=1, help="proxy workers for each node")
     up.add_argument("--no-mesh", action="store_true", help="the network alone")
-    down = command("down", _down, "remove a lab, whatever state it is in")
+    down = command("down", _down, "remove a lab, whatever state it is in", "", "--name mine")
     down.add_argument("--all", action="store_true", help="every lab of this machine")
-    run = command("exec", _exec, "run a program in a workload, or on a node beside the mesh")
+    run = command("exec", _exec, "run a program in a workload, or on a node beside the mesh", *EXEC_EXAMPLES)
     run.add_argument("where", metavar="WORKLOAD|NODE")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
-    status = command("status", _status, "what is running")
+    status = command("status", _status, "what is running", "", "-o json")
     status.add_argument("-o", "--output", choices=["table", "json"], default="table")
-    options = parser.parse_args(arguments)
+    commands.add_parser("vm", help="machines with kernels of their own", add_help=False)  # lab.vm reads what follows
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["vm"]:
+        from lab.vm.__main__ import main as vm
+
+        return vm(given[1:])
+    options = parser.parse_args(given)
     options.name_given = options.name is not None
     options.name = options.name or "demo"
     try:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lab.pace import SLOW
 from lab.state import LabError
 
-KILL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 10.0 * SLOW
 
 
 def mount_point(mountinfo: str | None = None) -> Path:

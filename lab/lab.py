@@ -18,6 +18,7 @@ import yaml
 from lab import api, cgroups, cleanup, netns, services, state
 from lab.capture import Capture
 from lab.members import Node, Workload
+from lab.pace import SLOW
 from lab.state import LabError, LabState, NodeState, WorkloadState
 from lab.topology import (
     SYSCTLS_COMMON,
@@ -33,7 +34,7 @@ from lab.topology import (
 )
 
 Progress = Callable[[str], None]
-ENROL_TIMEOUT_S = 30.0
+ENROL_TIMEOUT_S = 30.0 * SLOW
 FIRST_NAMESPACES = ("default", "shop")  # granted to every node from the start; others with their first workload
 
 
@@ -344,13 +345,12 @@ class Lab:
         """Apply resources (YAML, several documents). Returns the revision to `wait` for."""
         return int(self.controller_api("POST", "/v1/apply", text)["revision"])
 
-    def wait(self, revision: int, timeout_s: float = 30.0) -> None:
+    def wait(self, revision: int, timeout_s: float = 30.0 * SLOW) -> None:
         """Until every connected node has the revision in force. Raises LabError naming the laggards."""
         self.controller_api("GET", f"/v1/wait?revision={revision}&timeout={timeout_s:g}", timeout_s=timeout_s + 10.0)
 
     def delete(self, kind: str, namespace: str, name: str) -> int:
-        answer = self.controller_api("DELETE", f"/v1/resources/{kind}/{namespace or '-'}/{name}")
-        return int(answer["revision"])
+        return int(self.controller_api("DELETE", f"/v1/resources/{kind}/{namespace or '-'}/{name}")["revision"])
 
     def pids(self, node: str | None, what: str) -> list[int]:
         """Living pids of ``controller`` (node ignored), a node's ``agent``, ``proxy`` (the main process) or ``proxy-worker``s."""

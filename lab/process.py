@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import cgroups
+from lab.pace import SLOW
 from lab.state import LabError
 
 _JOIN = 'echo $$ >"$1/cgroup.procs" || exit 125; shift; exec "$@"'
 _RESOLV = 'mount --bind "$1" /etc/resolv.conf || exit 125; shift; exec "$@"'
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0 * SLOW
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def start(
     return Process(name, command, popen, log)
 
 
-def wait_joined(popen: subprocess.Popen[bytes], place: Place, log: Path, timeout_s: float = 5.0) -> None:
+def wait_joined(popen: subprocess.Popen[bytes], place: Place, log: Path, timeout_s: float = 5.0 * SLOW) -> None:
     """Until the new process is in its cgroup, so that a caller who kills the cgroup gets it too."""
     deadline = time.monotonic() + timeout_s
     while popen.pid not in cgroups.pids(place.cgroup):

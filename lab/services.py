@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import api, process
+from lab.pace import SLOW
 from lab.process import Place
 from lab.state import LabError
 from lab.topology import CONTROLLER_ADDRESSES, CONTROLLER_PORT, NETNS_ROOT, LabPlan, NodePlan, Paths
@@ -21,7 +22,7 @@ from lab.topology import CONTROLLER_ADDRESSES, CONTROLLER_PORT, NETNS_ROOT, LabP
 TRUST_DOMAIN = "mesh.local"
 PROXY_USER = "pillion-proxy"
 PROXY_UID = 64077  # where the package made no user
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 60.0 * SLOW
 LOG_TAIL_LINES = 12
 
 

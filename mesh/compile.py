@@ -188,6 +188,8 @@ def _config(resources: list[Resource], allocations: Allocations) -> Config:
         revoked=tuple(sorted(allocations.revoked)),
         root_namespace=spec.root_namespace,
         budgets=_budget(spec.budgets),
+        connects_max=spec.connects_under_way,
+        express=spec.express,
     )
 
 
@@ -233,6 +235,7 @@ def _service(service: kinds.Service, endpoints: tuple[str, ...], allocations: Al
         ports=tuple(ServicePort(port.port, port.target, port.name, protocol(port)) for port in service.spec.ports),
         endpoints=endpoints,
         add_headers=service.add_headers,
+        express=service.spec.express,
     )
 
 
@@ -278,6 +281,7 @@ def _workload(workload: kinds.Workload, ports: dict[str, set[int]], modes: _Mode
         labels=dict(workload.metadata.labels),
         ports=tuple(sorted(ports.get(key, ()))),
         tls=modes.of(workload),
+        express=workload.spec.express,
     )
 
 

@@ -122,6 +122,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class NodePlan:
     outbound_allow: bool = False
+    connects_max: int = 2048  # of one identity, under way at once
     members: dict[int, Member] = field(default_factory=dict)  # by cgroup id
     dests: dict[DestKey, Dest] = field(default_factory=dict)
     backends: dict[BackendKey, BackendEntry] = field(default_factory=dict)
@@ -190,6 +191,7 @@ class _Planner:
         policy, rules = self._verdicts()
         return NodePlan(
             outbound_allow=self.config.outbound is Action.ALLOW,
+            connects_max=self.config.connects_max,
             members={
                 entry.cgroup: Member(workload.id, workload.identity, entry.netns, workload.tls is TlsMode.PERMISSIVE)
                 for workload, entry in self.local.values()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.dataplane import DestKind, kernel_may
+from mesh.express import why as express
 from mesh.identity import SCHEME, IdentityError, SpiffeId
 from mesh.model import Action, Identity, Policy, Protocol, Service, ServicePort, State, TlsMode, Workload
 from mesh.policy import Peer, PolicySet, Request, Verdict, authorize
@@ -44,7 +45,8 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """``outcome``: allowed, denied, mixed (endpoints differ), needs_l7 (ask with method and path), no_route or no_endpoint.
-    ``path_kind``: native (from the endpoints' own node the kernel alone connects) or proxy."""
+    ``path_kind``: native (from the endpoints' own node the kernel alone connects) or proxy. ``express``: whether the kernel
+    carries such a request past the proxy, and if not, why; "" where the question has no request or no workload that asks."""
 
     outcome: str
     rule: str
@@ -58,6 +60,7 @@ class Explanation:
     route: str  # "ns/name#index", or "" where the service is its own backend
     endpoints: tuple[Endpoint, ...]
     revision: int
+    express: str = ""
 
 
 def why(
@@ -110,7 +113,10 @@ def why(
         return Explanation(
             "no_route", missing.rule, missing.reason, detail, evidence, key, spec.port, spec.protocol, kind, rule, (), revision
         )
-    return _conclude(evidence, key, spec.port, spec.protocol, kind, rule, endpoints, revision)
+    found = _conclude(evidence, key, spec.port, spec.protocol, kind, rule, endpoints, revision)
+    if method is None or kind == DestKind.NATIVE.value or not evidence.workload:
+        return found
+    return replace(found, express=express.why(state, table, policies, peer, key, request, caller=evidence.workload))
 
 
 def _routes(table: RouteTable, key: str, spec: ServicePort, request: Request) -> tuple[list[Decision], NoRoute | None]:

@@ -173,6 +173,7 @@ HeaderName = Annotated[Text, AfterValidator(_header_name)]
 Grant = Annotated[Text, AfterValidator(_grant)]
 Labels = Annotated[dict[Text, Text], Field(max_length=LABELS_MAX)]
 Decision = Literal["ALLOW", "DENY"]
+ExpressMode = Literal["auto", "off"]  # whether the kernel may carry HTTP by itself
 TrustDomain = Annotated[Text, AfterValidator(_trust_domain)]
 LeaseSeconds = Annotated[float, Field(ge=0, le=LEASE_S_MAX, allow_inf_nan=False), AfterValidator(_lease)]  # 0: no limit
 

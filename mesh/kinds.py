@@ -16,6 +16,7 @@ from mesh.fields import (
     Cidr,
     Decision,
     Endpoint,
+    ExpressMode,
     Grant,
     HeaderName,
     HostPattern,
@@ -93,6 +94,7 @@ class ServiceSpec(Model):
     selector: Annotated[Labels, Field(min_length=1)]
     ports: Annotated[list[ServicePortSpec], Field(min_length=1, max_length=ENTRIES_MAX)]
     type: Literal["ClusterIP"] = "ClusterIP"
+    express: ExpressMode = "auto"
 
     @model_validator(mode="after")
     def _distinct(self) -> ServiceSpec:
@@ -130,6 +132,7 @@ class WorkloadSpec(Model):
     node: Label
     service_account: Label
     addresses: Annotated[list[Address], Field(min_length=1, max_length=2)]
+    express: ExpressMode = "auto"
 
     @model_validator(mode="after")
     def _families(self) -> WorkloadSpec:
@@ -355,6 +358,7 @@ class MeshConfigSpec(Model):
     dns_upstreams: Annotated[list[Endpoint], Field(max_length=8)] = []
     dns_forward: Annotated[list[DnsForwardEntry], Field(max_length=ENTRIES_MAX)] = []
     access_log: bool = False
+    express: ExpressMode = "auto"
     head_bytes_max: Annotated[int, Field(ge=1024, le=1 << 20)] = 32768
     head_timeout_seconds: Annotated[float, seconds(0.1, 600)] = 10.0
     idle_timeout_seconds: Annotated[float, seconds(1, 86400)] = 3600.0
@@ -363,6 +367,7 @@ class MeshConfigSpec(Model):
     leaf_ttl_seconds: Annotated[float, seconds(10, 30 * 86400)] = 86400.0
     policy_lease_seconds: LeaseSeconds = 0.0
     budgets: BudgetsSpec = BudgetsSpec()
+    connects_under_way: Annotated[int, Field(ge=16, le=16384)] = 2048
 
 
 class MeshConfig(Resource):

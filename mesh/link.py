@@ -13,6 +13,8 @@ from mesh.model import Item
 
 FRAME_BYTES_MAX = 64 << 20  # a whole snapshot at the planned scale fits
 FRAME_FDS_MAX = 128  # the kernel takes 253 in one sendmsg
+PAIR_ENDS_MAX = 8  # upstreams of one paired session
+PAIR_ASKS_MAX = 32  # Pairs of one worker under way at once
 _HEADER = struct.Struct("!II")
 
 
@@ -21,6 +23,13 @@ class Base(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True):
 
 
 # ---- agent -> proxy
+
+
+class PairEnd(msgspec.Struct, frozen=True, array_like=True):
+    """Where an upstream leads: a workload of this node and its port."""
+
+    workload: str  # item key
+    port: int
 
 
 class LocalWorkload(msgspec.Struct, frozen=True):
@@ -40,6 +49,12 @@ class Hello(Base, frozen=True, tag="hello"):
     origin_level: int = 0x50494C
     origin_opt: int = 1
     caller_opt: int = 2
+    xview_format: str = ""  # struct format of pl_xview; "" with all of these: no express on this node
+    xview_fields: tuple[str, ...] = ()
+    xarm_format: str = ""  # struct format of pl_xarm
+    xarm_fields: tuple[str, ...] = ()
+    xreasons: tuple[str, ...] = ()  # names of enum pl_xreason by number, lower case, without prefix: what pl_xview.punt says
+    express_opt: int = 3
 
 
 class Update(Base, frozen=True, tag="update"):
@@ -94,6 +109,32 @@ class Lease(Base, frozen=True, tag="lease"):
     until_ns: int
 
 
+class Paired(Base, frozen=True, tag="paired"):
+    """The answer to Pair, exactly one to each; not ``ok``: nothing of the session is left with the agent. At any other time it
+    is a wish: not ``ok``, that the worker lets go of the session (it says Unpair once the kernel carries nothing of it);
+    ``ok``, that it dials ``missing`` and pairs anew."""
+
+    session: int
+    ok: bool
+    slots: tuple[int, ...] = ()  # the slot of each upstream in Pair's order, -1: this one was refused
+    missing: tuple[PairEnd, ...] = ()  # endpoints of the compiled program that no upstream of this pair leads to
+    reason: str = ""  # of a refusal, from a closed list
+    lasting: bool = False  # it holds for all that this caller address asks this destination, until the configuration changes
+
+
+class Takeover(Base, frozen=True, tag="takeover"):
+    """A pair of a worker that is gone, whose sockets stand where the kernel armed them. Descriptors as in Pair. The kernel
+    may be carrying an exchange on it right now. Answered by Pair with the same session at its next idle moment, or by
+    Unpair. After the listeners, so that a worker which drains never gets one."""
+
+    session: int
+    service: str
+    port: int
+    caller: str
+    endpoints: tuple[PairEnd, ...]
+    slots: tuple[int, ...]  # of each upstream
+
+
 class Scrape(Base, frozen=True, tag="scrape"):
     """Asks for Metrics."""
 
@@ -128,6 +169,25 @@ class NeedStock(Base, frozen=True, tag="need-stock"):
     count: int
 
 
+class Pair(Base, frozen=True, tag="pair"):
+    """Asks that the kernel carries an idle HTTP session between its sockets. Descriptors: the accepted socket, then one
+    connected to each of ``endpoints``. Always total: it replaces what the session was paired with, and counts of bytes
+    begin at 0 again. Nothing is read or written on these sockets from before this is sent until Paired; a worker that
+    gives up waiting (1 s) says Unpair. One Pair of a session is under way at a time."""
+
+    session: int  # worker << 48 | number; no other worker or life of a worker uses it
+    service: str  # item key, "" for a workload that no service claims
+    port: int  # as dialled
+    caller: str  # item key of the workload that dialled
+    endpoints: tuple[PairEnd, ...]  # PAIR_ENDS_MAX at most
+
+
+class Unpair(Base, frozen=True, tag="unpair"):
+    """The agent forgets the record and closes its duplicates; nothing is answered. An unknown session is no fault."""
+
+    session: int
+
+
 class Metrics(Base, frozen=True, tag="metrics"):
     worker: int
     text: str  # Prometheus exposition
@@ -155,8 +215,8 @@ class Flow(Base, frozen=True, tag="flow"):
 
 
 Message = (
-    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Scrape | Drain
-    | Ready | Ack | Nack | NeedStock | Metrics | Flow
+    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Scrape | Drain
+    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Metrics | Flow
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()
@@ -209,6 +269,11 @@ class Decoder:
             out.append((message, self._fds[:nfds]))
             del self._fds[:nfds]
         return out
+
+    @property
+    def fds_waiting(self) -> int:
+        """Descriptors that came and belong to no whole frame yet."""
+        return len(self._fds)
 
     def _broken(self, out: list[tuple[Message, list[int]]], why: str) -> LinkError:
         """Messages of the same read go with the link: their descriptors are for `take_fds`."""

@@ -8,11 +8,15 @@ All types are frozen msgspec structs: JSON on the wire, validated at the edge, h
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
 IDENTITY_UNKNOWN, IDENTITY_HOST, IDENTITY_WORLD = 0, 1, 2
 FIRST_USER_ID = 256  # identities, workloads and services are numbered by the controller from here, never reused
+
+
+Express = Literal["auto", "off"]  # off: HTTP takes the proxy, always
 
 
 class Protocol(StrEnum):
@@ -63,6 +67,7 @@ class Service(Base, frozen=True, tag="Service"):
     ports: tuple[ServicePort, ...] = ()
     endpoints: tuple[str, ...] = ()  # item keys of the workloads behind it, sorted
     add_headers: tuple[str, ...] = ()  # of x-forwarded-client-cert, x-request-id, traceparent
+    express: Express = "auto"
 
 
 class Workload(Base, frozen=True, tag="Workload"):
@@ -78,6 +83,7 @@ class Workload(Base, frozen=True, tag="Workload"):
     labels: dict[str, str] = {}
     ports: tuple[int, ...] = ()  # declared: target ports of the services that select it, sorted
     tls: TlsMode = TlsMode.STRICT  # PeerAuthentication, resolved by the controller
+    express: Express = "auto"  # of what it asks and of what it is asked
 
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -232,6 +238,8 @@ class Config(Base, frozen=True, tag="Config"):
     revoked: tuple[str, ...] = ()  # serials (hex) and, as ``node:<name>``, nodes that are cut
     root_namespace: str = "pillion-system"
     budgets: Budget = Budget()
+    connects_max: int = 2048  # of one identity on one node: captured, and not established yet
+    express: Express = "auto"
 
 
 Item = Identity | Service | Workload | Policy | Route | IdentityBudget | Config

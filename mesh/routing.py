@@ -90,6 +90,7 @@ class Entry:
     method: str | None
     headers: tuple[tuple[str, Callable[[str], bool]], ...]
     choice: Choice
+    spec: RouteMatch  # what it was compiled from, for whoever compiles it to something else
 
     def matches(self, method: str | None, path: str, host: str, headers: Headers) -> bool:
         if self.method is not None and self.method != method:
@@ -237,7 +238,7 @@ def _compile(route: Route, services: dict[str, Service]) -> list[Entry]:
                     number,
                 )
                 headers = tuple((header.name, _header(header)) for header in match.headers)
-                entries.append(Entry(order, host, path, match.method, headers, choice))
+                entries.append(Entry(order, host, path, match.method, headers, choice, match))
     return entries
 
 

@@ -80,8 +80,7 @@ class View:
         self.audits = index.audits.select(principal, namespace, port) + index.dry_denies.select(principal, namespace, port)
         self.dry_allows = index.dry_allows.select(principal, namespace, port)
         self.dry_allow_rule = index.dry_allow_rule
-        clauses = (*self.denies, *self.allows, *self.audits, *self.dry_allows)
-        self.hosts = any(clause.operation.hosts or clause.operation.not_hosts for clause in clauses)
+        self.hosts = any(clause.operation.hosts or clause.operation.not_hosts for clause in self.clauses())
         self.otherwise = NO_ALLOW if index.has_allow else default
         # What no request can change, the common case of L4 policies
         self.simple: Verdict | None = None
@@ -92,6 +91,10 @@ class View:
                 self.simple = self.otherwise
             elif not self.denies and self.allows[0].unconditional:
                 self.simple = self.allows[0].verdict
+
+    def clauses(self) -> tuple[Clause, ...]:
+        """Everything a request may be asked, audits included."""
+        return (*self.denies, *self.allows, *self.audits, *self.dry_allows)
 
 
 class ClauseTable:

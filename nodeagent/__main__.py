@@ -19,6 +19,7 @@ from nodeagent.agent import Agent
 from nodeagent.api import serve
 from nodeagent.datapath_api import DatapathApi
 from nodeagent.files import private_directory
+from nodeagent.notify import Notify, follow
 from nodeagent.options import Options
 
 
@@ -51,9 +52,11 @@ def parser() -> argparse.ArgumentParser:
     add("--state-dir", required=True, type=_absolute, help="keys, certificates and the last good state; made 0700")
     add("--run-dir", required=True, type=_absolute, help="agent.sock lives here")
     add("--cgroup", required=True, type=_absolute, help="ancestor of all workloads; the programs are attached there")
+    add("--proxy-cgroup", type=_absolute, help="where the proxy runs, below --cgroup (default CGROUP/proxy)")
     add("--bpf-dir", type=_absolute, help="bpffs for pins (default RUN_DIR/bpf)")
     add("--proxy-dir", type=_absolute, help="where the proxy's workers listen (default RUN_DIR/proxy)")
     add("--workloads", type=_absolute, help="YAML file of this node's workloads; watched")
+    add("--express", choices=("auto", "off"), default="auto", help="off: HTTP takes the proxy, always; see also MeshConfig")
     add("--fake-datapath", action="store_true", help="no kernel: everything but enforcement, to try things out")
     return options
 
@@ -65,7 +68,7 @@ def _datapath(arguments: argparse.Namespace) -> DatapathApi:
         return FakeDatapath()
     from nodeagent.datapath_live import Datapath
 
-    return Datapath(arguments.cgroup, arguments.bpf_dir or arguments.run_dir / "bpf", arguments.run_dir)
+    return Datapath(arguments.cgroup, arguments.bpf_dir or arguments.run_dir / "bpf", arguments.run_dir, arguments.proxy_cgroup)
 
 
 async def _run(arguments: argparse.Namespace) -> None:
@@ -80,6 +83,8 @@ async def _run(arguments: argparse.Namespace) -> None:
             workloads=arguments.workloads,
             join_token_file=arguments.join_token_file,
             controllers=tuple(arguments.controller),
+            proxy_cgroup=arguments.proxy_cgroup,
+            express=arguments.express == "auto",
         ),
         _datapath(arguments),
     )
@@ -87,10 +92,14 @@ async def _run(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
+    notify = Notify()
     runner = await serve(agent, arguments.run_dir / "agent.sock")
+    following = asyncio.create_task(follow(agent, notify), name="notify")
     try:
         await agent.run()
     finally:
+        notify.tell(STOPPING=1)
+        following.cancel()
         await runner.cleanup()
 
 

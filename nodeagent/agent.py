@@ -19,6 +19,7 @@ from mesh import link, snapshot
 from mesh.model import CONFIG_KEY, Config
 from nodeagent import reconcile_events as ev
 from nodeagent.datapath_api import DatapathApi, DatapathError
+from nodeagent.express import Express
 from nodeagent.flows import FlowRing
 from nodeagent.kernel_work import KernelWork, Result, frames
 from nodeagent.lease import Lease
@@ -51,10 +52,12 @@ class Agent:
         self.membership = Membership(options, self.workloads, self.post, lambda: self.core.resume)
         self.svids = Svids(SvidDirectory(options.state_dir / "svids"), self.membership.sign, self._svid_held, self._svid_gone)
         self.fleet = ProxyFleet(options.proxy_dir, self._hello, self)
+        self.express = Express(datapath, self.fleet, wanted=options.express)
+        self.express_asked, self.worker_equipped = self.express.message, self.express.worker_ready
         self.load_error = ""
         self.lease = Lease()
         self._datapath = datapath
-        self._work = KernelWork(datapath, options.node, options.cgroup)
+        self._work = KernelWork(datapath, options.node, options.cgroup, options.proxy_cgroup)
         self._store = StateStore(options.state_dir)
         self._kernel_thread = ThreadPoolExecutor(1, thread_name_prefix="kernel")
         self._events: deque[ev.Event] = deque()
@@ -110,6 +113,7 @@ class Agent:
             await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
             await self.svids.close()
             await self.membership.close()
+            await self.express.close()
             await asyncio.get_running_loop().run_in_executor(self._kernel_thread, self._datapath.close)
             self._kernel_thread.shutdown()
 
@@ -141,6 +145,7 @@ class Agent:
                 await asyncio.sleep(LOAD_RETRY_S)
         self.load_error, self._loaded = "", True
         log.info("programs_loaded", programs=programs)
+        await self.express.start()
         await self._refresh()  # the first rollout must know them all: who is missing in it is denied
         self.post(ev.Started(programs))
         self._spawn(self._kernel_flows())
@@ -157,6 +162,7 @@ class Agent:
                 await self.remove_workload(key)
             self.post(ev.Tick())
             self._renew_lease()
+            self.express.tick()
             await asyncio.sleep(TICK_S)
 
     def _renew_lease(self) -> None:
@@ -236,6 +242,10 @@ class Agent:
     async def _in_kernel_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._kernel_thread, call, *arguments)
 
+    async def kernel_answers(self) -> None:
+        """Returns when the kernel thread has done what it was asked before: a hung one never does."""
+        await self._in_kernel_thread(int)
+
     async def _apply(self, order: ev.ApplyKernel) -> None:
         started = time.monotonic()
         try:
@@ -255,6 +265,8 @@ class Agent:
             errors=result.errors,
             ms=round((time.monotonic() - started) * 1e3, 1),
         )
+        local = (link.LocalWorkload(entry.spec.key, entry.netns, entry.cgroup) for entry in order.enrolled)
+        self.express.state(order.state, order.generation, local)
         self.post(ev.KernelApplied(order.token, result.digest, result.serving, result.errors))
 
     async def _end_denied(self, command: ev.EndDenied) -> None:
@@ -337,12 +349,13 @@ class Agent:
 
     def _hello(self) -> link.Hello:
         layouts = self._datapath.hello_layouts()
-        return link.Hello(self.options.node, *layouts["pl_origin"], *layouts["pl_caller"])
+        return link.Hello(self.options.node, *layouts["pl_origin"], *layouts["pl_caller"], **self.express.hello())
 
     def worker_up(self, worker: str) -> None:
         self.post(ev.WorkerUp(worker))
 
     def worker_down(self, worker: str, gone: bool) -> None:
+        self.express.worker_down(worker)
         self.post(ev.WorkerDown(worker, gone))
 
     def worker_acked(self, worker: str, revision: int, digest: str) -> None:
@@ -379,9 +392,6 @@ class Agent:
     def older_ended(self) -> int:
         """Connections ended because they were older than the enrolment of who held them."""
         return self._work.older_ended
-
-    async def worker_metrics(self) -> dict[str, str]:
-        return await self.fleet.scrape()
 
     def kernel_metrics(self) -> str:
         return self._datapath.metrics_text() if self.core.programs else ""

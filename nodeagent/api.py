@@ -61,6 +61,7 @@ class LocalApi:
                 web.get("/v1/flows", self.flows),
                 web.get("/metrics", self.metrics),
                 web.get("/v1/top", self.top),
+                web.get("/v1/express", self.express),
                 web.post("/v1/workloads", self.add),
                 web.delete("/v1/workloads/{namespace}/{name}", self.remove),
                 web.post("/v1/rotate", self.rotate),
@@ -86,6 +87,8 @@ class LocalApi:
                     "spiffe": spiffe,
                     "netns": spec.netns or "",
                     "cgroup": spec.cgroup,
+                    "cgroup_id": placed.cgroup,
+                    "veth": spec.veth or "",
                     "addresses": spec.addresses,
                     "source": spec.source,
                     "svid": {"serial": held.leaf.serial, "not_after": held.leaf.not_after} if held else None,
@@ -168,18 +171,22 @@ class LocalApi:
         return response
 
     async def metrics(self, _: web.Request) -> web.Response:
-        workers = await self._agent.worker_metrics()
+        workers = await self._agent.fleet.scrape()
         text = merge(
             [
                 ({}, generate_latest(self._registry).decode()),
                 ({}, self._agent.kernel_metrics()),
+                ({"worker": "kernel"}, await self._agent.express.metrics()),
                 *(({"worker": index}, text) for index, text in sorted(workers.items())),
             ]
         )
         return web.Response(body=text.encode(), headers={"Content-Type": PROTOCOL_TEXT})
 
+    async def express(self, _: web.Request) -> web.Response:
+        return _json(await self._agent.express.status())
+
     async def top(self, _: web.Request) -> web.Response:
-        return _json(top(self._agent.options.node, await self._agent.worker_metrics()))
+        return _json(top(self._agent.options.node, await self._agent.fleet.scrape()))
 
     # ---- changes
 

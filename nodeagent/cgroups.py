@@ -131,7 +131,12 @@ def lineages(ancestor: Path) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def own_cgroup() -> int:
-    """Id of the cgroup this process is in."""
+def own_path() -> Path:
+    """The cgroup this process is in."""
     line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    return cgroup_id(mount() / line[3:].lstrip("/"))
+    return mount() / line[3:].lstrip("/")
+
+
+def own_cgroup() -> int:
+    """Its id."""
+    return cgroup_id(own_path())

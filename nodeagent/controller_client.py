@@ -170,20 +170,21 @@ class ControllerClient:
         on_up: Callable[[], None],
         on_message: Callable[[snapshot.ServerMessage | snapshot.SnapshotError], None],
         on_down: Callable[[str], None],
-        on_refused: Callable[[str], Awaitable[None]],
+        on_refused: Callable[[str], Awaitable[bool]],
     ) -> None:
-        """Runs until cancelled. ``on_refused`` gets the reason when the controller does not let the node in."""
+        """Runs until cancelled. ``on_refused`` gets the reason when the controller does not let the node in, and says whether
+        that has changed."""
         pause = BACKOFF_FIRST_S
         while True:
             url = self._urls[self._at % len(self._urls)]
             opened = time.monotonic()
-            error = "closed by the controller"
+            error, again = "closed by the controller", False
             try:
                 await self._stream(url, resume(), on_up, on_message)
             except aiohttp.WSServerHandshakeError as refusal:
                 reason, message = await self._why_refused(url)
                 error = f"{url} refused the stream: {message or f'HTTP {refusal.status}'}"
-                await on_refused(reason)
+                again = await on_refused(reason)
             except TimeoutError:
                 error = f"{url} was silent for {self._silence_s:g} s" if self.connected else f"{url} did not answer"
             except (aiohttp.ClientError, OSError) as failure:
@@ -198,6 +199,9 @@ class ControllerClient:
             self.reconnects += 1
             if was_up and time.monotonic() - opened > STEADY_S:
                 pause = BACKOFF_FIRST_S
+            if again:
+                pause = BACKOFF_FIRST_S
+                continue
             self._at += 1
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
             pause = min(pause * 2, BACKOFF_MAX_S)

@@ -7,15 +7,19 @@ restart needs it. `load` takes about a second, `apply` some ms per thousand chan
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
+
+if TYPE_CHECKING:
+    from nodeagent.express_path import ExpressPath
 
 # (source identity, destination workload, address and port as asked, protocol) -> the rule, or ""
 DeniedBy = Callable[[int, int, str, int, str], str]
@@ -131,6 +135,10 @@ class DatapathApi(Protocol):
     def guard_veth(self, veth: str, addresses: Sequence[str], permissive: bool = False) -> None:
         """Filter the host side of a workload's veth: own source addresses, known protocols, egress. Raises DatapathError."""
 
+    def set_unguarded(self, addresses: Sequence[str]) -> None:
+        """Every address of this node's workloads that is behind no guarded veth (the node's own): where the others' filters
+        shall let native connections through. Raises DatapathError."""
+
     def unguard_veth(self, veth: str) -> None:
         """Take the filter off; a veth that is gone is fine."""
 
@@ -142,6 +150,15 @@ class DatapathApi(Protocol):
     def make_stock(self, netns: int, family: int, count: int) -> list[int]:
         """Descriptors of ``count`` fresh TCP client sockets of this netns (non-blocking, TCP_NODELAY); the caller owns
         them. ``family``: AF_INET or AF_INET6. Raises OSError, KeyError for a netns never adopted."""
+
+    def express(self) -> ExpressPath:
+        """Loads the programs that carry requests (nodeagent/express_path.py). Raises DatapathError: this kernel does not."""
+
+    def origin(self, sock: socket.socket) -> dict[str, Any] | None:
+        """Fields of struct pl_origin; None for a socket that was not captured."""
+
+    def netns_fd(self, netns: int) -> int:
+        """Of a netns held open; not the caller's to close. Raises KeyError."""
 
     def flows(self) -> AsyncIterator[Flow]:
         """Kernel verdicts as they happen (one consumer). Ends at `close`."""

@@ -8,10 +8,12 @@ import hashlib
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
-from nodeagent.datapath_api import DeniedBy, EnrolReport, MapFull, Member, OpenListener
+from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener
+from nodeagent.express_path import ExpressPath
 
 PROGRAMS = ("connect4", "connect6", "sockops", "ingress", "egress")
 _STOP = Flow(time=0.0, verdict="", reason="")
@@ -30,6 +32,7 @@ class FakeDatapath:
         self.enrolled: list[int] = []
         self.ended = 0
         self.repairs = 0
+        self.unguarded: tuple[str, ...] = ()
         self._netns: dict[Path | None, int] = {}
         self._open: dict[str, tuple[OpenListener, socket.socket]] = {}
         self._flows: asyncio.Queue[Flow] = asyncio.Queue(maxsize=4096)
@@ -93,6 +96,9 @@ class FakeDatapath:
     def guard_veth(self, veth: str, addresses: Sequence[str], permissive: bool = False) -> None:
         self.guarded[veth] = (tuple(addresses), permissive)
 
+    def set_unguarded(self, addresses: Sequence[str]) -> None:
+        self.unguarded = tuple(addresses)
+
     def unguard_veth(self, veth: str) -> None:
         self.guarded.pop(veth, None)
 
@@ -127,6 +133,15 @@ class FakeDatapath:
     def tell(self, flow: Flow) -> None:
         """Test's side of `flows`."""
         self._flows.put_nowait(flow)
+
+    def express(self) -> ExpressPath:
+        raise DatapathError("there is no kernel")
+
+    def origin(self, sock: socket.socket) -> dict[str, Any] | None:  # noqa: ARG002  # the API's
+        return None
+
+    def netns_fd(self, netns: int) -> int:
+        raise KeyError(netns)
 
     async def flows(self) -> AsyncIterator[Flow]:
         while (flow := await self._flows.get()) is not _STOP:

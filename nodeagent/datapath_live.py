@@ -3,10 +3,12 @@ contents and order come from `datapath`, verdicts from the plan. Pinned maps out
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
@@ -16,6 +18,7 @@ from nodeagent.datapath import PLANNED, Codec, Contents, digest
 from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener, Role
 from nodeagent.denied import denied, owners
 from nodeagent.enrol import enrol
+from nodeagent.express_path import ExpressPath
 from nodeagent.layouts import Layouts, address
 from nodeagent.loading import run_loader, unload
 from nodeagent.map_set import MapSet
@@ -35,11 +38,11 @@ class Datapath:
     layouts.json. Programs deny everything until `load` returned and members are set.
     """
 
-    def __init__(self, cgroup: Path, bpf_dir: Path, run_dir: Path) -> None:
+    def __init__(self, cgroup: Path, bpf_dir: Path, run_dir: Path, proxy_cgroup: Path | None = None) -> None:
         self.cgroup, self.bpf_dir, self.run_dir = cgroup, bpf_dir, run_dir
         self._lock = threading.RLock()
         self._maps = MapSet()
-        self._places = Places(cgroup / "proxy")
+        self._places = Places(proxy_cgroup or cgroup / "proxy")
         self._members: tuple[Member, ...] = ()
         self._plan: NodePlan | None = None
         self._desired: Contents = {}
@@ -57,7 +60,7 @@ class Datapath:
         cgroups.attachable(self.cgroup)
         if cgroups.own_cgroup() not in cgroups.lineages(self.cgroup):
             raise DatapathError(
-                f"the agent runs outside {self.cgroup}, its sockets would be a stranger's: start it in {self.cgroup}/agent"
+                f"the agent runs outside {self.cgroup}, its sockets would be a stranger's: start it in a cgroup below"
             )
         status = run_loader(self.cgroup, self.bpf_dir, self.run_dir / "layouts.json")
         self.open()
@@ -157,11 +160,33 @@ class Datapath:
         flags = self._layouts.enums["PL_MEMBER_PERMISSIVE"] if permissive else 0
         self._veths.guard(veth, addresses, self._places.whose(addresses), flags)
 
+    def set_unguarded(self, addresses: Sequence[str]) -> None:
+        with self._lock:
+            if self._veths is None:
+                raise DatapathError("the programs are not loaded")
+            self._veths.set_unguarded(addresses)
+
     def unguard_veth(self, veth: str) -> None:
         with self._lock:
             self._guarded.pop(veth, None)
             if self._veths is not None:
                 self._veths.unguard(veth)
+
+    # ---- express
+
+    def express(self) -> ExpressPath:
+        return ExpressPath(self.bpf_dir, self.run_dir)
+
+    def origin(self, sock: socket.socket) -> dict[str, Any] | None:
+        layout, enums = self._layouts["pl_origin"], self._layouts.enums
+        try:
+            raw = sock.getsockopt(enums["PL_LEVEL"], enums["PL_OPT_ORIGIN"], layout.size)
+        except OSError:
+            return None
+        return layout.unpack(raw) if len(raw) == layout.size else None
+
+    def netns_fd(self, netns: int) -> int:
+        return self._place(netns).fd
 
     # ---- maps
 
@@ -222,6 +247,7 @@ class Datapath:
             self._plan, self._desired = plan, desired
             self._names.rules = plan.rules
             self._config["outbound_allow"] = int(plan.outbound_allow)
+            self._config["connects_max"] = plan.connects_max
             self._config["generation"] = generation
             self._write_config()
             return self.observed_digest()
@@ -243,6 +269,9 @@ class Datapath:
             found = len(ops)
             if self._maps["config"].get(_KEY0) != self._layouts["pl_config"].pack(**self._config):
                 self._write_config()
+                found += 1
+            for veth in self._veths.bare(self._guarded) if self._veths is not None else ():
+                self._guard(veth)
                 found += 1
             self._own["repaired"] += found
             return found

@@ -14,7 +14,7 @@ from mesh.dataplane import NODE_NETNS, Dial
 from nodeagent.netns import bind_udp
 
 if TYPE_CHECKING:
-    from nodeagent.proxy_link import WorkerLink
+    from nodeagent.worker_link import WorkerLink
 
 log = structlog.get_logger()
 

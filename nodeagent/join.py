@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import random
 import ssl
 import tempfile
@@ -51,6 +52,7 @@ class _Home(msgspec.Struct, frozen=True):
 
     node: str
     controllers: tuple[str, ...]
+    token: str = ""  # digest of the one it joined by
 
 
 def read_token(text: str, node: str) -> Token:
@@ -95,6 +97,7 @@ class NodeIdentity:
         self._key: Secret | None = None
         self.leaf: Leaf | None = None
         self.controllers: tuple[str, ...] = ()
+        self._token = ""
         self.counts = {"joined": 0, "refused": 0, "renewed": 0, "renew_failed": 0}
 
     def load(self) -> bool:
@@ -112,8 +115,12 @@ class NodeIdentity:
         except (OSError, ValueError, msgspec.MsgspecError, CertificateRefused) as error:
             log.warning("node_identity_unusable", error=str(error), remedy=f"join again: pillion node token {self.node}")
             return False
-        self._key, self.leaf, self.controllers = key, leaf, home.controllers
+        self._key, self.leaf, self.controllers, self._token = key, leaf, home.controllers, home.token
         return True
+
+    def joined_by(self, token: Token) -> bool:
+        """Whether this token, good for once, made the present membership; renewals and restarts keep that."""
+        return self._token == _digest(token)
 
     def context(self) -> ssl.SSLContext:
         """For connections to the controller. Raises CallFailed before the node has joined."""
@@ -155,7 +162,7 @@ class NodeIdentity:
                     raise JoinError(f"the controller refused the join ({error.reason}): {error}") from error
             else:
                 raise failure or CallFailed("the token names no controller")
-        self._accept(key, answer, token.controller)
+        self._accept(key, answer, token.controller, _digest(token))
         self.counts["joined"] += 1
         log.info("joined", node=self.node, serial=self.leaf.serial if self.leaf else "")
 
@@ -169,7 +176,7 @@ class NodeIdentity:
             write_atomically(pending, key.pem)
             return key
 
-    def _accept(self, key: Secret, answer: dict[str, object], controllers: tuple[str, ...]) -> None:
+    def _accept(self, key: Secret, answer: dict[str, object], controllers: tuple[str, ...], token: str) -> None:
         chain, bundle = str(answer.get("chain", "")), answer.get("bundle", "")
         roots = bundle_text(bundle) if isinstance(bundle, list) else str(bundle)
         try:
@@ -182,10 +189,10 @@ class NodeIdentity:
         write_atomically(self._key_path, key.pem)
         write_atomically(self._chain_path, chain.encode())
         write_atomically(self._roots_path, roots.encode(), 0o644)
-        write_atomically(self._home_path, msgspec.json.encode(_Home(self.node, controllers)))
+        write_atomically(self._home_path, msgspec.json.encode(_Home(self.node, controllers, token)))
         (self._directory / "joining.key").unlink(missing_ok=True)
         self._context = client_context(roots, (self._chain_path, self._key_path))
-        self._key, self.leaf, self.controllers = key, leaf, controllers
+        self._key, self.leaf, self.controllers, self._token = key, leaf, controllers, token
 
     def _check_pair(self, key: Secret, chain: str, roots: str) -> None:
         """Loads what is about to replace the working files. Raises JoinError."""
@@ -202,7 +209,7 @@ class NodeIdentity:
         key = await asyncio.to_thread(make_key)
         answer = await client.renew(make_csr(key, self.leaf.uris[0]))
         answer.setdefault("bundle", self._roots_path.read_text())
-        self._accept(key, answer, self.controllers)
+        self._accept(key, answer, self.controllers, self._token)
         self.counts["renewed"] += 1
         log.info("node_certificate_renewed", serial=self.leaf.serial if self.leaf else "")
 
@@ -224,6 +231,10 @@ class NodeIdentity:
                 log.warning("node_certificate_not_renewed", error=str(error))
                 due = time.time() + pause * self._rng.uniform(0.75, 1.25)
                 pause = min(pause * 2, RETRY_MAX_S)
+
+
+def _digest(token: Token) -> str:
+    return hashlib.sha256(token.secret.encode()).hexdigest()
 
 
 def token_of(token_file: Path | None, node: str) -> Token:

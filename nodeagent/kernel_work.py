@@ -15,7 +15,7 @@ from mesh.model import Identity, Service, TlsMode, Workload
 from nodeagent import cgroups
 from nodeagent import reconcile_events as ev
 from nodeagent.blame import Blame
-from nodeagent.datapath_api import DatapathApi, Member, OpenListener, Role
+from nodeagent.datapath_api import DatapathApi, DatapathError, Member, OpenListener, Role
 from nodeagent.forwarders import families_of
 from nodeagent.workloads import Spec
 
@@ -38,8 +38,8 @@ class KernelWork:
     """Blocking calls, one at a time: the caller owns a thread for them. Netns paths are looked up by their inode, so
     that a workload made anew under an old name is another."""
 
-    def __init__(self, datapath: DatapathApi, node: str, cgroup: Path) -> None:
-        self._datapath, self._node, self._cgroup = datapath, node, cgroup
+    def __init__(self, datapath: DatapathApi, node: str, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
+        self._datapath, self._node, self._cgroup, self._proxy = datapath, node, cgroup, proxy_cgroup
         self._cookies: dict[str | None, tuple[tuple[int, int], int]] = {}
         self._enrolled: set[tuple[str, int, int]] = set()
         self._guarded: dict[str, tuple[tuple[str, ...], bool]] = {}
@@ -50,7 +50,7 @@ class KernelWork:
 
     def start(self) -> dict[str, bool]:
         """Loads the programs. Raises DatapathError."""
-        for name in ("agent", "proxy", "workloads"):
+        for name in () if self._proxy else ("agent", "proxy", "workloads"):  # else a service manager makes them
             cgroups.create(self._cgroup / name)
         return self._datapath.load()  # the lease a former agent left stays
 
@@ -115,9 +115,9 @@ class KernelWork:
     def _roles(self) -> list[Member]:
         """The agent and the proxy; a cgroup that is not there yet has no members."""
         found = []
-        for name, role in (("agent", Role.AGENT), ("proxy", Role.PROXY)):
+        for path, role in ((self._cgroup / "agent", Role.AGENT), (self._proxy or self._cgroup / "proxy", Role.PROXY)):
             try:
-                found.append(Member(cgroups.cgroup_id(self._cgroup / name), role))
+                found.append(Member(cgroups.cgroup_id(path), role))
             except OSError:
                 continue
         return found
@@ -158,6 +158,11 @@ class KernelWork:
         for veth in self._guarded.keys() - wanted.keys():
             self._datapath.unguard_veth(veth)
             del self._guarded[veth]
+        without = [entry for entry in enrolled if entry.spec.veth is None]
+        try:
+            self._datapath.set_unguarded(sorted({address for entry in without for address in entry.item.addresses}))
+        except (DatapathError, OSError) as error:
+            result.errors.update({entry.spec.key: f"pods of this node could not reach it: {error}" for entry in without})
         owners = {entry.spec.veth: entry.spec.key for entry in enrolled}
         for veth, rules in wanted.items():
             if self._guarded.get(veth) == rules:

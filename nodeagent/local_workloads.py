@@ -88,6 +88,8 @@ class LocalWorkloads:
             life = self._lives.setdefault(key, _Life())
             if cgroups.populated(Path(spec.cgroup)):
                 life.seen, life.empty_since = True, now
+            elif not Path(spec.cgroup).is_dir():  # as after a reboot
+                found.append(key)
             elif now - life.empty_since > (EMPTY_S if life.seen else NEVER_STARTED_S):
                 log.info("workload_ended", workload=key)
                 found.append(key)

@@ -28,6 +28,7 @@ class MapType(IntEnum):
 
 
 _NO_PREALLOC = 1
+MAPPABLE = 1 << 10  # BPF_F_MMAPABLE
 _libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
 
 
@@ -81,9 +82,9 @@ class BpfMap:
         return cls(fd, path.name)
 
     @classmethod
-    def create(cls, kind: MapType, name: str, key_size: int, value_size: int, entries_max: int) -> BpfMap:
-        """A map that nothing but this descriptor holds (tests, probes). Raises DatapathError."""
-        flags = _NO_PREALLOC if kind == MapType.LPM_TRIE else 0
+    def create(cls, kind: MapType, name: str, key_size: int, value_size: int, entries_max: int, flags: int = 0) -> BpfMap:
+        """A map that nothing but this descriptor holds, until it is pinned. Raises DatapathError."""
+        flags |= _NO_PREALLOC if kind == MapType.LPM_TRIE else 0
 
         class Opts(ctypes.Structure):  # struct bpf_map_create_opts up to map_flags
             _fields_ = (("sz", ctypes.c_size_t), ("before", ctypes.c_uint32 * 5), ("map_flags", ctypes.c_uint32))

@@ -31,7 +31,7 @@ class Membership:
         self.identity = NodeIdentity(options.node, options.state_dir)
         self._client: ControllerClient | None = None
         self._refused = ""  # the last reason
-        self._tried = ""  # secret of the token used last
+        self._tried = ""  # secret of the token that was answered last
 
     @property
     def client(self) -> ControllerClient:
@@ -92,21 +92,28 @@ class Membership:
             self._refused = ""
             self._post(ev.Received(message))
 
-    async def _not_let_in(self, reason: str) -> None:
+    async def _not_let_in(self, reason: str) -> bool:
+        """Whether the node has joined again meanwhile."""
         if reason != self._refused:
             self._refused = reason
             log.error("not_let_in", reason=reason, remedy=f"pillion node token {self._options.node} admits the node again")
         if reason == "node_cut":
             self._post(ev.CutOff())
         if reason not in REJOIN_REASONS:
-            return
+            return False
+        tried = self._tried
         try:
             token = token_of(self._options.join_token_file, self._options.node)
-            if token.secret != self._tried:  # each is good for once
-                self._tried = token.secret
-                await self.identity.join(token)
+            if token.secret == tried or self.identity.joined_by(token):  # each is good for once
+                return False
+            self._tried = token.secret
+            await self.identity.join(token)
         except (JoinError, CallFailed, OSError) as error:
+            if isinstance(error, CallFailed):  # nobody answered: it may still be good
+                self._tried = tried
             log.warning("not_joined_again", error=str(error))
+            return False
+        return True
 
     async def sign(self, csr: str, spiffe: str) -> str:
         """The chain, PEM. Raises CallRefused, CallFailed."""

@@ -19,3 +19,5 @@ class Options:
     workloads: Path | None = None
     join_token_file: Path | None = None
     controllers: tuple[str, ...] = ()
+    proxy_cgroup: Path | None = None  # None: <cgroup>/proxy, made by the agent
+    express: bool = True  # False: HTTP takes the proxy, always

@@ -7,13 +7,10 @@ bounded, counted, and never more than a request for sockets of this node's workl
 
 from __future__ import annotations
 
-import array
 import asyncio
 import os
 import random
 import socket
-import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,19 +21,15 @@ from mesh import link
 from nodeagent import forwarders
 from nodeagent.keys import sealed_memfd
 from nodeagent.svid import Held
+from nodeagent.worker_link import STOCK_ASK_MAX, WorkerLink, close_all
 
 log = structlog.get_logger()
 
 DIAL_EVERY_S = 0.2
 HELLO_S = 5.0  # from dialling to Ready
-READ_BYTES = 256 << 10
-READS_PER_TURN_MAX = 4
-OUT_BYTES_MAX = 256 << 20  # several whole states; past it the worker is not reading
 WORKERS_MAX = 256
 SCRAPE_S = 1.0
 STOCK_INITIAL = 32  # for each netns and family
-STOCK_ASK_MAX = 4096
-STOCK_RATE = 20_000.0  # sockets per second for one worker, and as many at once
 METRICS_CHARS_MAX = 16 << 20
 
 
@@ -49,123 +42,8 @@ class FleetHandler(Protocol):
     def worker_refused(self, worker: str, revision: int, error: str) -> None: ...
     def flow(self, flow: link.Flow) -> None: ...
     def stock_wanted(self, worker: str, netns: int, family: int, count: int) -> None: ...
-
-
-class WorkerLink:
-    """One connection. Frames leave in order; descriptors ride with the first byte of theirs."""
-
-    def __init__(self, name: str, sock: socket.socket, on_message: Callable[[WorkerLink, link.Message], None]) -> None:
-        self.name, self._sock, self._on_message = name, sock, on_message
-        self._loop = asyncio.get_running_loop()
-        self._decoder = link.Decoder()
-        self._out: deque[tuple[memoryview, list[int], list[int]]] = deque()  # bytes, descriptors, those of them to close
-        self._out_bytes = 0
-        self._writing = False
-        self.closed: asyncio.Future[str] = self._loop.create_future()
-        self.ready: asyncio.Future[None] = self._loop.create_future()
-        self.pid = 0
-        self.index = -1
-        self.acked_revision = self.leased_ns = 0
-        self.equipped = False
-        self.listeners: set[str] = set()
-        self.svids: dict[str, str] = {}  # spiffe -> serial sent
-        self.stocked: set[tuple[int, int]] = set()
-        self.forwards: frozenset[int] = frozenset()
-        self.scrape: asyncio.Future[str] | None = None
-        self._allowance, self._allowed_at = STOCK_RATE, time.monotonic()
-        sock.setblocking(False)
-        self._loop.add_reader(sock, self._readable)
-
-    def close(self, reason: str) -> None:
-        """Once; `closed` then has the reason."""
-        if self.closed.done():
-            return
-        self._loop.remove_reader(self._sock)
-        if self._writing:
-            self._loop.remove_writer(self._sock)
-        for _, _, owned in self._out:
-            _close_all(owned)
-        self._out.clear()
-        _close_all(self._decoder.take_fds())
-        self._sock.close()
-        if self.scrape is not None and not self.scrape.done():
-            self.scrape.set_result("")
-        self.closed.set_result(reason)
-
-    def send(self, message: link.Message, fds: Iterable[int] = (), owned: bool = False) -> None:
-        """Queues a frame. ``owned``: the descriptors are closed when they are sent, or never will be."""
-        fds = list(fds)
-        if self.closed.done():
-            _close_all(fds if owned else [])
-            return
-        try:
-            data = link.encode(message, len(fds))
-        except link.LinkError as error:
-            _close_all(fds if owned else [])
-            self.close(str(error))
-            return
-        self._out.append((memoryview(data), fds, fds if owned else []))
-        self._out_bytes += len(data)
-        if self._out_bytes > OUT_BYTES_MAX:
-            self.close(f"the worker does not read: {self._out_bytes} bytes wait")
-        elif not self._writing:
-            self._write()
-
-    def _write(self) -> None:
-        while self._out:
-            data, fds, owned = self._out[0]
-            try:
-                control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-                sent = self._sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError as error:
-                self.close(f"send: {error}")
-                return
-            _close_all(owned)
-            self._out_bytes -= sent
-            if sent < len(data):
-                self._out[0] = (data[sent:], [], [])
-            else:
-                self._out.popleft()
-        if bool(self._out) != self._writing:
-            self._writing = bool(self._out)
-            if self._writing:
-                self._loop.add_writer(self._sock, self._write)
-            else:
-                self._loop.remove_writer(self._sock)
-
-    def _readable(self) -> None:
-        for _ in range(READS_PER_TURN_MAX):
-            try:
-                data, fds, _, _ = socket.recv_fds(self._sock, READ_BYTES, 0)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                self.close(f"receive: {error}")
-                return
-            _close_all(fds)  # a worker has none to give
-            if not data:
-                self.close("closed by the worker")
-                return
-            try:
-                messages = self._decoder.feed(data, [])
-            except link.LinkError as error:
-                self.close(f"broke the framing: {error}")
-                return
-            for message, _ in messages:
-                self._on_message(self, message)
-                if self.closed.done():
-                    return
-
-    def allow_stock(self, count: int) -> int:
-        """How many of ``count`` sockets the worker may have now."""
-        now = time.monotonic()
-        self._allowance = min(STOCK_RATE, self._allowance + (now - self._allowed_at) * STOCK_RATE)
-        self._allowed_at = now
-        granted = max(0, min(count, STOCK_ASK_MAX, int(self._allowance)))
-        self._allowance -= granted
-        return granted
+    def express_asked(self, worker: str, message: link.Pair | link.Unpair, fds: list[int]) -> None: ...
+    def worker_equipped(self, worker: str) -> None: ...
 
 
 class ProxyFleet:
@@ -263,7 +141,7 @@ class ProxyFleet:
                 del self.links[name]
                 self._handler.worker_down(name, False)
 
-    def _message(self, worker: WorkerLink, message: link.Message) -> None:
+    def _message(self, worker: WorkerLink, message: link.Message, fds: list[int]) -> None:
         match message:
             case link.Ready(index, pid):
                 if not worker.pid and pid > 0:
@@ -273,8 +151,11 @@ class ProxyFleet:
                     log.info("worker_ready", worker=worker.name, pid=pid)
                     self._handler.worker_up(worker.name)
             case _ if not worker.pid:
+                close_all(fds)
                 self.counts["protocol_errors"] += 1
                 worker.close("spoke before it was ready")
+            case link.Pair() | link.Unpair():
+                self._handler.express_asked(worker.name, message, fds)
             case link.Ack(revision, digest):
                 worker.acked_revision = revision
                 self._handler.worker_acked(worker.name, revision, digest[:128])
@@ -322,7 +203,7 @@ class ProxyFleet:
         worker = self.links.get(name)
         if worker is None:
             return
-        worker.equipped = True
+        fresh, worker.equipped = not worker.equipped, True
         for spiffe in worker.svids.keys() - self.svids.keys():
             del worker.svids[spiffe]
             worker.send(link.DropSvid(spiffe))
@@ -343,6 +224,16 @@ class ProxyFleet:
                 worker.listeners.add(key)
                 worker.send(frame, [os.dup(fd)], owned=True)  # the frame may wait longer than the listener lives
         forwarders.supply(worker, self.forward)
+        if fresh:
+            self._handler.worker_equipped(name)
+
+    def tell(self, name: str, message: link.Message, fds: Iterable[int] = ()) -> None:
+        """``fds`` are owned here from now on; dropped when the worker is gone."""
+        worker = self.links.get(name)
+        if worker is None:
+            close_all(fds)
+        else:
+            worker.send(message, fds, owned=True)
 
     def _send_svid(self, worker: WorkerLink, held: Held) -> None:
         try:
@@ -357,7 +248,7 @@ class ProxyFleet:
         """Fresh sockets for a worker; owned from here on."""
         worker = self.links.get(name)
         if worker is None:
-            _close_all(fds)
+            close_all(fds)
             return
         self.counts["stock_sent"] += len(fds)
         for start in range(0, len(fds), link.FRAME_FDS_MAX):
@@ -384,11 +275,3 @@ class ProxyFleet:
         """Tell every worker to finish."""
         for worker in self.links.values():
             worker.send(link.Drain(seconds))
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # closed before: nothing to do about it

@@ -344,7 +344,8 @@ class Reconciler:
 
     def _tell_readiness(self) -> None:
         rollout = self._rollout
-        if rollout is not None and self.readiness.ready and self._now - rollout.started_at < ROLLOUT_S:
+        served = bool(self.workers.views) and not self.workers.lagging
+        if served and rollout is not None and self.readiness.ready and self._now - rollout.started_at < ROLLOUT_S:
             return  # an ordinary change makes no node unready
         placed = {key: self.lacks(key) for key in self.roster.placed}
         refused = {key: text for key, text in placed.items() if text.startswith(UNGRANTED)}

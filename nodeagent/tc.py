@@ -4,7 +4,7 @@ the workload sends, whatever socket made it. One program for all; the map `veths
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class VethGuard:
         self._leaf = Layout("pl_veth", leaf["format"], tuple(field[0] for field in leaf["fields"]))
         self._map = BpfMap.open(bpf_dir / "maps" / "veths")
         self._map.expect(self._key.size, self._leaf.size)
+        self._unguarded: frozenset[bytes] = frozenset()  # node-wide keys without an interface
 
     def close(self) -> None:
         self._map.close()
@@ -52,6 +53,23 @@ class VethGuard:
         for key in sorted(wanted):
             self._map.put(key, value)
         self._forget(stale)
+
+    def bare(self, veths: Iterable[str]) -> list[str]:
+        """Those that are there and have lost their filter. Raises DatapathError."""
+        try:
+            with IPRoute() as route:
+                return [veth for veth in veths for index in route.link_lookup(ifname=veth) if not _filtered(route, index)]
+        except NetlinkError as error:
+            raise DatapathError(f"list the filters of veths: {error}") from error
+
+    def set_unguarded(self, addresses: Sequence[str]) -> None:
+        """All workload addresses of this node that are behind no interface of `guard`, such as the node's own. Those
+        no longer given are forgotten, a former agent's too."""
+        self._unguarded = frozenset(self._key.pack(ifindex=0, addr=address(text)) for text in addresses)
+        for key in self._unguarded:
+            if self._map.get(key) is None:  # one that an interface has as well stays that one's
+                self._map.put(key, self._leaf.pack())
+        self._forget(self._of(0))
 
     def unguard(self, veth: str) -> None:
         """Take filter and addresses away; an interface that is gone is fine (its filter went with it)."""
@@ -80,14 +98,15 @@ class VethGuard:
         return [key for key in self._map if self._key.unpack(key)["ifindex"] == index]
 
     def _forget(self, keys: Sequence[bytes]) -> None:
-        """Delete an interface's addresses; node-wide entries too, unless another interface has the address."""
-        for key in keys:
-            self._map.delete(key)
+        """Delete an interface's addresses; node-wide entries too, unless somebody else has the address."""
+        own = [self._key.unpack(key) for key in keys]
+        for key, fields in zip(keys, own, strict=True):
+            if fields["ifindex"]:
+                self._map.delete(key)
         remaining = {self._key.unpack(key)["addr"] for key in self._map if self._key.unpack(key)["ifindex"]}
-        for key in keys:
-            raw = self._key.unpack(key)["addr"]
-            if raw not in remaining:
-                self._map.delete(self._key.pack(ifindex=0, addr=raw))
+        for key in {self._key.pack(ifindex=0, addr=fields["addr"]) for fields in own if fields["addr"] not in remaining}:
+            if key not in self._unguarded:
+                self._map.delete(key)
 
     def _index(self, route: IPRoute, veth: str) -> int:
         found = route.link_lookup(ifname=veth)
@@ -120,3 +139,11 @@ class VethGuard:
             raise DatapathError(f"{veth}: attach {NAME}: {error}") from error
         finally:
             os.close(fd)
+
+
+def _filtered(route: IPRoute, index: int) -> bool:
+    for found in route.get_filters(index, parent=INGRESS_PARENT):
+        options = found.get_attr("TCA_OPTIONS") if found.get_attr("TCA_KIND") == "bpf" else None
+        if options is not None and options.get_attr("TCA_BPF_NAME") == NAME:
+            return True
+    return False

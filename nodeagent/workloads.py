@@ -90,6 +90,7 @@ def check(entry: object, where: str, *, node_addresses: tuple[str, ...], ancesto
     if not isinstance(entry, dict):
         raise WorkloadsError(f"{where}: a workload is a mapping with name, namespace, serviceAccount, cgroup")
     known = {"name", "namespace", "serviceAccount", "service_account", "labels", "addresses", "netns", "cgroup", "veth", "ports"}
+    known |= {"unit"}  # whose it is, for `pillion withdraw`
     unknown = sorted(str(key) for key in entry if key not in known)
     if unknown:
         raise WorkloadsError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(sorted(known - {'service_account'}))}")

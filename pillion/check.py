@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from pillion import output
+from pillion import output, preflight
 from pillion.context import FormatOption, NodeOption, chosen
-from pillion.errors import CliError
+from pillion.errors import USAGE, CliError
 from pillion.output import Format
 from pillion.run import cgroup2_mount
 from pillion.security import check_security
@@ -113,6 +113,8 @@ CHECKS: dict[str, Callable[[], Result]] = {
 def check(
     form: FormatOption = Format.TABLE,
     security: Annotated[bool, typer.Option("--security", help="what is enforced on this node, and what is not")] = False,
+    pre: Annotated[bool, typer.Option("--pre", help="what this kernel and host can do, before an install")] = False,
+    role: Annotated[str, typer.Option(help="with --pre: node or controller")] = "node",
     node: NodeOption = None,
 ) -> None:
     """Whether this machine can run the mesh, and whether the mesh on it is well. Exit code 1 if anything is not.
@@ -121,6 +123,9 @@ def check(
     """
     if security:
         check_security(form, node)
+        return
+    if pre:
+        check_before(form, role)
         return
     report = []
     for name, probe in CHECKS.items():
@@ -134,4 +139,21 @@ def check(
     else:
         output.machine(report, form)
     if not all(each["ok"] for each in report):
+        raise typer.Exit(1)
+
+
+def check_before(form: Format, role: str) -> None:
+    """See `pillion.preflight`. Exit code 1 if something that is needed is missing."""
+    if role not in preflight.PORTS:
+        raise CliError(f"{role!r} is no role", "use --role node or --role controller", USAGE)
+    found = preflight.examine(role)
+    if form is Format.TABLE:
+        rows = [
+            (name, "ok" if seen.ok else "MISSING" if seen.needed else "off", seen.what, seen.remedy)
+            for name, seen in found.items()
+        ]
+        output.table(("FEATURE", "STATE", "SEEN", "REMEDY"), rows)
+    else:
+        output.machine([{"feature": name, **seen._asdict()} for name, seen in found.items()], form)
+    if any(seen.needed and not seen.ok for seen in found.values()):
         raise typer.Exit(1)

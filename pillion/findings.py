@@ -62,6 +62,7 @@ def judge(facts: Facts, status: dict[str, Any], state: State | None) -> list[Fin
     return [
         _agent(status, facts.agent),
         _programs(status, facts),
+        _cables(status, facts),
         *_lease(status),
         *_proxy(facts),
         *_files(facts),
@@ -95,6 +96,21 @@ def _programs(status: dict[str, Any], facts: Facts) -> Finding:
         unknown.append("no pinned link was found")
     fine = f"{len(programs)} programs; {len(facts.links)} links on the node's cgroup, by the kernel's word"
     return _judged("programs", wrong, fine, "restart the agent and read its log; another kernel may be needed", unknown)
+
+
+def _cables(status: dict[str, Any], facts: Facts) -> Finding:
+    """What no cgroup program sees (raw sockets' packets, foreign source addresses) stops at the host's side of a pod's cable."""
+    pods = {f"{w['namespace']}/{w['name']}" for w in status.get("workloads", []) if w.get("netns")}
+    wrong = [f"{name}: no filter on its veth" for name in sorted(pods) if facts.cables.get(name) is False]
+    unknown = [f"{name}: the filters on its veth cannot be listed" for name in sorted(pods) if facts.cables.get(name) is None]
+    return _judged(
+        "pods' cables",
+        wrong,
+        f"the filter is on {len(pods)}, by the kernel's word",
+        "name the host's side as `veth` in the workload's entry; the agent puts a filter that was removed back within seconds: "
+        "if it does not, read its log, and see who else changes tc there",
+        unknown,
+    )
 
 
 def _lease(status: dict[str, Any]) -> Iterator[Finding]:
@@ -156,7 +172,11 @@ def _proxy(facts: Facts) -> Iterator[Finding]:
         restart,
         [*gone, *(f"pid {p.pid}" for p in there if p.dumpable is None)],
     )
-    outside = [f"pid {p.pid} is in {p.cgroup or '?'}" for p in there if not p.cgroup.endswith("/proxy")]
+    outside = [
+        f"pid {p.pid} is in {p.cgroup or '?'}"
+        for p in there
+        if not p.cgroup.endswith("/proxy") and "/pillion-proxy.slice/" not in p.cgroup
+    ]
     yield _judged("proxy cgroup", outside, "<node>/proxy", "start the proxy in the cgroup `proxy` below the node's", gone)
 
 

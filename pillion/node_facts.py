@@ -12,11 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pyroute2 import NetNS
+from pyroute2.netlink.exceptions import NetlinkError
+
 PROC = Path("/proc")
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 BPFFS_MAGIC = 0xCAFE4A11
 PROCESSES_MAX = 4096  # of one workload that are looked at
 _LINK_INFO_BYTES = 64
+CABLE_FILTER = "pillion-veth"  # nodeagent/tc.py attaches it to the host's side of each pod's cable
+_CLSACT_INGRESS = 0xFFFFFFF2
 _CGROUP_ID_AT = 16  # struct bpf_link_info: type, id, prog_id, padding, then cgroup_id
 
 
@@ -58,6 +63,7 @@ class Facts:
     files: dict[str, Mode | None]  # what -> path and mode
     links: dict[str, bool | None] = field(default_factory=dict)  # pinned link -> attached to this node's cgroup
     sysctls: dict[str, str | None] = field(default_factory=dict)
+    cables: dict[str, bool | None] = field(default_factory=dict)  # pod -> the filter is on its cable; False too without a cable
 
 
 def _text(path: Path) -> str | None:
@@ -192,3 +198,25 @@ def link_attached(pinned: Path, cgroup: int) -> bool | None:
 def read_sysctl(name: str, proc: Path = PROC) -> str | None:
     text = _text(proc / "sys" / name.replace(".", "/"))
     return None if text is None else text.strip()
+
+
+def filtered(interfaces: Iterable[str], pid: int, proc: Path = PROC) -> dict[str, bool | None]:
+    """Whether the mesh's filter is on each interface of a process's network namespace: the kernel's own word. None: it could
+    not be asked."""
+    wanted = set(interfaces)
+    out: dict[str, bool | None] = dict.fromkeys(wanted)
+    if not wanted:
+        return out
+    try:
+        with NetNS(str(proc / str(pid) / "ns/net"), flags=0) as route:
+            for name in wanted:
+                out[name] = any(
+                    options is not None and options.get_attr("TCA_BPF_NAME") == CABLE_FILTER
+                    for index in route.link_lookup(ifname=name)
+                    for found in route.get_filters(index, parent=_CLSACT_INGRESS)
+                    if found.get_attr("TCA_KIND") == "bpf"
+                    for options in [found.get_attr("TCA_OPTIONS")]
+                )
+    except (NetlinkError, OSError):
+        return dict.fromkeys(wanted)
+    return out

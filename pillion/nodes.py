@@ -9,9 +9,12 @@ from urllib.parse import quote
 import typer
 
 from pillion import output
+from pillion.client import Refused
 from pillion.context import FormatOption, chosen
 from pillion.errors import CliError
+from pillion.examples import epilog
 from pillion.output import Format
+from pillion.resources import wait_for
 
 node_app = typer.Typer(help="Nodes: admit, cut, list.", no_args_is_help=True)
 identity_app = typer.Typer(help="Identities and their certificates.", no_args_is_help=False, invoke_without_command=True)
@@ -95,7 +98,7 @@ def _policy_age(agent: dict[str, Any]) -> tuple[str, str, str, str]:
     return agent["node"], output.age(age), limit, "connected" if stream.get("connected") else stream.get("error") or "away"
 
 
-@node_app.command("list")
+@node_app.command("list", epilog=epilog("node list"))
 def node_list(form: FormatOption = Format.TABLE) -> None:
     """Nodes the controller knows."""
     nodes = chosen.controller_client().get("/v1/status")["nodes"]
@@ -106,7 +109,7 @@ def node_list(form: FormatOption = Format.TABLE) -> None:
     output.table(("NODE", *(column.upper() for column in columns)), [(n["name"], *(n.get(c) for c in columns)) for n in nodes])
 
 
-@node_app.command("token")
+@node_app.command("token", epilog=epilog("node token"))
 def node_token(
     name: Annotated[str, typer.Argument(help="the node's name")],
     ttl: Annotated[int, typer.Option(help="seconds it can be used", min=1, max=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_MAX,
@@ -124,12 +127,23 @@ def node_token(
     print(f"usable once within {ttl} s; give it to the agent: --join-token-file", file=sys.stderr)
 
 
-@node_app.command("cut")
-def node_cut(name: Annotated[str, typer.Argument()]) -> None:
+@node_app.command("cut", epilog=epilog("node cut"))
+def node_cut(
+    name: Annotated[str, typer.Argument()],
+    force: Annotated[bool, typer.Option("--force", help="also a node the controller has not heard of")] = False,
+    form: FormatOption = Format.TABLE,
+) -> None:
     """Shut a node out at once: its certificates are no longer honoured."""
-    answer = chosen.controller_client().call("POST", f"/v1/nodes/{quote(name, safe='')}/cut")
-    revision = answer.get("revision") if isinstance(answer, dict) else None
-    print(f"node {name} is cut{f', revision {revision}' if revision else ''}")
+    try:
+        answer = chosen.controller_client().call("POST", f"/v1/nodes/{quote(name, safe='')}/cut", {"force": force})
+    except Refused as error:
+        if error.status == 404 and not force:
+            raise CliError(error.what, f"see: pillion node list; in any case: pillion node cut {name} --force") from error
+        raise
+    if form is not Format.TABLE:
+        output.machine({"node": name, **answer}, form)
+        return
+    print(f"node {name} is cut, revision {answer['revision']}")
 
 
 @identity_app.callback()
@@ -139,7 +153,7 @@ def identity(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
         identity_list(form)
 
 
-@identity_app.command("list")
+@identity_app.command("list", epilog=epilog("identity list"))
 def identity_list(form: FormatOption = Format.TABLE) -> None:
     """Every identity of the mesh and its number."""
     answer = chosen.controller_client().get("/v1/identities")
@@ -150,7 +164,7 @@ def identity_list(form: FormatOption = Format.TABLE) -> None:
     output.table(("ID", "IDENTITY", "WORKLOADS"), [(item["id"], item["spiffe"], ", ".join(item["workloads"])) for item in items])
 
 
-@identity_app.command("show")
+@identity_app.command("show", epilog=epilog("identity show"))
 def identity_show(
     name: Annotated[str, typer.Argument(help="SPIFFE id, namespace/service-account, or namespace/workload")],
     form: FormatOption = Format.TABLE,
@@ -186,3 +200,24 @@ def identity_show(
             )
         )
     output.table(columns, cells)
+
+
+@identity_app.command("revoke", epilog=epilog("identity revoke"))
+def identity_revoke(
+    serials: Annotated[list[str], typer.Argument(metavar="SERIAL…", help="of certificates, as identity show prints them")],
+    wait: Annotated[bool, typer.Option("--wait", help="until every node has ended what was open with them")] = False,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Take back single certificates: connections with them end, and a workload that still has its grant gets another.
+
+    A node's own certificate can be meant too; that node is out until it joins again. For all of a node's: pillion node cut.
+    """
+    client = chosen.controller_client()
+    answers = [client.call("POST", f"/v1/certificates/{quote(serial, safe='')}/revoke") for serial in serials]
+    if wait:
+        wait_for(client, answers[-1]["revision"], 30.0)
+    if form is not Format.TABLE:
+        output.machine(answers, form)
+        return
+    for answer in answers:
+        print(f"certificate {answer['serial']} of {output.printable(answer['spiffe'])} is revoked, revision {answer['revision']}")

@@ -13,6 +13,7 @@ from mesh.model import Item
 from pillion import output
 from pillion.context import FormatOption, chosen
 from pillion.errors import USAGE, CliError
+from pillion.examples import epilog
 from pillion.output import Format
 
 app = typer.Typer(help="Policies, asked aloud.", no_args_is_help=True)
@@ -28,7 +29,7 @@ def _policy() -> None:
     """Policies, asked aloud."""
 
 
-@app.command("why")
+@app.command("why", epilog=epilog("policy why"))
 def why(
     source: Annotated[str, typer.Argument(metavar="SRC", help="namespace/workload, a SPIFFE id, or unknown")],
     destination: Annotated[
@@ -75,6 +76,8 @@ def _show(found: Explanation) -> None:
         ("destination", f"{found.destination} port {found.port} ({found.protocol or 'as declared'}, {found.path_kind})"),
         ("route", found.route),
         ("rule", found.rule),
+        ("express", found.express),
+        *(("audit", text) for text in dict.fromkeys(text for each in found.endpoints for text in each.verdict.audits)),
         ("revision", found.revision),
     ]
     for name, value in lines:

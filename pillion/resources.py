@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 import typer
 
-from mesh.resources import KINDS, ResourceError, ResourceErrors, load
+from mesh.resources import KINDS, ResourceErrors, load
 from pillion import output
 from pillion.client import Client, Refused
 from pillion.context import FormatOption, NamespaceOption, chosen
 from pillion.errors import USAGE, CliError
 from pillion.output import Format
+from pillion.together import Together
 
 FILE_BYTES_MAX = 4 << 20
+FILENAME_CHARS_MAX = 256
 SHORT = {
     "svc": "Service",
     "wl": "Workload",
@@ -72,9 +75,11 @@ def _files(names: list[str]) -> list[str]:
     return out
 
 
-def _show_errors(errors: list[dict[str, Any]] | tuple[ResourceError, ...]) -> None:
-    for error in errors:
-        values = error if isinstance(error, dict) else {field: getattr(error, field) for field in error.__slots__}
+def _show_errors(errors: list[dict[str, Any]], form: Format = Format.TABLE) -> None:
+    if form is not Format.TABLE:
+        output.machine({"errors": errors}, form)
+        return
+    for values in errors:
         where = f"{values.get('file', '')}:{values['line']}" if values.get("line") else values.get("file", "")
         field = f"{values['field']}: " if values.get("field") else ""
         print(f"error: {output.printable(where)}: {output.printable(field + str(values.get('message', '')))}", file=sys.stderr)
@@ -87,24 +92,19 @@ def apply(
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Create or change resources: all of them, or none if one is wrong."""
-    texts = {name: _read(name) for name in _files(file)}
+    texts = {"<stdin>" if name == "-" else name: _read(name) for name in _files(file)}
     if not texts:
         raise CliError("there is no file to apply", "name one that ends in .yaml, .yml or .json", USAGE)
-    documents: list[str] = []
-    for name, text in texts.items():
-        try:
-            load(text, "<stdin>" if name == "-" else name)
-        except ResourceErrors as error:
-            _show_errors(error.errors)
-            raise typer.Exit(1) from error
-        documents.append(text)
+    together = Together(texts)
+    if errors := together.errors():
+        _show_errors(errors, form)
+        raise typer.Exit(1)
     client = chosen.controller_client()
     try:
-        target = f"/v1/apply?{urlencode({'filename': next(iter(texts)) if len(texts) == 1 else 'all files together'})}"
-        answer = client.call("POST", target, "\n---\n".join(documents))
+        answer = apply_text(client, together.text, ", ".join(texts))
     except Refused as error:
         if isinstance(error.body, dict) and error.body.get("errors"):
-            _show_errors(error.body["errors"])
+            _show_errors([together.placed(each) for each in error.body["errors"]], form)
             raise typer.Exit(1) from error
         raise
     if wait:
@@ -116,6 +116,12 @@ def apply(
         name = "/".join(part for part in (result["namespace"], result["name"]) if part)
         print(f"{result['kind']} {name} {result['result']}")
     print(f"revision {answer['revision']}{' in force everywhere' if wait else ''}")
+
+
+def apply_text(client: Client, text: str, filename: str) -> dict[str, Any]:
+    """``revision`` and ``results``; the file name is for messages."""
+    answer: dict[str, Any] = client.call("POST", f"/v1/apply?{urlencode({'filename': filename[:FILENAME_CHARS_MAX]})}", text)
+    return answer
 
 
 def fetch(client: Client, kind: str | None, namespace: str | None, name: str | None) -> list[dict[str, Any]]:
@@ -154,9 +160,9 @@ def summary(kind: str, spec: dict[str, Any]) -> str:
     """A resource in a line."""
     if kind == "Service":
         ports = ", ".join(f"{port['port']}→{port.get('targetPort', port['port'])}{_protocol(port)}" for port in spec["ports"])
-        return f"{ports}; {_labels(spec['selector'])}"
+        return f"{ports}; {_labels(spec['selector'])}{_express(spec)}"
     if kind == "Workload":
-        return f"{spec['serviceAccount']} on {spec['node']}: {' '.join(spec['addresses'])}"
+        return f"{spec['serviceAccount']} on {spec['node']}: {' '.join(spec['addresses'])}{_express(spec)}"
     if kind == "NodeGrant":
         return f"{spec['node']} may run {', '.join(spec['serviceAccounts'])}"
     if kind == "HTTPRoute":
@@ -174,6 +180,10 @@ def summary(kind: str, spec: dict[str, Any]) -> str:
 
 def _protocol(port: dict[str, Any]) -> str:
     return f" {port['appProtocol']}" if port.get("appProtocol") else "/udp" if port.get("protocol") == "UDP" else ""
+
+
+def _express(spec: dict[str, Any]) -> str:
+    return "; express off" if spec.get("express") == "off" else ""
 
 
 def _labels(labels: dict[str, str]) -> str:
@@ -197,7 +207,7 @@ def delete(
             try:
                 wanted += [resource.key for resource in reversed(load(_read(each), each))]
             except ResourceErrors as error:
-                _show_errors(error.errors)
+                _show_errors([asdict(fault) for fault in error.errors], form)
                 raise typer.Exit(1) from error
     else:
         raise CliError("what shall be deleted?", "pillion delete KIND NAME [-n NAMESPACE], or: pillion delete -f FILE", USAGE)
@@ -232,9 +242,13 @@ def wait_for(client: Client, revision: int, timeout_s: float) -> Any:
 def wait(
     revision: Annotated[int, typer.Argument(help="as printed by apply; 0: the newest", min=0)],
     timeout: Annotated[float, typer.Option(help="seconds", min=0.1, max=600.0)] = 30.0,
+    form: FormatOption = Format.TABLE,
 ) -> None:
     """Wait until every connected node has a revision in force."""
     client = chosen.controller_client()
     wanted = revision or client.get("/v1/status")["revision"]
     wait_for(client, wanted, timeout)
+    if form is not Format.TABLE:
+        output.machine({"revision": wanted}, form)
+        return
     print(f"revision {wanted} is in force everywhere")

@@ -34,7 +34,9 @@ def gather(status: dict[str, Any], pid: int, socket: str, proc: Path = node_fact
     run_dir = options.get("run-dir", str(Path(socket).parent))
     bpf_dir, proxy_dir = options.get("bpf-dir", f"{run_dir}/bpf"), options.get("proxy-dir", f"{run_dir}/proxy")
     workers = {int(worker["pid"]) for worker in status.get("proxy", []) if worker.get("pid")}  # their word, and the kernel's
-    workers.update(node_facts.cgroup_processes(at(options.get("cgroup", "/nowhere")) / "proxy") or ())
+    workers.update(
+        node_facts.cgroup_processes(at(options.get("proxy-cgroup", options.get("cgroup", "/nowhere") + "/proxy"))) or ()
+    )
     found: dict[int, Process | None] = {worker: node_facts.process(worker, proc) for worker in sorted(workers)}
     try:
         group = at(options["cgroup"]).stat().st_ino
@@ -48,6 +50,10 @@ def gather(status: dict[str, Any], pid: int, socket: str, proc: Path = node_fact
     for name, path in groups.items():
         pids = node_facts.cgroup_processes(path)
         inside[name] = None if pids is None else node_facts.processes(pids, proc)
+    veths = {
+        f"{w['namespace']}/{w['name']}": str(w["veth"]) for w in status.get("workloads", []) if w.get("netns") and "veth" in w
+    }
+    on = node_facts.filtered({veth for veth in veths.values() if veth}, pid, proc)
     return Facts(
         node_facts.process(pid, proc),
         found,
@@ -56,6 +62,7 @@ def gather(status: dict[str, Any], pid: int, socket: str, proc: Path = node_fact
         {name: node_facts.mode_of(path, root) for name, path in files.items()},
         {path.name: node_facts.link_attached(path, group) for path in links},
         {name: node_facts.read_sysctl(name, proc) for name in SYSCTLS},
+        {name: on.get(veth, False) for name, veth in veths.items()},
     )
 
 

@@ -13,7 +13,8 @@ at a time, so pipelined requests wait in ``pending`` and answers keep their orde
 from __future__ import annotations
 
 from l7proxy.errors import reply
-from l7proxy.http1.exchange import CLOSED, IDLE, NEVER, NONE, RAW, SENT, WAITING
+from l7proxy.http1.exchange import BODY, CLOSED, HEAD, IDLE, NEVER, NONE, RAW, SENT, WAITING
+from l7proxy.http1.head import RequestHead, ResponseHead
 from l7proxy.http1.request_side import RequestSide
 from l7proxy.http1.response_side import ResponseSide
 
@@ -40,6 +41,22 @@ class Cycle(RequestSide, ResponseSide):
             self.refuse(reply("request_timeout", keep=False))
         else:
             self._cut()
+
+    def adopt(self, head: RequestHead, *, left: int, status: int, upleft: int, elapsed: float) -> None:
+        """While idle: an exchange that went on without us is ours from here on. ``left``: bytes of its request's body still
+        to come; ``status``: 0 while no byte of the response has gone, then with ``upleft`` bytes of its body to come;
+        ``elapsed``: seconds since it began."""
+        self.request = head
+        self.reused, self.retried, self.interim = True, False, 0
+        self.left = left
+        self.rq = BODY if left else SENT
+        self.response_bytes = status > 0
+        if status:
+            self.rs, self.upleft, self.response = BODY, upleft, ResponseHead.carried(status, upleft)
+        else:
+            self.rs = HEAD
+        limits = self.limits
+        self.deadline = self.clock.now + (limits.idle_timeout_s if left or status else limits.request_timeout_s - elapsed)
 
     def end(self) -> None:
         """End politely: the next answer whose head is not out yet says it is the last."""

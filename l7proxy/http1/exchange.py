@@ -48,12 +48,14 @@ class Exchange:
 
     __slots__ = (
         "advancing", "chunks", "client_ended", "client_full", "client_paused", "clock", "deadline", "ending", "heads",
-        "interim", "last", "left", "limits", "linger_bytes", "pending", "request", "response", "response_bytes", "retried",
-        "reused", "rq", "rs", "to_client", "to_upstream", "upchunks", "upleft", "uppending", "upstream_ended",
+        "interim", "last", "left", "limits", "linger_bytes", "pending", "request", "response", "response_bytes", "rest",
+        "retried", "reused", "rq", "rs", "to_client", "to_upstream", "upchunks", "upleft", "uppending", "upstream_ended",
     )  # fmt: skip
 
     to_client: Callable[[bytes], None]  # commands too, but set by the subclass to the transport's own write
     to_upstream: Callable[[bytes], None]
+
+    rest: Callable[[], None] | None  # who hears that an exchange is over and nothing is pending
 
     def __init__(self, heads: Heads, limits: Limits, clock: Clock) -> None:
         self.heads, self.limits, self.clock = heads, limits, clock
@@ -74,6 +76,7 @@ class Exchange:
         self.advancing = False
         self.ending = False  # this connection is to end with its next answer
         self.last = False  # the client was told so
+        self.rest = None
         self.deadline = clock.now + limits.idle_timeout_s
 
     # ---- commands, given by the subclass
@@ -184,6 +187,8 @@ class Exchange:
                     self._advance()
             else:
                 self.deadline = self.clock.now + self.limits.idle_timeout_s
+                if self.rest is not None:
+                    self.rest()
             return
         linger = (bad or body_unread or self.pending) and not self.client_ended
         self.rq, self.rs, self.pending = CLOSED, NONE, b""

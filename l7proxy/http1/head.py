@@ -78,6 +78,14 @@ class ResponseHead:
     keep_alive: bool  # said so
     websocket: bool
 
+    @classmethod
+    def carried(cls, status: int, length: int) -> ResponseHead:
+        """Of a response whose head was sent on elsewhere: HTTP/1.1, keep-alive, its length known."""
+        head = cls()
+        head.raw, head.status, head.version, head.framing, head.length = b"", status, 11, length, length
+        head.close, head.keep_alive, head.websocket = False, True, False
+        return head
+
 
 def bad_start(data: bytes) -> bool:
     """True when no continuation can make ``data`` a head: junk, TLS, a bare LF in the first line, a leading CRLF."""

@@ -161,5 +161,5 @@ def attach(name: str, prog_fd: int, cgroup: Path, directory: Path) -> None:
 
 def unload(directory: Path) -> None:
     """Detach every program and forget every map under ``directory``. What is gone already is fine."""
-    for name in ("links", "progs", "tc", "maps"):
+    for name in ("links", "progs", "tc", "express", "maps"):
         shutil.rmtree(directory / name, ignore_errors=True)

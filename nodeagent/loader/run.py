@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nodeagent import cgroups
 from nodeagent.loader import attach, headers, source
 from nodeagent.loader.attach import HOOKS, LoadError, SchemaError
 from nodeagent.loader.layouts import layout_of, name_of, nested
 
 MAPS = (
     "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "arriving", "usage",
-    "datagrams", "creators", "origins", "callers", "conns", "peers", "counters", "events", "shapes",
+    "datagrams", "creators", "origins", "callers", "conns", "peers", "xends", "xrecords", "xloads", "counters", "events",
+    "shapes",
 )  # fmt: skip
 WITHOUT_LAYOUT = ("events",)  # its records are struct pl_event
 ROLES = {"agent": "PL_ROLE_AGENT", "proxy": "PL_ROLE_PROXY"}  # cgroups under --cgroup, by convention
@@ -152,10 +154,12 @@ def seed(cgroup: Path, directory: Path, described: dict[str, Any]) -> None:
             "level_hi": depth + 2,
             "host_netns": netns_cookie(),
         }
-        for name, role in ROLES.items():
-            if (cgroup / name).is_dir():
+        roles = {cgroup / name: role for name, role in ROLES.items()}
+        roles[cgroups.own_path()] = ROLES["agent"]  # whose child this is
+        for path, role in roles.items():
+            if path.is_dir() and cgroup in path.parents:
                 member = pack(described["structs"]["pl_member"], {"role": described["constants"][role]})
-                attach.write_map(members, struct.pack("<Q", (cgroup / name).stat().st_ino), member)
+                attach.write_map(members, struct.pack("<Q", path.stat().st_ino), member)
         attach.write_map(config, bytes(4), pack(layout, fields))
     finally:
         os.close(config)

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 FILES = (
-    "types.h", "maps.h", "common.h", "choice.h", "create.c", "connect.c", "bind.c", "sockops.c", "origin.c", "datagram.c",
-    "packet.h", "ingress.c", "egress.c",
+    "types.h", "maps.h", "common.h", "choice.h", "express.h", "create.c", "connect.c", "bind.c", "sockops.c", "origin.c",
+    "datagram.c", "packet.h", "ingress.c", "egress.c",
 )  # fmt: skip
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _ENUM = re.compile(r"enum\s+(\w+)\s*\{(.*?)\}", re.DOTALL)

@@ -27,9 +27,9 @@ OUR_PORTS_OPEN = Mutant(
 FIRST_ORIGIN_STAYS = Mutant(
     "a",
     "a new connect() ends the old origin",
-    ("bpf/connect.c", "  origins.sk_storage_delete(sk);\n  if (!c)\n", "  if (!c)\n"),
+    ("bpf/connect.c", "  origins.sk_storage_delete(sk);\n  leave_express(sk);\n", "  leave_express(sk);\n"),
 )
-_NEVER_FORGOTTEN = ("bpf/sockops.c", "  if (!a)\n    return;\n  identity =", "  if (1)\n    return;\n  identity =")
+_NEVER_FORGOTTEN = ("bpf/sockops.c", "  if (arriving.delete(f) != 0)", "  if (1)")
 OLD_ARRIVAL_STAYS = Mutant(
     "b",
     "a record goes with its connection",

@@ -25,8 +25,12 @@ def deaf(world: World, family: Family) -> None:
     world.b(family.server("l", family.host("b"), PORT) + "; l.listen(0)")
     world.native(family.vip, 80, [(family.host("b"), PORT)])
     world.allow("b", IDENTITY["a"], PORT)
-    world.a("made = []")
-    world.a("def fill(af, to):\n  s = socket.socket(af); s.setblocking(False); made.append(s)\n  return s.connect_ex((to, 80))")
+    world.a("import struct; made = []")
+    # closed by RST: what a deaf server half accepted would stay in FIN_WAIT1, under way, for as long as TCP tries
+    world.a(
+        "def fill(af, to):\n  s = socket.socket(af); s.setblocking(False); made.append(s)\n"
+        "  s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n  return s.connect_ex((to, 80))"
+    )
     for _ in range(64):
         world.a(f"fill({family.af}, {family.spell(family.vip)!r})")
         if under_way(world, "a") > 2:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lab.pace import SLOW
+
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "pillion-bpftest-"
 TAG = f"{PREFIX}{os.getpid()}"
@@ -53,7 +55,7 @@ def run(*argv: str) -> str:
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
     """The condition's first true value."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * SLOW
     while time.monotonic() < end:
         value = condition()
         if value:
@@ -107,7 +109,7 @@ class Actor:
         self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()])
         theirs.close()
         self.control = ours
-        self.control.settimeout(20)
+        self.control.settimeout(20 * SLOW)
 
     def __call__(self, code: str) -> Any:
         return self._ask(code, "", [])
@@ -251,7 +253,7 @@ class World:
     def loader(self, *more: str) -> subprocess.CompletedProcess[str]:
         """One run of the loader."""
         argv = [sys.executable, "-m", "nodeagent.loader", "--bpf-dir", str(self.fs), *more]
-        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60 * SLOW, check=False)
 
     def load(self, src: Path = ROOT / "bpf") -> subprocess.CompletedProcess[str]:
         done = self.loader("--cgroup", str(self.cgroup), "--src", str(src), "--layouts", str(self.layouts_path))

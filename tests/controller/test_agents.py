@@ -206,8 +206,9 @@ async def test_renewal_gives_a_working_certificate(controller: Controller) -> No
 
 async def test_roles_do_not_mix(controller: Controller) -> None:
     async with controller.operator() as root, controller.client() as nobody, controller.node("n1") as n1:
-        made = await root.ok("POST", "/v1/operators/ann")
-        async with controller.client(made["chain"], made["key"]) as ann:
+        own = new_key()
+        made = await root.ok("POST", "/v1/operators/ann", {"csr": csr_for(own)})
+        async with controller.client(made["chain"], pem_of(own)) as ann:
             await ann.ok("POST", "/v1/apply", SHOP)
             assert (await ann.call("PUT", "/v1/agent/workloads/shop/web-1", WEB))[0] == 403
             assert (await ann.call("POST", "/v1/ca/rotate", {"step": "prepare"}))[0] == 403

@@ -181,6 +181,7 @@ async def test_old_tls_is_refused(shared: Controller) -> None:
 async def test_an_operator_may_bring_a_key_of_their_own(controller: Controller) -> None:
     key = new_key()
     async with controller.operator() as root:
+        assert (await root.call("POST", "/v1/operators/ann"))[0] == 400  # nobody makes it for them
         made = await root.ok("POST", "/v1/operators/ann", {"csr": csr_for(key)})
         assert "key" not in made
     async with controller.client(made["chain"], pem_of(key)) as ann:

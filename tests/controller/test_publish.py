@@ -45,7 +45,9 @@ class Inside:
         view = self.publisher.node("n1")
 
         async def handler(request: web.Request) -> web.WebSocketResponse:
-            return await NodeStream(self.publisher, self.telemetry, view, time.time() + expires_s, lambda: cut).serve(request, 0)
+            return await NodeStream(
+                self.publisher, self.telemetry, view, time.time() + expires_s, lambda: "cut" if cut else ""
+            ).serve(request, 0)
 
         app = web.Application()
         app.router.add_get("/", handler)

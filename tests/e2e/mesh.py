@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from lab import Lab, Workload
+from lab.pace import SLOW
 
 PROGRAMS = Path(__file__).with_name("programs")
 NS = "shop"
@@ -118,7 +119,7 @@ class Mesh:
     def curl(self, source: str, url: str, *options: str) -> tuple[int, str]:
         """Status (0: no answer) and body."""
         argv = ["curl", "-sS", "--max-time", "5", "-o", "-", "-w", "\n%{http_code}", *options, url]
-        out = self.w[source].run(argv, timeout=15)
+        out = self.w[source].run(argv, timeout=15 * SLOW)
         body, _, code = out.stdout.rpartition("\n")
         return int(code or 0), body or out.stderr
 
@@ -138,11 +139,15 @@ class Mesh:
 
     def unhooked(self, name: str, argv: Sequence[str]) -> str:
         """What a program prints in a workload's netns when its node was taken over: no hook sees its sockets, and the filter
-        on the cable is off (until the agent repairs it: each time)."""
+        on the cable is taken off as often as the agent puts it back."""
         workload = self.w[name]
         node = self.lab.nodes[workload.node]
-        node.run(["tc", "qdisc", "del", "dev", workload.pod.veth, "clsact"])
-        out = node.run(["nsenter", f"--net={workload.netns}", *argv], timeout=30)
+        bare = f"while :; do tc qdisc del dev {workload.pod.veth} clsact 2>/dev/null; sleep 0.1; done"
+        remover = node.start(["sh", "-c", bare], name=f"unhook-{name}")
+        try:
+            out = node.run(["nsenter", f"--net={workload.netns}", *argv], timeout=30 * SLOW)
+        finally:
+            remover.kill()
         assert out.stdout, out.stderr
         return out.stdout
 
@@ -201,7 +206,7 @@ class Background:
 
 def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0) -> Any:
     """Poll until truthy; fail with `what` past the deadline."""
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + deadline_s * SLOW
     while not (value := done()):
         assert time.monotonic() < end, f"{what} within {deadline_s:g} s"
         time.sleep(0.02)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.e2e.mesh import Mesh
+from pillion import node_facts
+from tests.e2e.mesh import Mesh, until
 
 PERMISSIVE = """apiVersion: mesh.pillion.dev/v1alpha1
 kind: PeerAuthentication
@@ -53,3 +54,11 @@ def test_what_was_loosened_is_seen(mesh: Mesh) -> None:
     assert report["mutual TLS"]["seen"] == "shop/dark"
     assert "0666" in report["sockets and state"]["seen"]
     assert wrong(check(mesh)[1]) == LAB
+
+
+def test_a_cable_without_its_filter_is_seen(mesh: Mesh) -> None:
+    (agent,), veth = mesh.lab.pids("n1", "agent"), mesh.w["web"].pod.veth
+    assert node_facts.filtered([veth], agent) == {veth: True}
+    mesh.lab.nodes["n1"].run(["tc", "qdisc", "del", "dev", veth, "clsact"], check=True)
+    assert node_facts.filtered([veth], agent) == {veth: False}
+    until(lambda: node_facts.filtered([veth], agent) == {veth: True}, "the agent does not put it back", 15.0)

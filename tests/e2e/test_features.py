@@ -213,12 +213,10 @@ def test_permissive_lets_plaintext_in_where_it_is_named_and_a_rule_allows_it(mes
 
 
 def test_an_operator_over_tls(mesh: Mesh, tmp_path: Path) -> None:
-    made = mesh.lab.controller_api("POST", "/v1/operators/ann")
-    files = {"PILLION_CERT": made["chain"], "PILLION_KEY": made["key"], "PILLION_CA": made["bundle"]}
-    env = {**os.environ, "PILLION_LAB": "another"}  # what is typed wins
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        env[name] = str(tmp_path / name)
+    add = ["operator", "add", "ann", "--out", str(tmp_path), "-o", "json"]
+    argv = [sys.executable, "-m", "pillion", "--lab", mesh.lab.name, *add]
+    made = json.loads(subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout)
+    env = {**os.environ, **made["environment"], "PILLION_LAB": "another"}  # what is typed wins
 
     def pillion(*arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
         argv = ["ip", "netns", "exec", f"pl-{mesh.lab.name}-net", sys.executable, "-m", "pillion"]

@@ -1,16 +1,19 @@
-"""The same as test_deny_under_load.py, when it is not a policy that changes: a grant is taken back, which revokes the
-certificates it stood for, or a whole node is cut. In a lab of its own, which is worse off afterwards."""
+"""The same as test_deny_under_load.py, when it is not a policy that changes: one certificate is revoked, a grant is taken
+back, which revokes the certificates it stood for, or a whole node is cut. In a lab of its own, which is worse off afterwards."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import Lab
-from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, Mesh, policy
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, Mesh, policy, until
 from tests.e2e.test_deny_under_load import Kind, falls
 
 NODE_KINDS = {
@@ -56,6 +59,46 @@ def revoked(mesh: Mesh) -> set[str]:
 def serial(mesh: Mesh, node: str, name: str) -> str:
     status = mesh.lab.agent_api(node, "GET", "/v1/status")
     return str(next(w["svid"]["serial"] for w in status["workloads"] if w["name"] == name))
+
+
+HBONE_CLIENT = Path(__file__).parents[1] / "attacks" / "hbone_client.py"
+
+
+@pytest.mark.parametrize(("holder", "node"), [("far-other", "n2"), ("echo", "n1")], ids=["caller's", "server's"])
+def test_one_certificate_that_is_revoked(own: Mesh, holder: str, node: str) -> None:
+    """Connections with it end, and no others; its workload has another at once and goes on with that."""
+    tunnel = Kind("idle", "echo", ECHO_PORT)
+    hit = tunnel.start(own, "far-other", seconds=4.0)
+    spared = (tunnel if holder == "far-other" else Kind("http", "web", HTTP_PORT)).start(own, "far-client", seconds=4.0)
+    assert hit.first_line() == spared.first_line() == "started\n"
+    old = serial(own, node, holder)
+    answer = own.lab.controller_api("POST", f"/v1/certificates/{old}/revoke")
+    assert answer["spiffe"].endswith(f"/ns/{NS}/sa/{holder}")
+    own.lab.wait(answer["revision"])
+    report = hit.report(20)
+    assert report["failures"] >= 3 and report["ok"] >= 6, report  # each ended, each was made again
+    assert spared.report(20)["failures"] == 0
+    until(lambda: serial(own, node, holder) not in ("", old), "no new certificate")
+    assert old in revoked(own) and serial(own, node, holder) not in revoked(own)
+
+
+def test_a_certificate_that_was_stolen_and_revoked(own: Mesh, tmp_path: Path) -> None:
+    """A copy of key and certificate opens tunnels from the workload's own address, until it is revoked."""
+    stolen = tmp_path / "stolen"
+    shutil.copytree(own.lab.paths.agent_state("n2"), stolen)
+    caller, server = own.w["far-other"], own.w["echo"]
+
+    def tunnel() -> str:
+        argv = [sys.executable, str(HBONE_CLIENT), "--state", str(stolen), "--who", f"{NS}/far-other"]
+        argv += ["--dial", server.addresses[0], "--authority", f"{server.addresses[0]}:{ECHO_PORT}"]
+        argv += ["--forwarded", f'for="{caller.addresses[0]}:4242"', "--sni", f"echo.{NS}.mesh.local"]
+        return str(json.loads(own.unhooked("far-other", argv))["answer"])
+
+    assert tunnel() == "200"
+    own.lab.wait(own.lab.controller_api("POST", f"/v1/certificates/{serial(own, 'n2', 'far-other')}/revoke")["revision"])
+    before = own.denied("n1", "cert_revoked")
+    assert tunnel() != "200"
+    assert own.denied("n1", "cert_revoked") > before
 
 
 def test_a_grant_that_is_taken_back_revokes_its_certificates(own: Mesh) -> None:

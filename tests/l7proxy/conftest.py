@@ -14,10 +14,10 @@ def mesh() -> Mesh:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Mesh], Rig]]:
+def start() -> Iterator[Callable[..., Rig]]:
     """Starts a worker for a mesh; it ends with the test."""
     with ExitStack() as stack:
-        yield lambda mesh: stack.enter_context(running(mesh))
+        yield lambda mesh, kernel=None: stack.enter_context(running(mesh, kernel))
 
 
 @pytest.fixture

@@ -146,11 +146,12 @@ class FakeKernel(Kernel):
 class Agent:
     """The other end of the link: answers NeedStock, keeps the rest."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, on_pair: Callable[[link.Pair, list[int]], None] | None = None) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(path)
         self.decoder = link.Decoder()
         self.messages: list[link.Message] = []
+        self.on_pair = on_pair  # gets the descriptors
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.stocked = True
@@ -166,12 +167,14 @@ class Agent:
     def _read(self) -> None:
         while True:
             try:
-                data = self.sock.recv(1 << 18)
+                data, fds, _, _ = socket.recv_fds(self.sock, 1 << 18, 253)
             except OSError:
                 return
             if not data:
                 return
-            for message, _ in self.decoder.feed(data, []):
+            for message, its_fds in self.decoder.feed(data, fds):
+                if isinstance(message, link.Pair) and self.on_pair is not None:
+                    self.on_pair(message, its_fds)
                 if isinstance(message, link.NeedStock) and self.stocked:
                     try:
                         self.stock(message)
@@ -200,9 +203,9 @@ class Agent:
 
 
 class Rig:
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, kernel: FakeKernel | None = None) -> None:
         self.mesh = mesh
-        self.kernel = FakeKernel()
+        self.kernel = kernel or FakeKernel()
         self.directory = tempfile.TemporaryDirectory(prefix="pillion-rig-")
         self.path = str(Path(self.directory.name) / "worker.sock")
         listen = socket.socket(socket.AF_UNIX)
@@ -254,6 +257,12 @@ class Rig:
         sock.settimeout(DEADLINE_S)
         return sock
 
+    def relink(self) -> None:
+        """The agent dials again."""
+        old, self.agent = self.agent, Agent(self.path, self.agent.on_pair)
+        old.close()
+        self.agent.send(link.Hello("n1", "16s", FIELDS_ORIGIN, "16s", ()))
+
     def call(self, function: Callable[[], object]) -> object:
         """Runs in the worker's loop."""
 
@@ -276,8 +285,8 @@ class Rig:
 
 
 @contextlib.contextmanager
-def running(mesh: Mesh) -> Iterator[Rig]:
-    rig = Rig(mesh)
+def running(mesh: Mesh, kernel: FakeKernel | None = None) -> Iterator[Rig]:
+    rig = Rig(mesh, kernel)
     try:
         yield rig
     finally:

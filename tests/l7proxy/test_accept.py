@@ -6,6 +6,7 @@ import resource
 import socket
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import structlog
 
 from l7proxy import accept
 from l7proxy.accept import Acceptor
+from l7proxy.budget import Account, Budgets
 from tests.l7proxy.rig import open_fds
 from tests.l7proxy.two_nodes import until
 
@@ -37,7 +39,7 @@ def listening() -> Iterator[Full]:
     Full.failures = Full.asked = 0
     sock = Full()
     sock.bind(("127.0.0.1", 0))
-    sock.listen()
+    sock.listen(200)
     yield sock
     sock.close()
 
@@ -129,4 +131,38 @@ async def test_the_real_limit(listening: Full, monkeypatch: pytest.MonkeyPatch) 
         await until(lambda: made)
         assert made[0].getpeername() == client.getsockname()
     made[0].close()
+    acceptor.close()
+
+
+async def test_a_flood_waits_in_the_backlog_for_its_identitys_turns(listening: Full) -> None:
+    """Each costs more than the loop sees of it; the loop looks at everybody else's sockets in between."""
+    loop = asyncio.get_running_loop()
+    budgets = Budgets(loop.call_soon)
+    loud, other = budgets.of(300, "spiffe://td/ns/a/sa/loud"), budgets.of(301, "spiffe://td/ns/a/sa/other")
+    made: list[socket.socket] = []
+    in_a_turn: list[int] = []
+
+    def begin(sock: socket.socket, _: str) -> Account:
+        made.append(sock)
+        other.spent += 1e-6  # it is at work too
+        return loud
+
+    def look() -> None:
+        in_a_turn.append(len(made))
+        if len(made) < 100:
+            loop.call_soon(look)
+
+    clients = []
+    for _ in range(100):
+        clients.append(client := socket.socket())
+        client.setblocking(False)
+        client.connect_ex(listening.getsockname())
+    acceptor = Acceptor(worker(), listening, "x", begin)
+    loop.call_soon(look)
+    await until(lambda: len(made) == 100)
+    room = int(loud.quota / accept.BEGIN_S) + 1
+    assert max(b - a for a, b in pairwise(in_a_turn)) <= room
+    assert loud.spent > 100 * accept.BEGIN_S
+    for sock in (*made, *clients):
+        sock.close()
     acceptor.close()

@@ -13,7 +13,7 @@ TEXT = """
 apiVersion: mesh.pillion.dev/v1alpha1
 kind: MeshConfig
 metadata: {name: mesh}
-spec: {budgets: {connections: 100, workerShare: 0.25}}
+spec: {budgets: {connections: 100, workerShare: 0.25}, connectsUnderWay: 300}
 ---
 apiVersion: mesh.pillion.dev/v1alpha1
 kind: IdentityBudget
@@ -29,6 +29,7 @@ def test_from_yaml_to_every_node() -> None:
     config = state[CONFIG_KEY]
     assert isinstance(config, Config)
     assert config.budgets == Budget(connections=100, worker_share=0.25)
+    assert config.connects_max == 300
     item = IdentityBudget("batch", "shop", BudgetChange(requests_per_s=200), ("mesh.local/ns/shop/sa/batch",))
     assert state["IdentityBudget/shop/batch"] == item
     assert reachable(state, "any")["IdentityBudget/shop/batch"] == item

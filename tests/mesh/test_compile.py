@@ -182,3 +182,18 @@ class TestReach:
             "Policy/shop/web",
             "Policy/pillion-system/no-evil",
         }
+
+
+def test_express_is_chosen_for_the_mesh_a_service_and_a_workload():
+    keys = (CONFIG_KEY, "Service/shop/web", "Workload/shop/web-1")
+    off = {"mesh", "web", "web-1"}
+
+    def switched(data):
+        chosen = data["kind"] in ("MeshConfig", "Service", "Workload") and data["metadata"]["name"] in off
+        return {**data, "spec": {**data["spec"], "express": "off"}} if chosen else data
+
+    every = [resources.from_dict(switched(resources.dump(resource))) for resource in resources.load(SHOP)]
+    state = compiled(resources.dump_yaml(every))
+    assert [STATE[key].express for key in keys] == ["auto"] * 3
+    assert [state[key].express for key in keys] == ["off"] * 3
+    assert [state[key].express for key in ("Service/shop/redis", "Workload/shop/web-2")] == ["auto"] * 2

@@ -1,6 +1,8 @@
 import pytest
+from msgspec.structs import replace
 
 from mesh.explain import ExplainError, why
+from mesh.model import Service, Workload
 from tests.mesh.build import compiled, spiffe
 from tests.mesh.shop import SHOP
 
@@ -53,3 +55,27 @@ def test_the_evidence_is_told():
 def test_a_wrong_name_is_answered_with_near_ones(question, told):
     with pytest.raises(ExplainError, match=told):
         why(STATE, *question)
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        (("shop/web-1", "shop/web", "GET", "/api/x"), "no: "),
+        (("shop/web-1", "shop/web"), ""),
+        (("shop/web-1", "shop/redis", "GET", "/"), ""),
+        ((spiffe("shop", "web"), "shop/web", "GET", "/api/x"), ""),
+    ],
+)
+def test_whether_the_kernel_carries_it_is_told(question, told):
+    answer = why(STATE, *question).express
+    assert answer.startswith(told)
+    assert bool(answer) is bool(told)
+
+
+def test_a_request_the_kernel_carries():
+    change = {Workload: {"node": "n1"}, Service: {"add_headers": ()}}
+    near = {key: replace(item, **change.get(type(item), {})) for key, item in STATE.items()}
+    answer = why(near, "jobs/batch-1", "shop/web", "GET", "/api/x")
+    assert answer.outcome == "allowed"
+    assert answer.express.startswith("yes")
+    assert "denied" in why(near, "jobs/batch-1", "shop/web", "POST", "/api/x").express

@@ -94,13 +94,14 @@ class Authority:
 
 
 class FakeController:
-    """Holds a State; `publish` sends what changed to the stream. Knobs: ``granted``, ``silent``, ``refuse_join``."""
+    """Holds a State; `publish` sends what changed to the stream. Knobs: ``granted``, ``silent``, ``refuse_join``,
+    ``refuse_stream``: reasons."""
 
     def __init__(self, authority: Authority, scratch: Path) -> None:
         self.authority, self._scratch = authority, scratch
         self.granted = {"web", "db"}
         self.silent = False
-        self.refuse_join = ""
+        self.refuse_join = self.refuse_stream = ""
         self.held = Versioned.of({CONFIG_KEY: Config(trust_domain="mesh.local", bundle=(authority.root,))}, 1)
         self.acks: list[snapshot.Ack] = []
         self.nacks: list[snapshot.Nack] = []
@@ -210,7 +211,9 @@ class FakeController:
         await self.publish({known: item for known, item in self.held.state.items() if known != key})
         return web.json_response({"revision": self.held.revision})
 
-    async def _stream(self, request: web.Request) -> web.WebSocketResponse:
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        if self.refuse_stream:
+            return web.json_response({"error": "no", "reason": self.refuse_stream}, status=403)
         revision = int(request.query["revision"])
         self.resumed.append(revision)
         stream = web.WebSocketResponse()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -125,6 +126,14 @@ def test_repair_puts_back_what_somebody_changed(mesh: Setup) -> None:
     assert datapath.repair() == 4
     assert datapath.observed_digest() == before
     assert datapath.repair() == 0
+
+
+def test_how_many_connects_one_identity_may_have_under_way(mesh: Setup) -> None:
+    world, datapath, cookies = mesh
+    for most in (300, 2048):
+        datapath.apply(replace(plan(world, cookies), connects_max=most), 7)
+        held = datapath._layouts["pl_config"].unpack(datapath._maps["config"].get(bytes(4)) or b"")
+        assert held["connects_max"] == most
 
 
 def test_a_full_map_is_refused_and_nothing_changes(mesh: Setup) -> None:

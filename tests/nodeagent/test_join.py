@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mesh import snapshot
 from nodeagent.controller_client import CallFailed, CallRefused, ControllerClient
-from nodeagent.join import JoinError, NodeIdentity, joined, read_token, token_of
+from nodeagent.join import JoinError, NodeIdentity, Token, joined, read_token, token_of
+from nodeagent.membership import Membership
 from nodeagent.workloads import Spec
 from tests.nodeagent.fakes import Authority, FakeController, until
 
@@ -109,6 +112,77 @@ async def test_a_new_token_in_the_file_is_taken(controller: FakeController, tmp_
     assert identity.leaf is not None
 
 
+async def test_a_used_token_is_known_after_a_restart_and_a_renewal(
+    member: NodeIdentity, controller: FakeController, tmp_path: Path
+) -> None:
+    client = ControllerClient(list(member.controllers), member.context)
+    try:
+        await member.renew(client)
+    finally:
+        await client.close()
+    again = NodeIdentity("n1", tmp_path / "state")
+    assert again.load()
+    for identity in (member, again):
+        assert identity.joined_by(read_token(controller.token(), "n1"))
+        assert not identity.joined_by(read_token(token(secret="another"), "n1"))
+
+
+async def test_a_node_that_is_let_in_again_asks_at_once(member: NodeIdentity, controller: FakeController) -> None:
+    client = ControllerClient(list(member.controllers), member.context, rng=Patient())
+    asked: list[str] = []
+
+    async def refused(reason: str) -> bool:
+        asked.append(reason)
+        controller.refuse_stream = ""
+        return True
+
+    ups: list[int] = []
+    controller.refuse_stream = "node_cut"
+    task = asyncio.create_task(client.follow(lambda: 0, lambda: ups.append(1), lambda _: None, lambda _: None, refused))
+    try:
+        await until(lambda: ups)
+        assert asked == ["node_cut"]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
+
+
+class Patient(random.Random):
+    """Whoever waits for a draw waits for longer than a test."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return 1000.0
+
+
+async def test_a_token_is_spent_when_the_controller_answered(
+    controller: FakeController, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut node does not show its used token again; a new one counts as used only once there was an answer."""
+    file = tmp_path / "token"
+    file.write_text(controller.token())
+    base = {"node": "n1", "state_dir": tmp_path / "state", "join_token_file": file}
+    membership = Membership(SimpleNamespace(**base), SimpleNamespace(), lambda _: None, lambda: 0)  # type: ignore[arg-type]
+    await membership.identity.join(token_of(file, "n1"))
+    attempts: list[str] = []
+    answers: list[Exception | None] = [CallFailed("nobody"), None, JoinError("no")]
+
+    async def join(given: Token) -> None:
+        attempts.append(given.secret)
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(membership.identity, "join", join)
+    assert not await membership._not_let_in("node_cut") and not attempts
+    file.write_text(token(secret="new"))
+    assert not await membership._not_let_in("node_cut")
+    assert await membership._not_let_in("node_cut")
+    assert not await membership._not_let_in("node_cut") and attempts == ["new", "new"]
+    file.write_text(token(secret="bad"))
+    assert not await membership._not_let_in("node_cut") and not await membership._not_let_in("node_cut")
+    assert attempts == ["new", "new", "bad"]
+
+
 async def test_renewal_makes_a_new_key(member: NodeIdentity, tmp_path: Path) -> None:
     before = (tmp_path / "state/node.key").read_bytes()
     client = ControllerClient(list(member.controllers), member.context)
@@ -148,8 +222,9 @@ async def test_a_silent_stream_is_noticed_and_opened_anew(member: NodeIdentity, 
     heard: list[object] = []
     controller.silent = True
 
-    async def refused(reason: str) -> None:
+    async def refused(reason: str) -> bool:
         downs.append(reason)
+        return False
 
     task = asyncio.create_task(
         client.follow(lambda: 0, lambda: ups.append(1), heard.append, lambda error: downs.append(error), refused)

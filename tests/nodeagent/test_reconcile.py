@@ -256,6 +256,22 @@ def test_a_delta_that_does_not_follow_changes_nothing(play: Play, delta: snapsho
     assert play.core.received.state == STATE and "ApplyKernel" not in play.kinds()
 
 
+@pytest.mark.parametrize("lost", ["gone", "late"])
+def test_an_ordinary_change_hides_no_worker_that_is_lost(play: Play, lost: str) -> None:
+    play.running(workers=("w0",))
+    play(ev.SvidsChanged(frozenset({WEB}), {}))
+    assert play.core.readiness.ready, play.core.readiness
+    play(ev.Received(make_delta(STATE, DENIED, 7, 8)))
+    order = play.order()
+    assert play.core.readiness.ready, "an ordinary change makes no node unready"
+    if lost == "gone":
+        play(ev.WorkerDown("w0", gone=True))
+    else:
+        play.applied(order)
+        play(ev.Tick(), later=WORKER_ACK_S + 0.1)
+    assert not play.core.readiness.ready, play.core.readiness
+
+
 def test_a_full_map_keeps_the_old_state_and_is_tried_again(play: Play) -> None:
     play.running(workers=("w0",))
     play(ev.Received(make_delta(STATE, DENIED, 7, 8)))

@@ -126,6 +126,32 @@ def test_what_passes(rig: Rig, packet: object, reason: str) -> None:
     assert rig.reason(packet) == reason
 
 
+def test_addresses_without_an_interface_are_of_this_node(rig: Rig) -> None:
+    def of_this_node(address: str) -> bool:
+        return rig.reason(tcp(address, 1, flags="A")) == ""
+
+    def share(*addresses: str) -> None:
+        rig.node.run(lambda: rig.guard.set_unguarded(addresses))
+
+    assert not of_this_node(PEER4)
+    share(PEER4, PEER6, A4)
+    assert of_this_node(PEER4) and of_this_node(A4)
+    assert rig.reason(tcp(PEER4, 1)) == rig.reason(tcp6(PEER6, 1)) == "egress_no_connect"  # nobody connected
+    assert rig.reason(tcp("192.0.2.7", 443, source=PEER4)) == "spoofed"
+    rig.node.run(rig.guard.sweep)
+    rig.node.run(lambda: rig.guard.unguard("eth0"))  # which takes along what is its own alone
+    rig.node.run(lambda: rig.guard.guard("eth0", ("10.99.7.3",), rig.cookie, 0))
+    assert rig.reason(tcp(A4, 1, "10.99.7.3", flags="A")) == rig.reason(tcp(PEER4, 1, "10.99.7.3", flags="A")) == ""
+    rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))
+    with closing(rig.node.run(lambda: VethGuard(rig.world.bpf_dir, rig.world.run_dir))) as restarted:
+        rig.node.run(lambda: restarted.set_unguarded((PEER6,)))
+        assert not of_this_node(PEER4) and of_this_node(A4)
+        assert rig.reason(tcp6(PEER6, 1, flags="A")) == ""
+        rig.node.run(lambda: restarted.set_unguarded(()))
+        assert rig.reason(tcp6(PEER6, 1, flags="A")) == "outbound_denied" and of_this_node(A4)
+    share()
+
+
 def test_guarding_again_moves_the_addresses(rig: Rig) -> None:
     try:
         rig.node.run(lambda: rig.guard.guard("eth0", ("10.99.7.3",), rig.cookie, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mesh import yamltree
 from pillion import flows
 from tests.pillion.conftest import Cli, Fake
 
@@ -68,6 +70,38 @@ def test_apply_sends_all_files_at_once(cli: Cli, controller: Fake, tmp_path: Pat
     assert (done.code, done.out) == (0, "Service shop/web created\nrevision 7\n")
     assert len(controller.asked) == 1 and controller.asked[0][2].count("kind: Service") == 2
     assert cli("--controller", controller.url, "apply", "-f", tmp_path / "d", "-o", "json").json["revision"] == 7
+
+
+def test_errors_of_several_files_are_placed(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("a.yaml", "b.yaml", "c.json"))
+    first.write_text(SERVICE)  # 7 lines and a newline before
+    second.write_text("---\r\n# a comment\r\n" + SERVICE.replace("web", "api").replace("\n", "\r\n"))
+    third.write_text(json.dumps({**ITEM, "metadata": {"name": "third"}}, indent="\t"))
+    files = ("-f", first, "-f", second, "-f", third)
+
+    def said(line: int) -> str:
+        error = {"file": "a, b", "line": line, "field": "spec.x", "message": "is wrong", "remedy": "right it"}
+        controller.on("POST /v1/apply", {"errors": [error]}, 400)
+        return cli("--controller", controller.url, "apply", *files).err.splitlines()[0]
+
+    said(0)
+    sent = controller.asked[-1][2]
+    loaded = yamltree.parse(sent)
+    assert [document.data["metadata"]["name"] for document in loaded] == ["web", "api", "third"]
+    own = [next(iter(yamltree.parse(path.read_bytes().decode()))) for path in (first, second, third)]
+    for path, whole, part in zip((first, second, third), loaded, own, strict=True):
+        for where in (("kind",), ("metadata", "name"), ("spec", "ports")):
+            assert said(whole.line_of(where)) == f"error: {path}:{part.line_of(where)}: spec.x: is wrong"
+    assert said(0) == "error: a, b: spec.x: is wrong"
+
+
+def test_two_files_must_not_say_the_same(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(SERVICE)
+    (tmp_path / "b.yaml").write_text(SERVICE)
+    done = cli("--controller", controller.url, "apply", "-f", tmp_path, "-o", "json")
+    (error,) = done.json["errors"]
+    assert done.code == 1 and not controller.asked
+    assert (error["file"], error["message"]) == (f"{tmp_path}/b.yaml", f"Service/shop/web is also in {tmp_path}/a.yaml")
 
 
 def test_apply_waits_when_asked(cli: Cli, controller: Fake, tmp_path: Path) -> None:
@@ -170,6 +204,7 @@ def test_wait_names_the_laggards(cli: Cli, controller: Fake) -> None:
     controller.on("GET /v1/status", STATUS)
     controller.on("GET /v1/wait", {"revision": 7})
     assert "revision 7 is in force" in cli("--controller", controller.url, "wait", "0").out
+    assert cli("--controller", controller.url, "wait", "0", "-o", "json").json == {"revision": 7}
     late = [{"name": "n2", "acked": 3, "error": "stuck"}]
     controller.on("GET /v1/wait", {"error": "late", "laggards": late}, 504)
     done = cli("--controller", controller.url, "wait", "7", "--timeout", "1")
@@ -186,6 +221,12 @@ def test_nodes(cli: Cli, controller: Fake) -> None:
     assert token.out == "abc\n" and json.loads(controller.asked[-1][2]) == {"ttl_s": 60, "readmit": False}
     assert cli("--controller", controller.url, "node", "token", "n2", "--ttl", "601").code == 2
     assert cli("--controller", controller.url, "node", "cut", "n2").out == "node n2 is cut, revision 9\n"
+    assert json.loads(controller.asked[-1][2]) == {"force": False}
+    forced = cli("--controller", controller.url, "node", "cut", "n2", "--force", "-o", "json")
+    assert forced.json == {"node": "n2", "revision": 9} and json.loads(controller.asked[-1][2]) == {"force": True}
+    controller.on("POST /v1/nodes/n3/cut", {"error": "no node n3 has joined; is the name right?"}, 404)
+    typo = cli("--controller", controller.url, "node", "cut", "n3")
+    assert typo.code == 1 and "no node n3" in typo.err and "pillion node cut n3 --force" in typo.err
 
 
 def test_identities(cli: Cli, controller: Fake, agent: Fake) -> None:
@@ -288,6 +329,12 @@ def test_policy_why_decides_here_on_the_controllers_state(cli: Cli, controller: 
     why = ("--controller", controller.url, "policy", "why", "shop/cli", "shop/web")
     allowed = cli(*why, "GET", "/")
     assert allowed.code == 0 and "ALLOWED" in allowed.out and "shop/web#0" in allowed.out and "revision     12" in allowed.out
+    rules = [{"operations": [{"methods": ["GET"]}]}]
+    audit = {"kind": "Policy", "name": "no-get", "namespace": "shop", "action": "AUDIT", "rules": rules, "dry_run": "DENY"}
+    controller.on("GET /v1/state", {"revision": 12, "items": {**items, "Policy/shop/no-get": audit}})
+    assert "audit        shop/no-get#0 would DENY" in cli(*why, "GET", "/").out
+    assert "audit" not in cli(*why, "POST", "/").out
+    controller.on("GET /v1/state", {"revision": 12, "items": items})
     denied = cli(*why, "POST", "/", "-o", "json")
     assert denied.code == 1 and denied.json["outcome"] == "denied" and denied.json["revision"] == 12
     assert cli(*why, "-o", "json").json["outcome"] == "needs_l7"
@@ -314,10 +361,65 @@ def test_completion_completes() -> None:
     assert done.stdout.split() == ["AuthorizationPolicy"]
 
 
+def pillion(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    argv, environ = [sys.executable, "-m", "pillion", *arguments], {**os.environ, **env}
+    return subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environ, timeout=30)
+
+
 def test_lab_is_the_labs_own_program() -> None:
-    argv = [sys.executable, "-m", "pillion", "lab", "--help"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
-    assert "usage: pillion lab" in done.stdout
+    done = pillion("lab", "--help")
+    assert done.returncode == 0 and "usage: pillion lab" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "named"),
+    [
+        (("--lab", "nosuch", "lab", "exec", "w", "--", "true"), {}, "nosuch"),
+        (("--lab", "nosuch", "lab", "exec", "w", "--", "true"), {"PILLION_LAB": "other"}, "nosuch"),
+        (("lab", "exec", "w", "--", "true"), {"PILLION_LAB": "nosuch"}, "nosuch"),
+        (("lab", "exec", "--name", "third", "w", "--", "true"), {"PILLION_LAB": "nosuch"}, "third"),
+    ],
+)
+def test_the_lab_that_was_named_is_meant(arguments: tuple[str, ...], env: dict[str, str], named: str) -> None:
+    done = pillion(*arguments, **env)
+    assert done.returncode == 1 and f"{named!r}" in done.stderr, done.stderr
+
+
+def test_the_version(cli: Cli) -> None:
+    done = cli("--version")
+    assert done.code == 0 and re.fullmatch(r"pillion \d+\.\d+\.\d+\S*\n", done.out)
+
+
+def test_certificates_are_revoked_by_serial(cli: Cli, controller: Fake) -> None:
+    answer = {"revision": 9, "serial": "ab", "spiffe": WORKLOAD["spiffe"], "owner": "node:n1"}
+    controller.on("POST /v1/certificates/ab/revoke", answer)
+    controller.on("GET /v1/wait", {"revision": 9})
+    done = cli("--controller", controller.url, "identity", "revoke", "ab", "--wait")
+    assert done.out == f"certificate ab of {WORKLOAD['spiffe']} is revoked, revision 9\n"
+    assert controller.asked[-1][1].startswith("/v1/wait?revision=9")
+    assert cli("--controller", controller.url, "identity", "revoke", "ab", "-o", "json").json == [answer]
+    assert cli("--controller", controller.url, "identity", "revoke", "cd").code == 1
+
+
+def test_operators(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    answer = {"chain": "CHAIN", "bundle": "ROOTS", "serial": "ab", "not_after": 4e9, "controller": ["https://10.0.0.1:15443"]}
+    controller.on("POST /v1/operators/ann", answer)
+    done = cli("--controller", controller.url, "operator", "add", "ann", "--out", tmp_path / "new", "-o", "json")
+    environment = done.json["environment"]
+    assert environment["PILLION_CONTROLLER"] == "https://10.0.0.1:15443"
+    assert Path(environment["PILLION_CERT"]).read_text() == "CHAIN" and Path(environment["PILLION_CA"]).read_text() == "ROOTS"
+    key = Path(environment["PILLION_KEY"])
+    assert "PRIVATE KEY" in key.read_text() and key.stat().st_mode & 0o777 == 0o600
+    body = json.loads(controller.asked[-1][2])
+    assert set(body) == {"csr"} and "PRIVATE" not in body["csr"]
+    assert cli("--controller", controller.url, "operator", "add", "a/b").code == 1
+    # Refused: no key is left behind
+    assert cli("--controller", controller.url, "operator", "add", "bob", "--out", tmp_path / "bob").code == 1
+    assert list((tmp_path / "bob").iterdir()) == []
+    controller.on("GET /v1/operators", {"items": [{"name": "ann", "serial": "ab", "not_after": 4e9, "revoked": False}]})
+    assert "ann" in cli("--controller", controller.url, "operator", "list").out
+    controller.on("DELETE /v1/operators/ann", {"revision": 4})
+    assert cli("--controller", controller.url, "operator", "remove", "ann").out == "operator ann is out, revision 4\n"
 
 
 @pytest.mark.parametrize("arguments", [("bogus",), ("get",), ("wait", "-1"), ("node", "nope")])

@@ -93,6 +93,56 @@ def test_a_server_and_its_callers(shop: Lab) -> None:
     assert workloads(shop, "n1") == [] and groups(shop, "n1") == []
 
 
+OPAQUE = """
+apiVersion: v1
+kind: Service
+metadata: {name: %(name)s, namespace: shop}
+spec:
+  selector: {app: %(name)s}
+  ports: [{port: 80, targetPort: 8124, appProtocol: tcp}]
+---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: %(name)s, namespace: shop}
+spec:
+  selector: {matchLabels: {app: %(name)s}}
+  rules:
+  - from: [{source: {principals: [mesh.local/ns/shop/sa/%(caller)s]}}]
+"""
+SERVE = (sys.executable, "-m", "http.server", "8124", "--bind", "::")  # of both families
+FETCH = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "5", "--retry", "5", "--retry-all-errors")
+
+
+def test_opaque_tcp_between_a_pod_and_the_nodes_own_namespace(lab: Lab) -> None:
+    """Natively, so through the filter of the pod's cable: to a server the node's own address belongs to, and back."""
+    for name, caller in (("ridden", "podded"), ("podded", "rider")):
+        revision = lab.apply(OPAQUE % {"name": name, "caller": caller})
+    pod = lab.add_workload(node="n1", name="podded", namespace="shop", service_account="podded", labels={"app": "podded"})
+    server = subprocess.Popen(
+        argv(lab, "n1", "ridden", *SERVE, options=("--port", "8124", "--name", "ridden")),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None and "ridden" in server.stderr.readline()
+        lab.wait(revision)
+        pod.start(list(SERVE), name="server")
+        for family in ("-4", "-6"):
+            to_node = pod.run([*FETCH, family, "http://ridden.shop.mesh/"], timeout=60)
+            assert to_node.stdout.endswith("200"), (family, to_node)
+            to_pod = run(lab, "n1", "rider", *FETCH, family, "http://podded.shop.mesh/")
+            assert to_pod.stdout.endswith("200"), (family, to_pod)
+    finally:
+        server.terminate()
+        server.wait(20)
+        server.stderr.close() if server.stderr else None
+        lab.remove_workload("podded")
+        for name in ("ridden", "podded"):
+            for kind in ("Service", "AuthorizationPolicy"):
+                lab.delete(kind, "shop", name)
+
+
 def test_exit_codes_and_missing_programs(lab: Lab) -> None:
     assert run(lab, "n1", "walker", "sh", "-c", "exit 7").returncode == 7
     done = run(lab, "n1", "walker", "no-such-program")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,38 @@ def test_files_and_programs() -> None:
     fails("unprivileged eBPF", found(replace(FACTS, sysctls={"kernel.unprivileged_bpf_disabled": "0"})))
 
 
+def test_the_filter_on_a_pods_cable() -> None:
+    pods = STATUS | {"workloads": [{**STATUS["workloads"][0], "netns": "/run/netns/web", "veth": "v1"}]}
+    assert found(replace(FACTS, cables={"shop/web": True}), pods)["pods' cables"].verdict is Verdict.ENFORCED
+    assert "shop/web" in fails("pods' cables", found(replace(FACTS, cables={"shop/web": False}), pods))
+    assert found(FACTS, pods)["pods' cables"].verdict is Verdict.UNKNOWN
+
+
+def test_the_kernel_is_asked_for_the_filter(netns: str) -> None:
+    """With and without it, on an interface that is not there, and in a namespace that is not."""
+    pid = int(subprocess.check_output(["ip", "netns", "pids", netns]).split()[0])
+    assert node_facts.filtered(["lo"], pid) == {"lo": False}
+    assert node_facts.filtered(["none"], pid) == {"none": False}
+    assert node_facts.filtered(["lo"], 1 << 22) == {"lo": None}
+    assert node_facts.filtered([], pid) == {}
+
+
+@pytest.fixture
+def netns() -> Iterator[str]:
+    name = f"pl-{os.getpid()}-cable"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    held = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "60"])
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        while not subprocess.check_output(["ip", "netns", "pids", name]).split():
+            pass
+        yield name
+    finally:
+        held.kill()
+        held.wait()
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
 @pytest.mark.parametrize(
     ("check", "status"),
     [
@@ -163,7 +197,7 @@ def test_what_can_not_be_seen_is_not_called_enforced() -> None:
     verdicts = {name: finding.verdict for name, finding in found(blind, state=None).items()}
     assert Verdict.NOT not in verdicts.values()
     told = {name for name, verdict in verdicts.items() if verdict is Verdict.ENFORCED}
-    assert told == {"policy lease", "policy age", "certificates"}  # of these the agent is the witness
+    assert told == {"policy lease", "policy age", "certificates", "pods' cables"}  # of these the agent is the witness
 
 
 def test_facts_of_a_process(tmp_path: Path) -> None:

@@ -383,3 +383,55 @@ def test_raw_state_is_reached_only_by_101() -> None:
     assert play.cycle.rq != RAW
     play.upstream(SWITCH)
     assert play.cycle.rq == RAW
+
+
+def adopting(raw: bytes = GET, *, left: int = 0, status: int = 0, upleft: int = 0, elapsed: float = 0.0) -> Playbook:
+    play = Playbook(auto=True)
+    head = play.cycle.heads.request(raw)
+    play.cycle.adopt(head, left=left, status=status, upleft=upleft, elapsed=elapsed)
+    play >> []
+    return play
+
+
+def test_adopted_before_the_response() -> None:
+    play = adopting()
+    play.upstream(OK[:10]) >> []
+    play.upstream(OK[10:]) >> ["client " + t(OK), "release", "finished 200"]
+    play.client(GET) >> ["decide GET /", "upstream " + t(GET)]
+
+
+def test_adopted_in_the_middle_of_its_bodies() -> None:
+    play = adopting(POST, left=2)
+    play.client(b"lo" + GET) >> ["upstream lo"]
+    play.upstream(OK) >> ["client " + t(OK), "release", "finished 200", "decide GET /", "upstream " + t(GET)]
+    play = adopting(status=206, upleft=3)
+    play.upstream(b"ab") >> ["client ab"]
+    play.upstream(b"c") >> ["client c", "release", "finished 206"]
+    play = adopting(status=206, upleft=3)
+    play.upstream(b"abcd") >> ["client abc", "release close", "finished 206", "close client"]
+
+
+def test_an_adopted_exchange_is_tried_again_only_if_nothing_was_seen_of_it() -> None:
+    adopting().upstream_eof() >> ["abandon", "again GET /"]
+    adopting(POST, left=2).upstream_eof() >> ["abandon", "client HTTP/1.1 502…", "finished 502 upstream_reset", "end client"]
+    adopting(status=200, upleft=3).upstream_eof() >> ["abandon", "abandon", "finished 0 cut", "reset client"]
+
+
+def test_an_adopted_exchange_has_the_time_that_is_left() -> None:
+    adopting(elapsed=10.0).after(4.0) >> []
+    adopting(elapsed=10.0).after(6.0) >> ["abandon", "client HTTP/1.1 504…", "finished 504 request_timeout", "close client"]
+    adopting(status=200, upleft=3, elapsed=10.0).after(6.0) >> []
+
+
+def test_rest_is_heard_when_nothing_is_pending() -> None:
+    play = Playbook(auto=True)
+    heard: list[int] = []
+    play.cycle.rest = lambda: heard.append(len(play.cycle.client_bytes))
+    play.client(GET * 2)
+    play.upstream(OK)
+    assert not heard
+    play.upstream(OK)
+    assert heard == [2 * len(OK)]
+    play.client(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    play.upstream(OK)
+    assert len(heard) == 1

@@ -1,0 +1,110 @@
+/* Express, as the ordinary hooks see it: an application's socket that stops being what it was paired as, and what the
+ * proxy asks of a pair. The programs that carry requests are loaded apart (express.c): a node without them has all this. */
+
+static inline struct pl_xrecord *record_of(struct pl_xend *e)
+{
+  u64 id = *(volatile u64 *)&e->record;
+
+  return xrecords.lookup(&id);
+}
+
+/* What was asked of this slot is over */
+static inline void load_less(struct pl_xrecord *r, u32 slot)
+{
+  u32 i = r->program * PL_X_SLOTS + (slot & (PL_X_SLOTS - 1)), *load;
+
+  if (!r->counted)
+    return;
+  r->counted = 0;
+  load = xloads.lookup(&i);
+  if (load)
+    __sync_fetch_and_add(load, -1);
+}
+
+/* It connects again, or wants what redirected bytes can not give it: its pair is over, for good */
+static inline void leave_express(struct bpf_sock *sk)
+{
+  struct pl_xend *e = xends.sk_storage_get(sk, 0, 0);
+  struct pl_xrecord *r;
+
+  if (!e)
+    return;
+  r = record_of(e);
+  if (r)
+    r->off = 1;
+}
+
+static inline struct pl_xrecord *paired(struct bpf_sock *sk)
+{
+  struct pl_xend *e = xends.sk_storage_get(sk, 0, 0);
+
+  return e && e->side == PL_X_ACCEPTED ? record_of(e) : NULL;
+}
+
+static inline bool arm(struct pl_xrecord *r, const struct pl_xarm *a)
+{
+  struct pl_xslot *s;
+
+  if (a->op == PL_X_HOLD) {
+    r->hold = 1;
+    return true;
+  }
+  if (a->op == PL_X_TAKE) {
+    u32 busy = r->busy;
+    r->armed = 0;
+    BARRIER;
+    r->phase = PL_XP_IDLE;
+    r->handed = 0;
+    BARRIER;
+    r->busy = 0;
+    if (busy)
+      load_less(r, busy - 1);
+    return true;
+  }
+  if (a->op != PL_X_ARM || r->busy)
+    return false;
+  /* No equality may hold by half: the client's program looks at `armed` first */
+  r->armed = 0;
+  BARRIER;
+  if (a->slot < PL_X_SLOTS) {
+    s = &r->slots[a->slot & (PL_X_SLOTS - 1)];
+    s->dirty = 0;
+    s->up_seq = s->base_out + a->up_sent;
+    s->srv_seq = s->base_in + a->up_consumed;
+  } else if (a->slot != PL_X_NO_SLOT) {
+    return false;
+  }
+  r->arm_up = r->base_in + a->consumed;
+  r->arm_down = r->base_out + a->sent;
+  r->hold = 0;
+  BARRIER;
+  r->armed = 1;
+  return true;
+}
+
+static inline void view(struct pl_xrecord *r, struct pl_xview *to)
+{
+  u32 slot = r->busy - 1;
+
+  to->record = r->id;
+  to->flags = (r->off ? PL_XF_OFF : 0) | (r->hold ? PL_XF_HOLD : 0);
+  to->armed = r->armed;
+  to->busy = r->busy;
+  to->phase = r->phase;
+  to->handed = r->handed;
+  to->handed_slow = 0;
+  if (r->handed && slot < PL_X_SLOTS)
+    to->handed_slow = r->handed_at - r->slots[slot & (PL_X_SLOTS - 1)].srv_seq;
+  to->rule = r->name;
+  to->status = r->status;
+  to->method_head = r->method_head;
+  to->head_len = r->head_len;
+  to->req_left = r->req_left;
+  to->resp_left = r->resp_left;
+  to->resp_bytes = r->resp_bytes;
+  to->punt = r->punt;
+  to->t0_ns = r->t0_ns;
+  KEEP_LOOP
+  for (int i = 0; i < PL_X_VIEW_HEAD_BYTES / 8; i++)
+    ((u64 *)to->head)[i] = ((u64 *)r->head)[i];
+}

@@ -1,0 +1,368 @@
+#!/bin/sh
+# Installs Pillion on a host, or takes it away again. Safe to repeat: what is as it should be is left alone.
+#
+#   install.sh controller [--listen IP:PORT]… [--advertise IP:PORT]… [--trust-domain NAME]
+#   install.sh node --name NAME [--address IP]… [--token FILE] [--workers N]
+#   install.sh controller|node --remove [--keep-state]
+#   install.sh controller|node --check      what this host can do; changes nothing
+#
+# Also: --wheel FILE (default: built from this checkout), --wheelhouse DIR (packages come from there, no index is asked),
+# --no-start. --listen and --address default to the address this host reaches others from.
+#
+# It puts its packages into /opt/pillion, its settings into /etc/pillion, its units into /usr/local/lib/systemd/system,
+# and writes down what else it did below /opt/pillion/installed, which is what --remove undoes.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+root=/opt/pillion etc=/etc/pillion units=/usr/local/lib/systemd/system
+record=$root/installed
+command_path=/usr/local/bin/pillion
+changed=no
+
+say() { printf 'pillion: %s\n' "$*"; }
+did() { changed=yes; say "$*"; }
+die() { printf 'pillion: error: %s\n' "$1" >&2; if [ $# -gt 1 ]; then printf '  %s\n' "$2" >&2; fi; exit 1; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+role=${1:-}
+case $role in controller | node) shift ;; *) usage ;; esac
+
+name='' addresses='' token='' workers='' listen='' advertise='' trust_domain='' wheelhouse='' wheel=''
+start=yes action=install keep_state=no
+while [ $# -gt 0 ]; do
+    option=$1
+    case $option in
+    --remove) action=remove; shift; continue ;;
+    --keep-state) keep_state=yes; shift; continue ;;
+    --check) action=check; shift; continue ;;
+    --no-start) start=no; shift; continue ;;
+    -h | --help) usage ;;
+    esac
+    [ $# -ge 2 ] || die "$option needs a value, or is unknown" "see: $0 --help"
+    case $option in
+    --name) name=$2 ;;
+    --address) addresses="$addresses $2" ;;
+    --token) token=$2 ;;
+    --workers) workers=$2 ;;
+    --listen) listen="$listen $2" ;;
+    --advertise) advertise="$advertise $2" ;;
+    --trust-domain) trust_domain=$2 ;;
+    --wheelhouse) wheelhouse=$2 ;;
+    --wheel) wheel=$2 ;;
+    *) die "unknown option $option" "see: $0 --help" ;;
+    esac
+    shift 2
+done
+# What these hold ends up in files that systemd splits at spaces
+for value in "$name" "$trust_domain" "$workers" $addresses $listen $advertise; do
+    case $value in *[!A-Za-z0-9.:\[\]_-]*) die "$value holds a character that no name or address has" ;; esac
+done
+
+# ---- which host
+
+supported() {
+    [ -r /etc/os-release ] || die "no /etc/os-release: not a system this script knows" "it knows Debian 12, Debian 13 and Ubuntu 24.04"
+    # shellcheck disable=SC1091
+    found=$(. /etc/os-release && printf '%s %s' "${ID:-}" "${VERSION_ID:-}")
+    case $found in
+    "debian 12" | "debian 13" | "ubuntu 24.04") ;;
+    *) die "this is ${found:-unknown}; package names and kernels differ elsewhere, so nothing was done" \
+        "use Debian 12, Debian 13 or Ubuntu 24.04" ;;
+    esac
+    [ "$(uname -m)" = x86_64 ] || die "this is $(uname -m); the proxy's system call filter is for x86_64"
+    [ "$(id -u)" = 0 ] || die "installing a service takes root" "run it with sudo"
+    [ -d /run/systemd/system ] || die "systemd does not run here" "on a machine without it, use the lab: make demo"
+}
+
+own_address() { ip -o route get "${1:-192.0.2.1}" 2>/dev/null | sed -n 's/.* src \([^ ]*\).*/\1/p' | head -n 1; }
+
+# ---- pieces
+
+put() { # put FILE MODE, content on standard input; only if it differs
+    fresh=$(mktemp "$1.XXXXXX")
+    cat >"$fresh"
+    if [ -f "$1" ] && cmp -s "$fresh" "$1" && [ "$(stat -c %a "$1")" = "$2" ]; then rm -f "$fresh"; return 1; fi
+    chmod "$2" "$fresh"
+    mv "$fresh" "$1"
+    did "wrote $1"
+}
+
+packages() {
+    wanted="python3 python3-venv iproute2 ca-certificates"
+    [ "$role" = node ] && wanted="$wanted python3-bpfcc libbpf1 linux-libc-dev"
+    missing=''
+    for package in $wanted; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"
+    done
+    [ -n "$missing" ] || return 0
+    did "installing packages:$missing"
+    before=$(mktemp)
+    dpkg-query -W -f '${Package}\n' | sort -u >"$before"
+    log=$(mktemp)
+    # shellcheck disable=SC2086
+    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
+        tail -n 15 "$log" >&2
+        die "apt-get failed; its output is in $log"
+    fi
+    dpkg-query -W -f '${Package}\n' | sort -u | comm -13 "$before" - >>"$record/packages"
+    rm -f "$before" "$log"
+}
+
+user() { # user NAME
+    getent passwd "$1" >/dev/null && return 0
+    useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$1"
+    echo "$1" >>"$record/users"
+    did "made the user $1"
+}
+
+environment() { # the venv, one for each content, and `current` points at it: an upgrade is one rename
+    lock=$here/deploy/requirements.lock
+    [ -r "$lock" ] || die "no requirements.lock beside this script" "run it from a checkout or an unpacked release"
+    if [ -z "$wheel" ] && [ -n "$wheelhouse" ]; then wheel=$(find "$wheelhouse" -name 'pillion-*.whl' | sort | tail -n 1); fi
+    work=$(mktemp -d)
+    if [ -n "$wheel" ]; then
+        [ -r "$wheel" ] || die "no wheel $wheel"
+        made_from=$(sha256sum <"$wheel")
+    else
+        made_from=$(cd "$here" && find pyproject.toml README.md LICENSE mesh nodeagent l7proxy controller pillion lab bpf \
+            -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+    fi
+    mark=$(printf '%s %s %s' "$made_from" "$(sha256sum <"$lock")" "$(/usr/bin/python3 -V)" | sha256sum | cut -c1-16)
+    venv=$root/venv-$mark
+    if [ ! -e "$venv/.complete" ]; then
+        did "making $venv (about a minute)"
+        rm -rf "$venv"
+        /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "needs Python 3.11 or newer at /usr/bin/python3"
+        # pip as the distribution packs it for venvs, run from its archive: the venv itself has none, and needs none
+        pip=$(find /usr/share/python-wheels -name 'pip-*.whl' | sort | tail -n 1)
+        [ -n "$pip" ] || die "no pip in /usr/share/python-wheels" "is python3-venv intact? apt-get install --reinstall python3-pip-whl"
+        /usr/bin/python3 -m venv --without-pip "$venv"
+        options=''
+        if [ -n "$wheelhouse" ]; then
+            options="--no-index --find-links $(cd "$wheelhouse" && pwd)"
+            PIP_NO_INDEX=1 PIP_FIND_LINKS=$(cd "$wheelhouse" && pwd)
+            export PIP_NO_INDEX PIP_FIND_LINKS # for what the wheel is built with, too
+        fi
+        # shellcheck disable=SC2086
+        "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes $options -r "$lock" ||
+            die "pip could not install the packages" "without a package index: --wheelhouse DIR with the wheels of deploy/requirements.lock"
+        [ -n "$wheel" ] || wheel=$(PYTHON=$venv/bin/python PIP=$pip/pip "$here/deploy/wheel.sh" "$work") || die "the wheel could not be built"
+        "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --no-index "$wheel" || die "pip could not install $wheel"
+        # The distribution's bcc, and not all of its packages
+        ln -sfn /usr/lib/python3/dist-packages/bcc "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/bcc"
+        touch "$venv/.complete"
+    fi
+    rm -rf "$work"
+    if [ "$(readlink "$root/current" 2>/dev/null)" != "$venv" ]; then
+        ln -sfn "$venv" "$root/.current" && mv -T "$root/.current" "$root/current"
+        new_code=yes
+        did "$root/current is $venv"
+    fi
+    if [ "$(readlink $command_path 2>/dev/null)" != $root/current/bin/pillion ]; then
+        [ ! -e $command_path ] || die "$command_path is there and not ours" "move it away, then run this again"
+        mkdir -p "$(dirname $command_path)"
+        ln -s $root/current/bin/pillion $command_path
+        did "linked $command_path"
+    fi
+}
+
+old_environments() { # after the restart: processes may import late
+    for old in "$root"/venv-*; do
+        if [ -d "$old" ] && [ "$old" != "$(readlink $root/current)" ]; then rm -rf "$old"; did "removed $old"; fi
+    done
+}
+
+unit_files() {
+    case $role in
+    controller) echo pillion-controller.service ;;
+    node) echo pillion.slice pillion-proxy.slice run-pillion-bpf.mount pillion-agent.service pillion-proxy.service ;;
+    esac
+}
+
+install_units() {
+    mkdir -p $units
+    for unit in $(unit_files); do
+        if put "$units/$unit" 644 <"$here/deploy/systemd/$unit"; then new_units="$new_units $unit"; fi
+    done
+    if [ "$role" = controller ]; then # where the command line looks for a host's controller
+        put /etc/tmpfiles.d/pillion.conf 644 <<-T || return 0
+		d /run/pillion 0755 root root -
+		L /run/pillion/controller.sock - - - - ../pillion-controller/controller.sock
+		T
+        systemd-tmpfiles --create /etc/tmpfiles.d/pillion.conf
+    fi
+}
+
+settings_controller() {
+    [ -n "$listen" ] || { [ -e $etc/controller.env ] && return 0; listen="$(own_address):15443"; }
+    [ "$listen" != ":15443" ] || die "this host has no address to be reached at" "give --listen IP:15443"
+    options=''
+    for each in $listen; do options="$options --listen $each"; done
+    for each in $advertise; do options="$options --advertise $each"; done
+    [ -z "$trust_domain" ] || options="$options --trust-domain $trust_domain"
+    put $etc/controller.env 644 <<-S && new_settings=yes
+	# Options of pillion-controller; read at its start
+	PILLION_CONTROLLER_OPTIONS=${options# }
+	S
+    return 0
+}
+
+settings_node() {
+    if [ -z "$name$addresses" ] && [ -e $etc/agent.env ]; then :; else
+        [ -n "$name" ] || name=$(hostname -s | tr 'A-Z_' 'a-z-')
+        [ -n "$addresses" ] || addresses=$(own_address)
+        [ -n "$addresses" ] || die "this host has no address of its own" "give --address IP"
+        options=''
+        for each in $addresses; do options="$options --address $each"; done
+        put $etc/agent.env 644 <<-S && new_settings=yes
+	# Read at the start of pillion-agent
+	PILLION_NODE=$name
+	PILLION_AGENT_OPTIONS=${options# }
+	S
+    fi
+    if [ -n "$workers" ] || [ ! -e $etc/proxy.env ]; then
+        put $etc/proxy.env 644 <<-S && new_proxy=yes
+	# Read at the start of pillion-proxy
+	PILLION_PROXY_OPTIONS=${workers:+--workers $workers}
+	S
+    fi
+    if [ -n "$token" ]; then
+        put $etc/join-token 600 <"$token" && new_settings=yes
+    elif [ ! -e $etc/join-token ]; then
+        put $etc/join-token 600 </dev/null || :
+    fi
+    [ -e $etc/workloads.yaml ] || put $etc/workloads.yaml 600 <<-S || :
+	# Written by pillion enrol and pillion withdraw; watched by the agent
+	workloads: []
+	S
+}
+
+needs_start() { [ "$(systemctl is-active "$1")" != active ]; }
+
+begin() {
+    [ -z "$new_units" ] || systemctl daemon-reload
+    case $role in controller) wanted=pillion-controller.service ;; node) wanted="pillion-proxy.service pillion-agent.service" ;; esac
+    for unit in $wanted; do
+        if [ "$(systemctl is-enabled "$unit" 2>/dev/null)" != enabled ]; then systemctl -q enable "$unit"; did "enabled $unit"; fi
+    done
+    [ $start = yes ] || return 0
+    for unit in $wanted; do
+        fresh=$new_code$new_settings
+        [ "$unit" = pillion-proxy.service ] && fresh=$new_code$new_proxy
+        case " $new_units " in *" $unit "*) fresh=${fresh}yes ;; esac
+        if needs_start "$unit"; then
+            # The agent is not ready before the node has joined: its start is not waited for here
+            systemctl start --no-block "$unit"
+            did "started $unit"
+        elif [ -n "$fresh" ]; then
+            systemctl restart --no-block "$unit"
+            did "restarted $unit"
+        fi
+    done
+    settled "$wanted"
+}
+
+settled() { # settled UNITS: until each is ready, or is known to wait for something
+    deadline=$(($(date +%s) + 120))
+    for unit in $1; do
+        while [ "$(systemctl is-active "$unit")" != active ]; do
+            status=$(systemctl show -P StatusText "$unit")
+            if [ "$unit" = pillion-agent.service ] && [ ! -s $etc/join-token ] && [ ! -e /var/lib/pillion-agent/home.json ]; then
+                say "the node has not joined yet: on the controller run \`pillion node token ${name:-NAME}\`, here \`$0 node --token FILE\`"
+                return 0
+            fi
+            [ "$(date +%s)" -lt $deadline ] || die "$unit is not ready after 120 s: ${status:-no reason given}" "see: journalctl -u $unit"
+            sleep 0.2
+        done
+    done
+}
+
+# ---- the three actions
+
+check() { exec python3 "$here/pillion/preflight.py" "$role"; }
+
+install() {
+    supported
+    new_code='' new_units='' new_settings='' new_proxy=''
+    umask 022
+    mkdir -p $record $etc
+    packages
+    case $role in controller) user pillion-controller ;; node) user pillion-proxy ;; esac
+    environment
+    settings_$role
+    install_units
+    touch $record/$role
+    begin
+    old_environments
+    [ $changed = yes ] && say "done: $role" || say "nothing to do: $role is installed and runs as it should"
+}
+
+withdraw_all() {
+    [ -x $root/current/bin/pillion ] || return 0
+    $root/current/bin/pillion withdraw --all || die "enrolled units could not be withdrawn" "see the message above"
+}
+
+remove() {
+    supported
+    if [ ! -e $record/$role ]; then say "nothing to do: no $role is installed here"; return 0; fi
+    if [ "$role" = node ]; then
+        withdraw_all
+        systemctl -q disable --now pillion-agent.service pillion-proxy.service 2>/dev/null || :
+        did "stopped agent and proxy"
+        # Links and maps are gone with their file system, and with the links all enforcement
+        systemctl stop run-pillion-bpf.mount 2>/dev/null || :
+        for veth in $(ip -o link show type veth 2>/dev/null | sed -n 's/^[0-9]*: \([^@:]*\).*/\1/p'); do
+            tc filter show dev "$veth" ingress 2>/dev/null | grep -q pillion-veth && tc filter del dev "$veth" ingress prio 1 2>/dev/null || :
+        done
+        systemctl stop pillion-proxy.slice pillion.slice 2>/dev/null || :
+        if [ -d /sys/fs/cgroup/pillion.slice ]; then
+            find /sys/fs/cgroup/pillion.slice -depth -type d -exec rmdir {} + 2>/dev/null || :
+        fi
+        states=/var/lib/pillion-agent settings="agent.env proxy.env join-token workloads.yaml"
+    else
+        systemctl -q disable --now pillion-controller.service 2>/dev/null || :
+        did "stopped the controller"
+        rm -f /etc/tmpfiles.d/pillion.conf /run/pillion/controller.sock
+        rm -rf /run/pillion-controller
+        states=/var/lib/pillion-controller settings=controller.env
+    fi
+    for unit in $(unit_files); do rm -f "$units/$unit"; done
+    systemctl daemon-reload
+    for unit in $(unit_files); do systemctl reset-failed "$unit" 2>/dev/null || :; done
+    for file in $settings; do rm -f "$etc/$file"; done
+    if [ $keep_state = yes ]; then say "kept $states"; else rm -rf $states; fi
+    rm -f $record/$role
+    did "removed units, settings and state of the $role"
+    [ -e $record/controller ] || [ -e $record/node ] || remove_rest
+}
+
+remove_rest() { # the last role took everything with it
+    rmdir $etc 2>/dev/null || say "kept $etc: it holds files that are not ours"
+    rm -rf /run/pillion
+    [ "$(readlink $command_path 2>/dev/null)" != $root/current/bin/pillion ] || rm -f $command_path
+    if [ -e $record/users ]; then
+        sort -u $record/users | while read -r each; do
+            userdel "$each" 2>/dev/null || :
+            say "removed the user $each"
+        done
+    fi
+    if [ -s $record/packages ]; then
+        ours=$(mktemp)
+        sort -u $record/packages >"$ours"
+        # shellcheck disable=SC2046
+        others=$(apt-get -s purge $(cat "$ours") 2>/dev/null | awk '/^(Purg|Remv) / {print $2}' | sort -u | comm -23 - "$ours")
+        if [ -n "$others" ]; then
+            say "kept the packages it had installed: $(echo $others) need them by now"
+        else
+            # shellcheck disable=SC2046
+            DEBIAN_FRONTEND=noninteractive apt-get purge -y $(cat "$ours") >/dev/null 2>&1 || say "apt-get could not remove: $(tr '\n' ' ' <"$ours")"
+            say "removed the packages it had installed"
+        fi
+        rm -f "$ours"
+    fi
+    rmdir $units "$(dirname $units)" 2>/dev/null || :
+    rm -rf $root
+    did "removed $root"
+}
+
+$action

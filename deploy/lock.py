@@ -1,0 +1,58 @@
+"""``python deploy/lock.py``: deploy/requirements.lock, the part of requirements.lock that a host runs with. `make lock` calls it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.11", "3.12", "3.13")  # Debian 12, Ubuntu 24.04, Debian 13
+HEAD = "# Made by `make lock`: what of ../requirements.lock a host runs with. Not edited by hand.\n"
+
+
+def entries(lock: str) -> dict[str, str]:
+    """Canonical name -> its lines, without comments."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in lock.splitlines(keepends=True):
+        if match := re.match(r"([A-Za-z0-9._-]+)==", line):
+            name = canonicalize_name(match[1])
+            found[name] = line
+        elif line.startswith("    --hash=") and name:
+            found[name] += line
+    return {name: text.rstrip().rstrip("\\").rstrip() + "\n" for name, text in found.items()}
+
+
+def wanted(package: str) -> set[str]:
+    """Canonical names of all that ``package`` needs to run, on any of PYTHONS."""
+    found: set[str] = set()
+    todo = [package]
+    while todo:
+        for text in metadata.requires(todo.pop()) or []:
+            need = Requirement(text)
+            name = canonicalize_name(need.name)
+            if name not in found and any(applies(need, version) for version in PYTHONS):
+                found.add(name)
+                todo.append(name)
+    return found
+
+
+def applies(need: Requirement, version: str) -> bool:
+    environment = {"python_version": version, "python_full_version": f"{version}.0", "extra": ""}
+    return need.marker is None or need.marker.evaluate(environment)
+
+
+def text() -> str:
+    """The file's content. Raises KeyError for a package that is not locked."""
+    locked = entries((ROOT / "requirements.lock").read_text())
+    return HEAD + "".join(locked[name] for name in sorted(wanted("pillion")))
+
+
+if __name__ == "__main__":
+    (ROOT / "deploy" / "requirements.lock").write_text(text())
+    sys.exit(0)

@@ -1,0 +1,110 @@
+"""Pillion on machines of the VM lab, by deploy/install.sh alone: what a person would do, from an unpacked release and a
+folder of wheels, with no network but the lab's."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from lab.vm.handle import VmHandle
+from lab.vm.kernels import locked, tool
+from lab.vm.stage import LEFT_OUT, PROJECT
+
+RELEASE, WHEELS = "/root/pillion", "/root/wheelhouse"
+LEFT_OUT_OF_A_RELEASE = (*LEFT_OUT, "tests", "bench", "fuzz")
+INSTALL_TIMEOUT_S = 900.0
+PORT = 15443
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Entries of requirements.lock with their hashes, by canonical name. Pure."""
+    found = {}
+    for block in re.split(r"\n(?=[A-Za-z0-9])", lock):
+        if match := re.match(r"([A-Za-z0-9._-]+)==", block):
+            found[canonical(match[1])] = block
+    return found
+
+
+def needed(known: dict[str, str], root: str = "pillion") -> list[str]:
+    """What an install without extras needs, of what is pinned, from the metadata of this environment."""
+    seen: set[str] = set()
+    left = [root]
+    while left:
+        for requirement in metadata.requires(left.pop()) or []:
+            match = re.match(r"[A-Za-z0-9._-]+", requirement)
+            name = canonical(match[0]) if match else ""
+            if "extra ==" not in requirement and name in known and name not in seen:
+                seen.add(name)
+                left.append(name)
+    return sorted(seen)
+
+
+def wheelhouse(say: Callable[[str], None]) -> Path:
+    """The wheels of requirements.lock that an install needs, downloaded once for each lock, checked against its hashes."""
+    lock = (PROJECT / "requirements.lock").read_text()
+    mark = hashlib.sha256(lock.encode()).hexdigest()[:16]
+    with locked("wheels") as folder:
+        place = folder / mark
+        if place.is_dir():
+            return place
+        say("downloading the wheels of requirements.lock")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            known = pins(lock)
+            wanted, wheels = Path(scratch) / "wanted", Path(scratch) / "wheels"
+            wanted.write_text("\n".join(known[name] for name in needed(known)) + "\n")
+            options = ["-q", "--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes", "--no-deps"]
+            tool(sys.executable, "-m", "pip", "download", *options, "-d", str(wheels), "-r", str(wanted), timeout_s=600)
+            wheels.rename(place)
+        return place
+
+
+def prepare(vm: VmHandle, say: Callable[[str], None]) -> None:
+    """An unpacked release in /root/pillion, its wheel and all others in /root/wheelhouse."""
+    wheels = wheelhouse(say)
+    with tempfile.TemporaryDirectory() as scratch:
+        release, house = Path(scratch) / "release", Path(scratch) / "wheels"
+        shutil.copytree(PROJECT, release, ignore=shutil.ignore_patterns(*LEFT_OUT_OF_A_RELEASE))
+        shutil.copytree(wheels, house)
+        env = f"PYTHON={sys.executable}"
+        tool("env", env, "WHEEL_OPTIONS=--no-build-isolation", str(PROJECT / "deploy" / "wheel.sh"), str(house))
+        vm.copy_in(release, RELEASE)
+        vm.copy_in(house, WHEELS)
+
+
+def install(vm: VmHandle, role: str, *arguments: str) -> str:
+    """What install.sh said. Raises LabError."""
+    argv = [f"{RELEASE}/deploy/install.sh", role, *arguments]
+    if "--remove" not in arguments:
+        argv += ["--wheelhouse", WHEELS]
+    return vm.run(argv, cwd=RELEASE, timeout=INSTALL_TIMEOUT_S, check=True).stdout
+
+
+def install_controller(vm: VmHandle) -> str:
+    listen = [f"{vm.addresses[0]}:{PORT}", f"[{vm.addresses[1]}]:{PORT}"]
+    return install(vm, "controller", *(word for each in listen for word in ("--listen", each)))
+
+
+def install_node(vm: VmHandle, controller: VmHandle) -> str:
+    """Joined with a token of the controller's; the node has the VM's name."""
+    token = controller.run(["pillion", "node", "token", vm.name], check=True).stdout.strip().splitlines()[-1]
+    vm.put("/root/token", token.encode(), 0o600)
+    addresses = [word for each in vm.addresses for word in ("--address", each)]
+    return install(vm, "node", "--name", vm.name, *addresses, "--token", "/root/token")
+
+
+def status(vm: VmHandle) -> str:
+    return vm.run(["pillion", "status"], timeout=120).stdout
+
+
+def logs(vm: VmHandle, unit: str, lines: int = 40) -> str:
+    return vm.run(["journalctl", "-u", unit, "-n", str(lines), "--no-pager", "-o", "cat"], timeout=120).stdout

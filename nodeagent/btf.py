@@ -1,0 +1,113 @@
+"""Where the running kernel keeps what bpf/express*.c reads of its structures: byte offsets from its own type information
+(BTF), by libbpf."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+SYMBOLS = Path("/proc/kallsyms")
+_STRUCT, _SKIPPED = 4, (8, 9, 10, 11, 18)  # BTF_KIND_*; typedef, volatile, const, restrict, type tag
+_SOCK = "inet_conn.icsk_inet.sk"
+WANTED = {
+    "O_WRITE_SEQ": ("tcp_sock", "write_seq"),
+    "O_RCV_NXT": ("tcp_sock", "rcv_nxt"),
+    "O_COPIED_SEQ": ("tcp_sock", "copied_seq"),
+    "O_ULP": ("tcp_sock", "inet_conn.icsk_ulp_ops"),
+    "O_QUEUE_LEN": ("tcp_sock", f"{_SOCK}.sk_receive_queue.qlen"),
+    "O_USER_DATA": ("tcp_sock", f"{_SOCK}.sk_user_data"),
+    "O_LOWAT": ("tcp_sock", f"{_SOCK}.sk_rcvlowat"),
+    "O_OWNED": ("tcp_sock", f"{_SOCK}.sk_lock.owned"),
+    "O_WQ": ("tcp_sock", f"{_SOCK}.sk_wq"),
+    "O_REFS": ("tcp_sock", f"{_SOCK}.__sk_common.skc_refcnt"),
+    "O_INGRESS_MSG": ("sk_psock", "ingress_msg"),
+    "O_INGRESS_SKB_LEN": ("sk_psock", "ingress_skb.qlen"),
+    "O_WQ_HEAD": ("socket_wq", "wait.head"),
+    "O_WQE_FUNC": ("wait_queue_entry", "func"),
+    "O_WQE_PRIVATE": ("wait_queue_entry", "private"),
+    "O_WQE_ENTRY": ("wait_queue_entry", "entry"),
+}
+
+
+class NoTypes(Exception):
+    """The kernel does not describe itself, or not what we need."""
+
+
+class Btf:
+    """The running kernel's types."""
+
+    def __init__(self) -> None:
+        self._lib = lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        for name in ("btf__load_vmlinux_btf", "btf__type_by_id", "btf__name_by_offset"):
+            getattr(lib, name).restype = ctypes.c_void_p
+        lib.btf__type_by_id.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        lib.btf__name_by_offset.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        lib.btf__find_by_name_kind.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32]
+        lib.btf__free.argtypes = [ctypes.c_void_p]
+        self._btf = lib.btf__load_vmlinux_btf()
+        if not self._btf:
+            raise NoTypes("the kernel has no BTF (/sys/kernel/btf/vmlinux): it was built without CONFIG_DEBUG_INFO_BTF")
+
+    def close(self) -> None:
+        self._lib.btf__free(self._btf)
+
+    def offset(self, struct: str, path: str) -> int:
+        """Bytes from the start of ``struct`` to the field ``a.b.c``. Raises NoTypes."""
+        found = int(self._lib.btf__find_by_name_kind(self._btf, struct.encode(), _STRUCT))
+        if found < 0:
+            raise NoTypes(f"the kernel has no struct {struct}")
+        bits, type_id = 0, found
+        for part in path.split("."):
+            member = self._member(self._resolved(type_id), part)
+            if member is None:
+                raise NoTypes(f"the kernel's struct {struct} has no {path}")
+            bits, type_id = bits + member[0], member[1]
+        return bits // 8
+
+    def _type(self, type_id: int) -> tuple[int, int, int]:
+        """Address of struct btf_type, its info, and its size or type."""
+        place = self._lib.btf__type_by_id(self._btf, type_id)
+        if not place:
+            raise NoTypes(f"the kernel's BTF has no type {type_id}")
+        _, info, size_or_type = (ctypes.c_uint32 * 3).from_address(place)
+        return place, info, size_or_type
+
+    def _resolved(self, type_id: int) -> int:
+        """Without typedefs and qualifiers."""
+        _, info, following = self._type(type_id)
+        return self._resolved(following) if info >> 24 & 31 in _SKIPPED else type_id
+
+    def _member(self, type_id: int, wanted: str) -> tuple[int, int] | None:
+        """(bits from the start, type), also out of unnamed structs and unions inside."""
+        place, info, _ = self._type(type_id)
+        for index in range(info & 0xFFFF):
+            name_at, member_type, at = (ctypes.c_uint32 * 3).from_address(place + 12 + 12 * index)
+            bits = at & 0xFFFFFF if info >> 31 else at
+            name = ctypes.string_at(self._lib.btf__name_by_offset(self._btf, name_at)).decode()
+            if name == wanted:
+                return bits, member_type
+            if not name:
+                inner = self._resolved(member_type)
+                if self._type(inner)[1] >> 24 & 31 in (_STRUCT, _STRUCT + 1):
+                    found = self._member(inner, wanted)
+                    if found is not None:
+                        return bits + found[0], found[1]
+        return None
+
+
+def offsets() -> dict[str, int]:
+    """Everything in WANTED, bytes. Raises NoTypes."""
+    btf = Btf()
+    try:
+        return {name: btf.offset(*where) for name, where in WANTED.items()}
+    finally:
+        btf.close()
+
+
+def symbol(name: str, table: Path = SYMBOLS) -> int:
+    """The address of a kernel function; 0 where the kernel does not tell."""
+    for line in table.read_text().splitlines():
+        address, _, rest = line.partition(" ")
+        if rest.split()[1:] == [name]:
+            return int(address, 16)
+    return 0

@@ -1,0 +1,247 @@
+"""Express as the agent sees it: loads it, keeps its programs at the state in force, answers the workers' questions, and
+tells. All of its work runs on one thread; off, with a reason, where the kernel can not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+
+from mesh import link
+from mesh.link import Paired, Takeover
+from mesh.model import State
+from nodeagent.datapath_api import DatapathApi, DatapathError
+from nodeagent.express_pairs import Pairs
+from nodeagent.express_path import ExpressPath
+from nodeagent.express_programs import Program, Programs, View
+from nodeagent.express_report import metrics_text, top
+from nodeagent.proxy_link import ProxyFleet
+from nodeagent.worker_link import close_all
+
+log = structlog.get_logger()
+
+REAP_EVERY_S = 1.0
+QUEUE_MAX = 4096  # questions of workers that wait
+
+
+class Express:
+    """``path`` is None while it is off; ``why`` says why then."""
+
+    def __init__(self, datapath: DatapathApi, fleet: ProxyFleet, *, wanted: bool = True) -> None:
+        self._datapath, self._fleet, self._wanted = datapath, fleet, wanted
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="express-agent")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting = 0
+        self._reaped = 0.0
+        self._generation = 0
+        self.path: ExpressPath | None = None
+        self.why = "starting" if wanted else "off by --express"
+        self.probes: dict[str, str] = {}
+        self._programs: Programs | None = None
+        self._pairs: Pairs | None = None
+
+    @property
+    def on(self) -> bool:
+        return self.path is not None
+
+    async def start(self) -> None:
+        """After the data path. Never raises: the mesh goes on without."""
+        self._loop = asyncio.get_running_loop()
+        if self._wanted:
+            await self._run(self._start)
+        if self.why:
+            log.warning("express_off", why=self.why)
+
+    def _start(self) -> None:
+        try:
+            path = self._datapath.express()
+        except (DatapathError, OSError) as error:
+            self.why = f"the kernel does not take it: {str(error)[-400:]}"
+            return
+        try:
+            self.probes = path.probes()
+            failed = [f"{name}: {text}" for name, text in self.probes.items() if text != "ok"]
+            if failed:
+                raise DatapathError(f"this kernel does otherwise than express needs: {'; '.join(failed)}")
+            pairs = Pairs(path, self._datapath, self._wish)
+            self._programs, self._pairs = Programs(path, pairs.moved), pairs
+            for record in path.records():  # a former agent's: their workers pair anew
+                path.forget_record(record)
+        except (DatapathError, OSError) as error:
+            path.close()
+            self.why = str(error)
+            return
+        self.path, self.why = path, ""
+
+    async def close(self) -> None:
+        await self._run(self._close)
+        self._thread.shutdown()
+
+    def _close(self) -> None:
+        if self._pairs is not None:
+            self._pairs.close()
+        if self.path is not None:
+            self.path.close()
+            self.path = None
+
+    async def _run(self, call: Callable[..., Any], *arguments: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    # ---- from the agent
+
+    def state(self, state: State, generation: int, local: Iterable[link.LocalWorkload]) -> None:
+        """In force in the kernel's other maps since a moment ago: until its programs follow, everything is slow."""
+        if self.on:
+            self._submit(self._move, state, generation, {entry.key: entry.netns for entry in local})
+
+    def _move(self, state: State, generation: int, local: dict[str, int]) -> None:
+        programs, pairs = self._programs, self._pairs
+        if programs is None or pairs is None:
+            return
+        same = programs.view is not None and programs.view.state is state and programs.view.generation == generation
+        if same and programs.view is not None and programs.view.local == local:
+            return
+        view = View(state, generation, local)
+        programs.move(view)
+        pairs.review(view)
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self.on and now - self._reaped >= REAP_EVERY_S:
+            self._reaped = now
+            self._submit(self._tick, now)
+
+    def _tick(self, now: float) -> None:
+        if self._pairs is not None and self.path is not None:
+            self._pairs.tick(now)
+            self.path.reap()
+
+    def _submit(self, call: Callable[..., None], *arguments: object) -> None:
+        def work() -> None:
+            try:
+                call(*arguments)
+            except Exception:
+                log.exception("bug_in_express")
+
+        self._thread.submit(work)
+
+    # ---- from the workers
+
+    def message(self, worker: str, message: link.Pair | link.Unpair, fds: list[int]) -> None:
+        """``fds`` are owned here from now on."""
+        if isinstance(message, link.Unpair):
+            self._submit(self._unpair, worker, message.session)
+        elif not self.on or self._waiting >= QUEUE_MAX:
+            close_all(fds)
+            self._fleet.tell(worker, Paired(message.session, False, reason="off" if not self.on else "busy", lasting=not self.on))
+        else:
+            self._waiting += 1
+            self._submit(self._pair, worker, message, fds)
+
+    def _pair(self, worker: str, message: link.Pair, fds: list[int]) -> None:
+        answer = Paired(message.session, False, reason="failed")
+        try:
+            if self._pairs is not None and self._programs is not None:
+                answer = self._pairs.pair(self._programs, worker, message, fds)
+            else:
+                close_all(fds)
+        finally:
+            self._soon(self._answer, worker, answer)
+
+    def _answer(self, worker: str, answer: Paired) -> None:
+        self._waiting -= 1
+        self._fleet.tell(worker, answer)
+
+    def _unpair(self, worker: str, session: int) -> None:
+        if self._pairs is not None:
+            self._pairs.unpair(worker, session)
+
+    def _wish(self, worker: str, wish: Paired) -> None:
+        self._soon(self._fleet.tell, worker, wish)
+
+    def _soon(self, call: Callable[..., None], *arguments: object) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def worker_down(self, worker: str) -> None:
+        if self._pairs is not None:
+            self._submit(self._pairs.orphan, worker, time.monotonic())
+
+    def worker_ready(self, worker: str) -> None:
+        """Equipped: it may go on with what a former one left."""
+        if self._pairs is not None:
+            self._submit(self._hand_over, worker)
+
+    def _hand_over(self, worker: str) -> None:
+        if self._pairs is not None:
+            for message, fds in self._pairs.hand_over(worker):
+                self._soon(self._take_over, worker, message, [os.dup(fd) for fd in fds])
+
+    def _take_over(self, worker: str, message: Takeover, fds: list[int]) -> None:
+        self._fleet.tell(worker, message, fds)
+
+    # ---- telling
+
+    def hello(self) -> dict[str, Any]:
+        """Fields of mesh.link.Hello; none while it is off."""
+        if self.path is None:
+            return {}
+        layouts = self.path.hello_layouts()
+        return {
+            "xview_format": layouts["pl_xview"][0],
+            "xview_fields": layouts["pl_xview"][1],
+            "xarm_format": layouts["pl_xarm"][0],
+            "xarm_fields": layouts["pl_xarm"][1],
+            "xreasons": self.path.reasons(),
+            "express_opt": self.path.option,
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """What `GET /v1/express` answers."""
+        found: dict[str, Any] = await self._run(self._status)
+        return found
+
+    def _status(self) -> dict[str, Any]:
+        programs = list(self._programs.all.values()) if self._programs else []
+        counters = self.path.counters() if self.path else {}
+        carried = counters.pop("carried", 0)
+        counters.pop("answered", 0)
+        return {
+            "on": self.on,
+            "why": self.why,
+            "probes": self.probes,
+            "programs": [_program(program) for program in programs],
+            "pairs": len(self._pairs.all) if self._pairs else 0,
+            "carried": {"requests": carried, "punted": {name: count for name, count in counters.items() if count}},
+            "asked": dict(self._pairs.counts) if self._pairs else {},
+            "top": top(programs, self.path.stats()) if self.path else [],
+        }
+
+    async def metrics(self) -> str:
+        """Prometheus text."""
+        text: str = await self._run(self._metrics)
+        return text
+
+    def _metrics(self) -> str:
+        path, pairs = self.path, self._pairs
+        programs = list(self._programs.all.values()) if self._programs else []
+        return metrics_text(
+            programs,
+            path.stats() if path else {},
+            path.counters() if path else {},
+            pairs.counts if pairs else {},
+            len(pairs.all) if pairs else 0,
+            self.on,
+            self.probes,
+        )
+
+
+def _program(program: Program) -> dict[str, Any]:
+    _, service, port = program.key
+    name = service.partition("/")[2]
+    return {"service": name, "port": port, "source": program.source, "states": program.states, "reason": program.reason}

@@ -1,0 +1,371 @@
+"""enrol, withdraw: a systemd service of this host as a workload of the mesh, and out of it again.
+
+The unit gets a slice of its own below pillion.slice, and that slice is the workload: its cgroup stays while the unit, and
+the sockets that activate it, come and go. A drop-in closes the ways out of it, and lets the unit start only once the
+agent enforces and serves it, after a reboot as well. The workloads file, which the agent watches, outlives both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from pillion.awaiting import await_workload
+from pillion.client import Client
+from pillion.context import chosen
+from pillion.errors import USAGE, CliError
+from pillion.run import cgroup2_mount
+
+UNITS = Path("/etc/systemd/system")
+WORKLOADS = Path("/etc/pillion/workloads.yaml")
+CURRENT = Path("/opt/pillion/current")
+DROP_IN = "50-pillion.conf"
+PARENT = "pillion.slice"
+SLICES = "pillion-workloads.slice"
+AGENT = "pillion-agent.service"
+MARK = "# Made by `pillion enrol`; `pillion withdraw` removes it."
+# Each is a way out of a cgroup or a namespace, or past the programs; see docs/hosts.md
+STRONG = (
+    "CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT CAP_SYS_BOOT CAP_BPF CAP_PERFMON CAP_NET_ADMIN "
+    "CAP_NET_RAW CAP_MKNOD CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_MAC_ADMIN CAP_MAC_OVERRIDE"
+)
+MANAGER_SOCKETS = "-/run/systemd/private -/run/dbus/system_bus_socket"
+SHOWN = (
+    "LoadState", "ActiveState", "FragmentPath", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
+    "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "Type",
+)  # fmt: skip
+UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service\Z")
+NOT_FOR_A_MESH = ("pillion-", "systemd-", "dbus", "user@", "getty@", "serial-getty@", "ssh.", "ssh@", "sshd")
+
+
+def systemctl(*arguments: str) -> str:
+    """Its output. Raises CliError."""
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise CliError(f"systemctl {' '.join(arguments)}: {done.stderr.strip() or done.returncode}", "see: journalctl -xe")
+    return done.stdout
+
+
+def facts(unit: str) -> dict[str, str]:
+    """What systemd says of a unit."""
+    out = systemctl("show", unit, *(f"--property={name}" for name in SHOWN))
+    return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+
+
+def escape(text: str) -> str:
+    """As systemd-escape does: what a slice's name can not hold. `-` would make a slice below another."""
+    plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_."
+    out = "".join(chr(byte) if chr(byte) in plain else f"\\x{byte:02x}" for byte in text.encode())
+    return f"\\x2e{out[1:]}" if out.startswith(".") else out
+
+
+def slice_of(unit: str) -> str:
+    """The slice that is the unit's workload."""
+    return f"{SLICES.removesuffix('.slice')}-{escape(unit.removesuffix('.service'))}.slice"
+
+
+def cgroup_of_slice(mount: Path, name: str) -> Path:
+    return mount / PARENT / SLICES / name
+
+
+def label(text: str) -> str:
+    """A workload's name from a unit's."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].strip("-")
+
+
+def account_of(text: str) -> tuple[str, str]:
+    """(namespace, service account) of ``NS/SA`` or ``SA``."""
+    namespace, slash, account = text.rpartition("/")
+    if not account or "/" in namespace or (slash and not namespace):
+        raise CliError(
+            f"{text!r} is no service account", "write --as NAMESPACE/ACCOUNT, or --as ACCOUNT for namespace default", USAGE
+        )
+    return namespace or "default", account
+
+
+def refusals(unit: str, known: dict[str, str], users: dict[str, str]) -> list[tuple[str, str]]:
+    """(why not, remedy) of what no drop-in can mend. ``users``: user -> another unit enrolled with it. Pure."""
+    found = []
+    root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
+    if root:
+        found.append(
+            (
+                "runs as root, which may tell systemd to start programs anywhere",
+                f"give it User= or DynamicUser=: systemctl edit {unit}",
+            )
+        )
+    elif other := users.get(known.get("User", "")):
+        found.append((f"shares the user {known['User']} with {other}: one may trace the other", "give each its own User="))
+    strong = set(known.get("AmbientCapabilities", "").upper().split()) & set(STRONG.split())
+    if strong:
+        found.append((f"is given {', '.join(sorted(strong))}, which leads out of its cgroup", "take AmbientCapabilities= away"))
+    return found
+
+
+def impossible(unit: str, known: dict[str, str]) -> tuple[str, str] | None:
+    """Why the unit can be no workload at all, and what to do. Pure."""
+    if known.get("LoadState") != "loaded":
+        return f"{unit} is {known.get('LoadState', 'unknown')} to systemd", "check its name: systemctl list-units --type=service"
+    if unit.startswith(NOT_FOR_A_MESH):
+        return f"{unit} belongs to the system or to the mesh itself", "enrol the services that people use"
+    if known.get("PrivateNetwork") == "yes" or known.get("NetworkNamespacePath"):
+        return f"{unit} has a network of its own", "leave PrivateNetwork= and NetworkNamespacePath= to the mesh's policies"
+    if known.get("Delegate") == "yes":
+        return f"{unit} manages cgroups itself (Delegate=)", "run what it contains as workloads of their own"
+    return None
+
+
+def python() -> str:
+    """The interpreter by a path that an upgrade keeps."""
+    installed = CURRENT.exists() and CURRENT.resolve() == Path(sys.prefix).resolve()
+    return f"{CURRENT}/bin/python" if installed else sys.executable
+
+
+def service_drop_in(unit: str, workload: str, as_root: bool) -> str:
+    """Pure."""
+    lines = [
+        MARK,
+        "[Unit]",
+        "# A restart of the agent is none of this unit's",
+        f"Wants={AGENT}",
+        f"After={AGENT}",
+        "",
+        "[Service]",
+        f"Slice={slice_of(unit)}",
+        "# Before anything else of it: not until the agent enforces and serves it",
+        f"ExecCondition=+{python()} -I -m pillion.awaiting {workload}",
+        "# It keeps its cgroup, so its identity (threats: the file system, new privileges, tracing, the service manager)",
+        "ProtectControlGroups=yes",
+        "NoNewPrivileges=yes",
+        f"CapabilityBoundingSet=~{STRONG}",
+        "RestrictNamespaces=yes",
+        "ProtectKernelModules=yes",
+        "ProtectKernelTunables=yes",
+        "InaccessiblePaths=-/run/pillion",
+    ]
+    if as_root:
+        lines.append(f"InaccessiblePaths={MANAGER_SOCKETS}")
+    return "\n".join(lines) + "\n"
+
+
+def socket_drop_in(unit: str, workload: str) -> str:
+    """For a unit that opens the service's sockets: in its cgroup, and not before it is enforced. Pure."""
+    return "\n".join(
+        (
+            MARK,
+            "[Unit]",
+            "# Without the default order, which has sockets before every service, so before the agent",
+            "DefaultDependencies=no",
+            "Requires=sysinit.target",
+            f"Wants={AGENT}",
+            f"After=sysinit.target {AGENT}",
+            "Conflicts=shutdown.target",
+            "Before=shutdown.target",
+            "",
+            "[Socket]",
+            f"Slice={slice_of(unit)}",
+            f"ExecStartPre=+{python()} -I -m pillion.awaiting {workload}",
+            "",
+        )
+    )
+
+
+def slice_unit(unit: str) -> str:
+    """Pure."""
+    text = f"Description=Pillion: {unit} as a workload of the mesh\n# There before the agent looks who is here\nBefore={AGENT}"
+    return f"{MARK}\n[Unit]\n{text}\n\n[Slice]\n"
+
+
+# ---- files
+
+
+def read_workloads() -> list[dict[str, Any]]:
+    """Of the workloads file. Raises CliError for one that is damaged."""
+    try:
+        entries = (yaml.safe_load(WORKLOADS.read_text()) or {}).get("workloads") or []
+    except FileNotFoundError as error:
+        raise CliError(f"no {WORKLOADS}: this host is no node", "install one: deploy/install.sh node --name NAME") from error
+    except (yaml.YAMLError, AttributeError) as error:
+        raise CliError(f"{WORKLOADS}: {' '.join(str(error).split())}", "mend it, or restore a copy") from error
+    return list(entries)
+
+
+def write_workloads(entries: list[dict[str, Any]]) -> None:
+    """As a whole or not at all."""
+    text = "# Written by pillion enrol and pillion withdraw; watched by the agent\n" + yaml.safe_dump(
+        {"workloads": entries}, sort_keys=False
+    )
+    write(WORKLOADS, text, 0o600)
+
+
+def write(path: Path, text: str, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    fresh.chmod(mode)
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def files_of(unit: str, sockets: list[str], workload: str, as_root: bool) -> dict[Path, str]:
+    """Every file of an enrolment. Pure."""
+    out = {
+        UNITS / slice_of(unit): slice_unit(unit),
+        UNITS / f"{AGENT}.wants" / slice_of(unit): slice_unit(unit),  # a link in effect: see `enrol`
+        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload, as_root),
+    }
+    for each in sockets:
+        out[UNITS / f"{each}.d" / DROP_IN] = socket_drop_in(unit, workload)
+    return out
+
+
+def drop_ins_of(unit: str) -> list[Path]:
+    """Those of an enrolment that are there: the unit's own and its sockets'."""
+    found = [UNITS / f"{unit}.d" / DROP_IN]
+    wanted = f"Slice={slice_of(unit)}\n"
+    found += [path for path in UNITS.glob(f"*.socket.d/{DROP_IN}") if wanted in path.read_text()]
+    return [path for path in found if path.exists()]
+
+
+# ---- commands
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        raise CliError("only root may put services into the mesh", "run it with sudo")
+    if not Path("/run/systemd/system").is_dir():
+        raise CliError("systemd does not run here", "put a program into the mesh with: pillion run")
+
+
+def full_name(unit: str) -> str:
+    unit = unit if "." in unit else f"{unit}.service"
+    if not UNIT.match(unit):
+        raise CliError(f"{unit!r} is no service", "name a .service; its .socket units go with it", USAGE)
+    return unit
+
+
+def enrol(
+    unit: Annotated[str, typer.Argument(help="the service, for example web.service")],
+    as_: Annotated[str, typer.Option("--as", help="NAMESPACE/SERVICE-ACCOUNT it runs as; also its label app=…")],
+    port: Annotated[list[int] | None, typer.Option(help="a port it listens on; may repeat", min=1, max=65535)] = None,
+    label_: Annotated[list[str] | None, typer.Option("--label", help="key=value; may repeat")] = None,
+    name: Annotated[str | None, typer.Option(help="the workload's name (default: the unit's and the node's)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="also where a way out stays open; they are told")] = False,
+    restart: Annotated[bool, typer.Option("--restart/--no-restart", help="restart it if it runs, to take effect")] = True,
+) -> None:
+    """A systemd service of this host becomes a workload of the mesh, until it is withdrawn. Safe to repeat."""
+    need_root()
+    unit = full_name(unit)
+    namespace, account = account_of(as_)
+    labels = {"app": account}
+    for each in label_ or []:
+        key, equals, value = each.partition("=")
+        if not equals or not key:
+            raise CliError(f"label {each!r} is not key=value", "write for example --label version=v1", USAGE)
+        labels[key] = value
+    known = facts(unit)
+    if reason := impossible(unit, known):
+        raise CliError(*reason)
+    entries = read_workloads()
+    others = [entry for entry in entries if entry.get("unit") != unit]
+    identity = f"{namespace}/{account}"
+    users = {
+        facts(str(entry["unit"])).get("User", ""): str(entry["unit"])
+        for entry in others
+        if entry.get("unit") and f"{entry.get('namespace')}/{entry.get('serviceAccount')}" != identity
+    }
+    for what, remedy in refusals(unit, known, users):
+        if not force:
+            raise CliError(f"{unit} {what}", f"{remedy}; or accept it with --force")
+        print(f"pillion: warning: {unit} {what}; {remedy}", file=sys.stderr)
+    client = Client(chosen.endpoints().agent_of(None))
+    node = str(client.get("/v1/status")["node"])
+    name = name or label(f"{unit.removesuffix('.service')}-{node}")
+    sockets = [each for each in known.get("TriggeredBy", "").split() if each.endswith(".socket")]
+    as_root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
+    cgroup = cgroup_of_slice(cgroup2_mount(Path("/proc/self/mountinfo").read_text()), slice_of(unit))
+    entry = {
+        "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
+        "cgroup": str(cgroup), "ports": sorted(port or []), "unit": unit,
+    }  # fmt: skip
+    for path, text in files_of(unit, sockets, f"{namespace}/{name}", as_root).items():
+        if path.parent.name == f"{AGENT}.wants":
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to(UNITS / path.name)
+        else:
+            write(path, text)
+    systemctl("daemon-reload")
+    systemctl("start", slice_of(unit))
+    write_workloads([*others, entry])
+    problem = await_workload(client, namespace, name)
+    if problem:
+        raise CliError(
+            f"{namespace}/{name} is not enforced: {problem}", f"see: pillion status; undo with: pillion withdraw {unit}"
+        )
+    print(f"{unit} is {namespace}/{name}, service account {account}")
+    active = [each for each in (unit, *sockets) if facts(each).get("ActiveState") == "active"]
+    if active and restart:
+        systemctl("stop", *active)
+        systemctl("start", *active)
+        print(f"restarted {' '.join(active)} in the mesh")
+    elif active:
+        print(f"{' '.join(active)} runs outside the mesh until it is restarted")
+
+
+def withdraw(
+    unit: Annotated[str | None, typer.Argument(help="the service")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every enrolled service of this host")] = False,
+    restart: Annotated[bool, typer.Option("--restart/--no-restart", help="restart it if it runs, to take effect")] = True,
+) -> None:
+    """Undo enrol: the service runs outside the mesh again. Safe to repeat."""
+    need_root()
+    if all_ == (unit is not None):
+        raise CliError("name one service, or --all", "for example: pillion withdraw web.service", USAGE)
+    entries = read_workloads()
+    chosen_units = [full_name(unit)] if unit else [str(entry["unit"]) for entry in entries if entry.get("unit")]
+    for each in chosen_units:
+        _withdraw(each, restart)
+    if not chosen_units:
+        print("nothing is enrolled here")
+
+
+def _withdraw(unit: str, restart: bool) -> None:
+    entries = read_workloads()
+    rest = [entry for entry in entries if entry.get("unit") != unit]
+    drop_ins = drop_ins_of(unit)
+    if len(rest) == len(entries) and not drop_ins:
+        print(f"{unit} is not enrolled")
+        return
+    units = [path.parent.name.removesuffix(".d") for path in drop_ins]
+    active = [each for each in units if facts(each).get("ActiveState") == "active"]
+    if active and restart:
+        systemctl("stop", *active)  # in the mesh to its end: never a moment with neither
+    write_workloads(rest)
+    for path in drop_ins:
+        path.unlink()
+        try:
+            path.parent.rmdir()
+        except OSError:
+            pass  # others' drop-ins
+    for path in (UNITS / f"{AGENT}.wants" / slice_of(unit), UNITS / slice_of(unit)):
+        path.unlink(missing_ok=True)
+    try:
+        (UNITS / f"{AGENT}.wants").rmdir()
+    except OSError:
+        pass
+    systemctl("daemon-reload")
+    if active and restart:
+        systemctl("stop", slice_of(unit))
+        systemctl("start", *active)
+    print(
+        f"{unit} is out of the mesh" + ("" if restart or not active else "; it runs on, denied everything, until it is restarted")
+    )

@@ -1,0 +1,154 @@
+"""A hostile process where a proxy's worker should be: its user, cgroup, seccomp filter and empty netns. The agent dials it,
+takes it for a worker and hands it what a worker gets; then it does what a worker should not.
+
+argv: PROXY_CGROUP WORKER_SOCKET WAY [ARGUMENT …]. Prints a JSON object. Ways:
+sockets HOST PORT CALLER: with a stock socket of the netns where HOST is a workload: what became of connect, bind, listen;
+keys: the identities whose keys came; stock NETNS COUNT: how many sockets came for that namespace;
+say FRAMES: hex of what is said once equipped; then whether the agent hung up; lie SECONDS: acknowledges every state with a
+digest of its own; flow JSON: a Flow as it says.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+from l7proxy.confine import confine
+from mesh import link, snapshot
+from mesh.model import Workload
+
+proxy, path, way, *rest = sys.argv[1:]
+Path(proxy, "cgroup.procs").write_text("0")
+door = socket.socket(socket.AF_UNIX)
+with contextlib.suppress(FileNotFoundError):
+    os.unlink(path)
+door.bind(path)
+door.listen(4)
+confine(65471, 65471)
+
+state: dict = {}
+local: tuple = ()
+svids: set[str] = set()
+stock: dict[tuple[int, int], list[int]] = {}
+agent: socket.socket
+decoder = link.Decoder()
+ended = False
+
+
+def send(message: link.Message) -> None:
+    agent.sendall(link.encode(message))
+
+
+def hear(seconds: float) -> None:
+    """What the agent says for so long."""
+    global ended, local
+    until = time.monotonic() + seconds
+    while not ended and (left := until - time.monotonic()) > 0:
+        agent.settimeout(left)
+        try:
+            data, fds, _, _ = socket.recv_fds(agent, 1 << 18, 128)
+        except TimeoutError:
+            return
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            ended = True
+            return
+        for message, came in decoder.feed(data, fds):
+            if isinstance(message, link.Update):
+                if message.full:
+                    state.clear()
+                state.update(message.put)
+                for key in message.delete:
+                    state.pop(key, None)
+                local = message.local
+                send(link.Ack(message.revision, "0" * 64 if way == "lie" else snapshot.digest(state)))
+            elif isinstance(message, link.Svid):
+                svids.add(message.spiffe)
+            elif isinstance(message, link.Stock):
+                stock.setdefault((message.netns, message.family), []).extend(came)
+
+
+def outcome(work, *arguments: object) -> str:
+    try:
+        work(*arguments)
+    except OSError as error:
+        return type(error).__name__
+    return "passed"
+
+
+def name_for(sock: socket.socket, text: str) -> None:
+    """For whom it calls."""
+    address, port, identity = text.split(",")
+    packed = socket.inet_pton(socket.AF_INET6, f"::ffff:{address}")
+    sock.setsockopt(0x50494C, 2, packed + struct.pack("=IHH", int(identity), int(port), 0))
+
+
+def sockets(host: str, port: str, caller: str) -> dict[str, str]:
+    here = next(key for key, item in state.items() if isinstance(item, Workload) and host in item.addresses)
+    netns = next(each.netns for each in local if each.key == here)
+    fresh = [socket.socket(fileno=fd) for fd in stock[netns, socket.AF_INET]]
+
+    def dial(to: str, number: int) -> None:
+        sock = fresh.pop()
+        sock.settimeout(1)
+        name_for(sock, caller)
+        sock.connect((to, number))
+
+    def fast(to: str, number: int) -> None:
+        sock = fresh.pop()
+        name_for(sock, caller)
+        sock.sendto(b"x", socket.MSG_FASTOPEN, (to, number))
+
+    return {
+        "own": outcome(dial, host, int(port)),
+        "undeclared": outcome(dial, host, 9999),
+        "loopback": outcome(dial, "127.0.0.1", int(port)),
+        "listener": outcome(dial, "127.0.0.1", 15001),
+        "fast open": outcome(fast, host, 9999),
+        "bind": outcome(lambda: fresh.pop().bind(("0.0.0.0", 9999))),
+        "listen": outcome(lambda: fresh.pop().listen(1)),
+        "socket": outcome(lambda: socket.socket(socket.AF_INET)),
+    }
+
+
+agent, _ = door.accept()
+send(link.Ready(7, os.getpid()))
+if way == "lie":
+    until = time.monotonic() + float(rest[0])
+    while time.monotonic() < until:
+        hear(until - time.monotonic())
+        if ended:  # hung up on: it is there again at once
+            agent, _ = door.accept()
+            decoder, ended = link.Decoder(), False
+            send(link.Ready(7, os.getpid()))
+    said: object = {"ended": ended}
+else:
+    hear(2.0)
+    if way == "sockets":
+        said = sockets(*rest)
+    elif way == "keys":
+        said = {
+            "svids": sorted(svids),
+            "addresses": sorted(a for w in state.values() if isinstance(w, Workload) for a in w.addresses),
+        }
+    elif way == "stock":
+        netns, count = int(rest[0]), int(rest[1])
+        before = len(stock.get((netns, 2), []))
+        send(link.NeedStock(netns, 2, count))
+        hear(1.5)
+        said = {"came": len(stock.get((netns, 2), [])) - before, "ended": ended}
+    elif way == "flow":
+        agent.sendall(link.encode(link.Flow(**json.loads(rest[0]))))
+        hear(0.5)
+        said = {"ended": ended}
+    else:
+        with contextlib.suppress(OSError):
+            agent.sendall(bytes.fromhex(rest[0]))
+        hear(1.5)
+        said = {"ended": ended}
+print(json.dumps(said))

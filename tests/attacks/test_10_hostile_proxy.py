@@ -1,0 +1,188 @@
+"""threats.md 10, the other half: a hostile process in the place of a proxy's worker, with its user, seccomp filter, descriptors
+and messages to the agent. What it may still do stands in docs/security.md, "What remains"."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from lab import LabError
+from lab.process import Place, environment, run, start
+from mesh import link
+from tests.attacks.actions import PROGRAMS
+from tests.attacks.mutants import Mutant
+from tests.attacks.test_10_confinement import caller
+from tests.e2e.mesh import HTTP_PORT, Mesh, policy, until
+
+ANY_LISTEN = Mutant(
+    "b4",
+    "seccomp: no bind, no listen",
+    ("l7proxy/seccomp.py", "    timerfd_create timerfd_settime accept accept4 connect",
+     "    timerfd_create timerfd_settime accept accept4 bind listen connect"),
+)  # fmt: skip
+ANY_STOCK = Mutant(
+    "b4",
+    "a worker gets so many sockets a second",
+    ("nodeagent/worker_link.py", "        granted = max(0, min(count, STOCK_ASK_MAX, int(self._allowance)))\n",
+     "        granted = count\n"),
+)  # fmt: skip
+ANY_WORD = Mutant(
+    "b4",
+    "who says what a worker does not say is hung up on",
+    ("nodeagent/proxy_link.py", '                worker.close(f"a worker does not send {type(message).__name__}")\n',
+     "                pass\n"),
+    ("mesh/link.py", "            if length > FRAME_BYTES_MAX or nfds > FRAME_FDS_MAX:\n", "            if False:\n"),
+    ("nodeagent/worker_link.py", '                self.close(f"broke the framing: {error}")\n                return\n',
+     "                self._decoder = link.Decoder()\n                continue\n"),
+)  # fmt: skip
+ANY_ACK = Mutant(
+    "b4",
+    "an acknowledgement has the state's digest",
+    ("nodeagent/worker_views.py", "view.sent is state and not view.waiting and view.acked == state.digest",
+     "view.sent is state and not view.waiting"),
+    ("nodeagent/worker_views.py", "        if digest == view.sent.digest:\n", "        if True:\n"),
+)  # fmt: skip
+
+
+def _start(mesh: Mesh, way: str, *arguments: object) -> tuple[Place, list[str], dict[str, str]]:
+    node = "n1"
+    base = mesh.lab.cgroup / node
+    door = mesh.lab.paths.agent_run(node) / "proxy" / "worker-7.sock"
+    argv = [sys.executable, str(PROGRAMS / "hostile_proxy.py"), str(base / "proxy"), str(door), way, *map(str, arguments)]
+    code = mesh.lab.start.keywords["code"]
+    env = {"PYTHONPATH": str(code)} if code is not None else environment()
+    return Place(base / "agent", mesh.lab.nodes[node].netns), argv, env
+
+
+def _forget(mesh: Mesh) -> None:
+    """The place is no more, and the agent has seen that."""
+    (mesh.lab.paths.agent_run("n1") / "proxy" / "worker-7.sock").unlink(missing_ok=True)
+    until(lambda: mesh.lab.nodes["n1"].status()["ready"], "the node does not recover")
+    until(lambda: len(mesh.lab.nodes["n1"].status()["proxy"]) == 1, "the hostile worker is still there")
+
+
+def hostile(mesh: Mesh, way: str, *arguments: object) -> dict[str, Any]:
+    """What it says came of it. Meanwhile the true worker serves."""
+    place, argv, env = _start(mesh, way, *arguments)
+    try:
+        done = run(place, argv, timeout=30, env=env)
+        assert done.stdout.strip(), done.stderr
+        assert mesh.curl("client", f"http://web.shop.mesh:{HTTP_PORT}/")[0] == 200
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    finally:
+        _forget(mesh)
+
+
+# ---- descriptors
+
+
+@pytest.mark.attack("sockets from the agent, used otherwise")
+def test_its_sockets_go_where_the_agent_says(mesh: Mesh) -> None:
+    found = hostile(mesh, "sockets", mesh.w["web"].addresses[0], HTTP_PORT, caller(mesh, "client"))
+    assert found.pop("own") == "passed"
+    assert set(found.values()) == {"PermissionError"}, found
+
+
+@pytest.mark.red("sockets from the agent, used otherwise", ANY_LISTEN)
+def test_its_sockets_listen_without(broken: Mesh) -> None:
+    found = hostile(broken, "sockets", broken.w["web"].addresses[0], HTTP_PORT, caller(broken, "client"))
+    assert (found["bind"], found["listen"]) == ("passed", "passed")
+
+
+def test_it_gets_this_nodes_certificates_alone(mesh: Mesh) -> None:
+    status = mesh.lab.nodes["n1"].status()
+    here = {workload["spiffe"] for workload in status["workloads"]}
+    there = {workload["spiffe"] for workload in mesh.lab.nodes["n2"].status()["workloads"]}
+    assert there - here
+    assert set(hostile(mesh, "keys")["svids"]) == here
+
+
+# ---- messages
+
+
+def cookie(mesh: Mesh, name: str) -> int:
+    return int(run(mesh.w[name].place, [sys.executable, "-c", "import socket, struct; s = socket.socket(); "
+               "print(struct.unpack('=Q', s.getsockopt(1, 71, 8))[0])"]).stdout)  # fmt: skip
+
+
+@pytest.mark.attack("ask the agent for sockets")
+def test_it_gets_sockets_of_this_nodes_workloads_and_so_many(mesh: Mesh) -> None:
+    for netns in (1, cookie(mesh, "far"), 1 << 63):  # the machine's own, another node's, nobody's
+        assert hostile(mesh, "stock", netns, 10) == {"came": 0, "ended": False}
+    assert hostile(mesh, "stock", cookie(mesh, "web"), 5000)["came"] <= 4096
+
+
+@pytest.mark.red("ask the agent for sockets", ANY_STOCK)
+def test_it_gets_any_number_without(broken: Mesh) -> None:
+    assert hostile(broken, "stock", cookie(broken, "web"), 5000)["came"] == 5000
+
+
+WRONG = {
+    "a huge frame": struct.pack("!II", 1 << 30, 0) + b"{",
+    "many descriptors": struct.pack("!II", 10, 1 << 20),
+    "no message": struct.pack("!II", 4, 0) + b"null",
+    "the agent's words": link.encode(link.DropSvid("spiffe://mesh.local/ns/shop/sa/web")),
+    "a state": link.encode(link.Update(1 << 40, True)),
+}
+
+
+@pytest.mark.attack("say to the agent what no worker says")
+@pytest.mark.parametrize("what", WRONG)
+def test_the_agent_hangs_up_on_it(mesh: Mesh, what: str) -> None:
+    (agent,) = mesh.lab.pids("n1", "agent")
+    assert hostile(mesh, "say", WRONG[what].hex()) == {"ended": True}
+    assert mesh.lab.pids("n1", "agent") == [agent]
+
+
+@pytest.mark.red("say to the agent what no worker says", ANY_WORD)
+def test_the_agent_listens_on_without(broken: Mesh) -> None:
+    for what in ("a huge frame", "the agent's words"):
+        assert hostile(broken, "say", WRONG[what].hex()) == {"ended": False}
+
+
+@contextmanager
+def liar(mesh: Mesh, seconds: float) -> Iterator[None]:
+    """It acknowledges whatever it is sent, with a digest that is not the state's."""
+    place, argv, env = _start(mesh, "lie", seconds)
+    process = start(place, argv, name="liar", log=mesh.scratch / "liar.log", env=env)
+    try:
+        until(lambda: (mesh.lab.paths.agent_run("n1") / "proxy" / "worker-7.sock").exists(), "the liar is not there")
+        yield
+    finally:
+        process.kill()
+        _forget(mesh)
+        mesh.delete("AuthorizationPolicy", "lied-about")
+
+
+@pytest.mark.attack("acknowledge a state that is not held")
+def test_its_word_does_not_make_a_policy_in_force(mesh: Mesh) -> None:
+    """`wait` answers when every worker shows the digest of the state: this one never does."""
+    with liar(mesh, 20):
+        until(lambda: not mesh.lab.nodes["n1"].status()["ready"], "the agent takes its word")
+        revision = mesh.lab.apply(policy("lied-about", "web", who="far-client"))
+        with pytest.raises(LabError):
+            mesh.lab.wait(revision, timeout_s=4)
+
+
+@pytest.mark.red("acknowledge a state that is not held", ANY_ACK)
+def test_its_word_is_taken_without(broken: Mesh) -> None:
+    with liar(broken, 20):
+        until(lambda: len(broken.lab.nodes["n1"].status()["proxy"]) == 2, "it is not taken for a worker")
+        broken.lab.wait(broken.lab.apply(policy("lied-about", "web", who="far-client")), timeout_s=4)
+
+
+def test_what_it_tells_is_shown_and_no_more(mesh: Mesh) -> None:
+    """It may lie in the log of flows. Its text is bounded by the frame, goes out as JSON, and `pillion flows` escapes it
+    (tests/pillion)."""
+    text = "\x1b]0;owned\x07\x1b[2J\r\nallowed"
+    flow = {"time": 0.0, "verdict": "denied", "reason": text, "source": text, "destination": text, "path": text}
+    assert hostile(mesh, "flow", json.dumps(flow)) == {"ended": False}
+    assert any(each["source"] == text for each in mesh.flows("n1"))
+    raw = mesh.lab.agent_api("n1", "GET", "/v1/flows?limit=1000")
+    assert "\x1b" not in str(raw) and "\x07" not in str(raw)

@@ -1,0 +1,102 @@
+"""The units as systemd itself reads and rates them, without one running."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = ROOT / "deploy" / "systemd"
+EXPOSURE_MAX = {"pillion-controller": 3.0, "pillion-proxy": 3.0, "pillion-agent": 7.0}
+
+
+@pytest.mark.parametrize("name", EXPOSURE_MAX)
+def test_exposure(name: str) -> None:
+    argv = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNITS / f"{name}.service")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert found, done.stderr or done.stdout
+    assert float(found[1]) <= EXPOSURE_MAX[name], done.stdout
+
+
+def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
+    """Programs are named where the tests can have them: only how the units are written is judged."""
+    for unit in UNITS.iterdir():
+        text = re.sub(r"/opt/pillion/current/bin/\S+", "/bin/true", unit.read_text())
+        (tmp_path / unit.name).write_text(text)
+    argv = ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / unit.name) for unit in UNITS.iterdir())]
+    environment = {"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    ours = [line for line in done.stderr.splitlines() if "pillion" in line]
+    assert not ours and done.returncode == 0, done.stderr
+
+
+def options(unit: str) -> dict[str, list[str]]:
+    """Option -> its values, of all sections."""
+    found: dict[str, list[str]] = {}
+    for line in (UNITS / unit).read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("name", EXPOSURE_MAX)
+def test_readiness_is_told_and_life_watched(name: str) -> None:
+    unit = options(f"{name}.service")
+    assert unit["Type"] == ["notify"] and float(unit["WatchdogSec"][0]) > 0 and unit["Restart"] == ["always"]
+    assert unit["StartLimitIntervalSec"] == ["0"], "a mesh that gave up would stay down"
+
+
+def test_nobody_goes_down_with_the_agent() -> None:
+    """`Requires=` on the agent would hand its restarts on."""
+    for unit in UNITS.iterdir():
+        found = options(unit.name)
+        for name in ("Requires", "BindsTo", "PartOf"):
+            assert not any("pillion-agent" in value for value in found.get(name, [])), unit.name
+
+
+def test_the_programs_cgroup_is_never_the_root() -> None:
+    agent = options("pillion-agent.service")
+    assert "--cgroup /sys/fs/cgroup/pillion.slice " in agent["ExecStart"][0]
+    assert agent["Slice"] == ["pillion.slice"] and options("pillion-proxy.service")["Slice"] == ["pillion-proxy.slice"]
+
+
+def test_the_token_is_a_credential() -> None:
+    assert options("pillion-agent.service")["LoadCredential"] == ["join-token:/etc/pillion/join-token"]
+
+
+def test_the_pins_outlive_the_agent() -> None:
+    """A mount inside the agent's own mount namespace would end with it."""
+    mount = options("run-pillion-bpf.mount")
+    assert mount["Where"] == ["/run/pillion/bpf"] and "mode=0700" in mount["Options"][0]
+    assert options("pillion-agent.service")["RuntimeDirectoryPreserve"] == ["yes"]
+
+
+def test_the_proxy_has_no_network_and_little_else() -> None:
+    proxy = options("pillion-proxy.service")
+    assert proxy["PrivateNetwork"] == ["yes"] and proxy["RestrictAddressFamilies"] == ["AF_UNIX"]
+    assert proxy["CapabilityBoundingSet"] == ["CAP_SETUID CAP_SETGID CAP_SETPCAP"]
+
+
+@pytest.mark.parametrize("script", ["install.sh", "wheel.sh", "shop.sh", "setup.sh"])
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["sh", "-n", str(ROOT / "deploy" / script)], check=True)
+
+
+def test_the_hosts_lock_is_of_the_lock() -> None:
+    from deploy import lock
+
+    assert (ROOT / "deploy" / "requirements.lock").read_text() == lock.text(), "run: make lock"
+
+
+def test_vagrant_reads_its_file(tmp_path: Path) -> None:
+    assert shutil.which("vagrant"), "run: deploy/setup.sh (Debian has the package vagrant)"
+    environment = {"VAGRANT_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VAGRANT_CHECKPOINT_DISABLE": "1"}
+    argv = ["vagrant", "validate", "--ignore-provider"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

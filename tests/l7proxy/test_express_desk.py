@@ -1,0 +1,270 @@
+"""What a worker's pairs share: several endpoints, a predecessor's pairs, limits, and the budget that the kernel knows."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from l7proxy.express import RESPONSE_BODY, View
+from mesh import link
+from mesh.link import PairEnd
+from mesh.model import Backend, Config, Route, RouteRule, key_of
+from tests.l7proxy.express_rig import ARM, HOLD, REST, TAKE, Express, ExpressKernel, express_world, get
+from tests.l7proxy.rig import Mesh, Rig, Server, ok, open_fds, read_head, read_response, wait_for
+from tests.l7proxy.test_worker import metric, reason
+
+Start = Callable[..., Rig]
+Serve = Callable[[Server], Server]
+
+
+@pytest.fixture
+def express(mesh: Mesh, start: Start, serve: Serve) -> Iterator[Express]:
+    found = express_world(mesh, start, serve)
+    yield found
+    found.close()
+
+
+def two_endpoints(mesh: Mesh, start: Start, serve: Serve) -> Express:
+    """Of one service, by the way of two backends: each has a port of its own."""
+    servers = [serve(Server(lambda connection: None)) for _ in range(2)]
+    client, web = mesh.workload("client-1", "client"), mesh.service("web", [servers[0].port])
+    other = mesh.service("other", [servers[1].port])
+    mesh.allow("web", "client")
+    mesh.allow("other", "client")
+    backends = (Backend(key_of(web), 80), Backend(key_of(other), 80))
+    mesh.add(Route("split", "shop", ((key_of(web), 0),), (RouteRule((), backends),)))
+    kernel = ExpressKernel()
+    return Express(start(mesh, kernel), kernel, client, web, servers)
+
+
+def ends(express: Express) -> tuple[PairEnd, PairEnd]:
+    web, other = (server.port for server in express.servers)
+    return PairEnd("Workload/shop/web-1", web), PairEnd("Workload/shop/other-1", other)
+
+
+def test_missing_endpoints_are_dialled_and_paired_too(mesh: Mesh, start: Start, serve: Serve) -> None:
+    express = two_endpoints(mesh, start, serve)
+    both = ends(express)
+    slots = dict(zip(both, (0, 1), strict=True))
+    express.answer = lambda pair: link.Paired(
+        pair.session, True, tuple(slots[e] for e in pair.endpoints), tuple(e for e in both if e not in pair.endpoints)
+    )
+    talk = express.dialogue()
+    wait_for(lambda: len(express.pairs) == 2, "the second pair")
+    first, second = express.pairs
+    assert second.session == first.session
+    assert set(second.endpoints) == set(both) and second.endpoints[0] == first.endpoints[0]
+    wait_for(lambda: {op.slot for op in express.kernel.of(ARM)} == {0, 1}, "both slots armed")
+    wait_for(lambda: [server.accepted for server in express.servers] == [1, 1], "both servers")
+    for _ in range(12):
+        talk.exchange()
+    assert [server.accepted for server in express.servers] == [1, 1]  # by its own connections, whichever is drawn
+    talk.begin(slot=1, handed=True)
+    connection = express.servers[1].connections[0]
+    connection.sendall(ok(b"from the other"))
+    assert read_response(talk.sock)[2] == b"from the other"
+    talk.sock.close()
+    wait_for(express.unpaired, "Unpair")
+    express.close()
+
+
+def test_it_waits_for_the_kernel_before_it_is_paired_anew(mesh: Mesh, start: Start, serve: Serve) -> None:
+    express = two_endpoints(mesh, start, serve)
+    both = ends(express)
+    slots = dict(zip(both, (0, 1), strict=True))
+    express.answer = lambda pair: link.Paired(pair.session, True, tuple(slots[e] for e in pair.endpoints))
+    talk = express.dialogue()
+    has = both.index(express.pairs[0].endpoints[0])
+    talk.begin(slot=has)
+    express.rig.agent.send(link.Paired(express.pairs[0].session, True, (), (both[1 - has],)))
+    wait_for(lambda: express.kernel.of(HOLD), "HOLD")
+    assert len(express.pairs) == 1
+    talk.change(handed=True)
+    talk.server.sendall(ok(b"two"))
+    assert read_response(talk.sock)[2] == b"two"
+    wait_for(lambda: len(express.pairs) == 2, "the second pair")
+    wait_for(lambda: len(express.kernel.of(ARM)) == 3, "both slots armed")
+    talk.sock.close()
+    express.close()
+
+
+def test_an_upstream_that_the_agent_refuses_goes_to_the_pool(mesh: Mesh, start: Start, serve: Serve) -> None:
+    express = two_endpoints(mesh, start, serve)
+    both = ends(express)
+    first = express.answer
+
+    def answer(pair: link.Pair) -> link.Paired:
+        if len(pair.endpoints) == 1:
+            return link.Paired(pair.session, True, (0,), tuple(e for e in both if e not in pair.endpoints))
+        return link.Paired(pair.session, True, (0, -1))
+
+    assert first is not None
+    express.answer = answer
+    talk = express.dialogue()
+    wait_for(lambda: len(express.pairs) == 2, "the second pair")
+    wait_for(lambda: len(express.kernel.of(ARM)) == 2, "the slot armed anew")
+    assert {op.slot for op in express.kernel.of(ARM)} == {0}
+    talk.exchange()
+    talk.sock.close()
+    express.close()
+
+
+def test_over_the_rate_of_the_kernel_is_429(express: Express) -> None:
+    talk = express.dialogue()
+    express.kernel.views[talk.port] = View(-1, punt="rate")
+    talk.sock.sendall(get())
+    status, head, _ = read_response(talk.sock)
+    assert (status, reason(head)) == (429, "budget_requests")
+    express.kernel.views[talk.port] = REST
+    assert express.events()["express_punt_rate"] == 1
+    talk.sock.close()
+
+
+def test_off_by_the_mesh_the_service_or_a_workload(mesh: Mesh, start: Start, serve: Serve) -> None:
+    mesh.config = Config(trust_domain="mesh.local", express="off")
+    express = express_world(mesh, start, serve)
+    with express.rig.connect(express.client, express.web) as sock:
+        for _ in range(3):
+            sock.sendall(get())
+            wait_for(lambda: express.servers[0].connections, "the connection")
+            assert read_head(express.servers[0].connections[0])[0] == get()
+            express.servers[0].connections[0].sendall(ok(b"one"))
+            assert read_response(sock)[0] == 200
+        assert not express.pairs
+        mesh.config = Config(trust_domain="mesh.local")
+        express.rig.update()
+        for _ in range(2):  # what is open already may be paired now
+            sock.sendall(get())
+            read_head(express.servers[0].connections[0])
+            express.servers[0].connections[0].sendall(ok(b"one"))
+            read_response(sock)
+        wait_for(lambda: express.kernel.of(ARM), "the pair")
+        mesh.config = Config(trust_domain="mesh.local", express="off")
+        express.rig.update()
+        wait_for(express.unpaired, "Unpair")
+    express.close()
+
+
+def test_many_pairs_come_and_go_without_a_descriptor_lost(express: Express) -> None:
+    express.dialogue().sock.close()
+    wait_for(lambda: len(express.unpaired()) == 1, "Unpair")
+    before = open_fds()
+    for _ in range(20):
+        talk = express.dialogue()
+        talk.exchange()
+        talk.sock.close()
+    wait_for(lambda: len(express.unpaired()) == 21, "Unpair")
+    wait_for(lambda: open_fds() <= before, "the descriptors")
+    assert express.servers[0].accepted == 1
+    assert metric(express.rig, "pillion_express_pairs") == 0
+
+
+# ---- takeover
+
+
+def taken(express: Express, *, view: View = REST, session: int = 77) -> tuple[socket.socket, socket.socket, list[int]]:
+    """The agent's copies of a former worker's pair: client, server, and what is sent."""
+    listener = socket.socket()
+    number = express.rig.listen(express.client, express.web)
+    listener.bind(("127.0.0.1", 0))
+    express.kernel.dialled[listener.getsockname()[1]] = express.kernel.dialled[number]
+    listener.listen()
+    client = socket.create_connection(listener.getsockname())
+    client.settimeout(5)
+    accepted, _ = listener.accept()
+    upstream = socket.create_connection(("127.0.0.1", express.servers[0].port))
+    wait_for(lambda: express.servers[0].connections, "the server's side")
+    express.kernel.views[client.getsockname()[1]] = view
+    fds = [accepted.detach(), upstream.detach()]
+    express.fds[session] = fds
+    listener.close()
+    end = PairEnd("Workload/shop/web-1", express.servers[0].port)
+    express.rig.agent.send(link.Takeover(session, "Service/shop/web", 80, "Workload/shop/client-1", (end,), (0,)), fds)
+    return client, express.servers[0].connections[-1], fds
+
+
+def test_a_pair_of_a_former_worker_is_taken_over(express: Express) -> None:
+    client, server, _ = taken(express)
+    wait_for(lambda: express.kernel.of(ARM), "the arm")
+    assert [op.op for op in express.kernel.ops] == [HOLD, HOLD, ARM]
+    (pair,) = express.pairs
+    assert (pair.session, pair.endpoints) == (77, (PairEnd("Workload/shop/web-1", express.servers[0].port),))
+    client.sendall(get())
+    assert read_head(server)[0] == get()
+    server.sendall(ok(b"one"))
+    assert read_response(client)[2] == b"one"
+    wait_for(lambda: len(express.kernel.of(ARM)) == 2, "the next arm")
+    assert express.servers[0].accepted == 1
+    assert express.events()["express_takeover"] == 1
+    client.close()
+    wait_for(lambda: express.unpaired() == [77], "Unpair")
+
+
+def test_a_takeover_in_the_middle_of_an_exchange(express: Express) -> None:
+    running = View(0, phase=RESPONSE_BODY, head=get("/fast"), status=200, resp_left=4, handed=True, started=1.0)
+    client, server, _ = taken(express, view=running)
+    server.sendall(b"rest")
+    assert client.recv(4, socket.MSG_WAITALL) == b"rest"
+    wait_for(lambda: express.kernel.of(ARM), "the arm")
+    assert len(express.kernel.of(TAKE)) == 1
+    assert len(express.pairs) == 1
+    assert metric(express.rig, "pillion_requests_total", code="200", path_kind="local") == 1
+    client.close()
+
+
+def test_a_takeover_with_a_request_that_waits(express: Express) -> None:
+    number = express.rig.listen(express.client, express.web)
+    assert number
+    client, server, _ = taken(express)
+    client.sendall(get("/waits"))
+    assert read_head(server)[0] == get("/waits")
+    server.sendall(ok(b"one"))
+    assert read_response(client)[2] == b"one"
+    wait_for(lambda: express.kernel.of(ARM), "the arm")
+    client.close()
+
+
+@pytest.mark.parametrize("wrong", ["caller", "service", "count"])
+def test_a_takeover_that_does_not_fit_is_refused(express: Express, wrong: str) -> None:
+    sock = socket.socket()
+    fds = [sock.detach(), os.open("/dev/null", os.O_RDONLY)]
+    message = link.Takeover(78, "Service/shop/web", 80, "Workload/shop/client-1", (PairEnd("Workload/shop/web-1", 1),), (0,))
+    if wrong == "count":
+        fds.append(os.open("/dev/null", os.O_RDONLY))
+    express.rig.agent.send(message, fds)
+    for fd in fds:
+        os.close(fd)
+    wait_for(lambda: express.unpaired() == [78], "Unpair")
+    assert express.events()["express_takeover_refused"] == 1
+
+
+def test_an_agent_that_offers_what_is_ours_already(express: Express) -> None:
+    talk, gone = express.dialogue(), express.dialogue()
+    mine, past = (pair.session for pair in express.pairs)
+    gone.sock.close()
+    wait_for(lambda: express.unpaired() == [past], "Unpair")
+    for session in (mine, past):
+        fds = [socket.socket().detach() for _ in range(2)]
+        express.rig.agent.send(link.Takeover(session, "Service/shop/web", 80, "Workload/shop/client-1", (), ()), fds)
+        for fd in fds:
+            os.close(fd)
+    wait_for(lambda: express.unpaired() == [past, past], "Unpair")
+    talk.exchange()
+    assert len(express.rig.worker.sessions) == 1
+    talk.sock.close()
+
+
+def test_no_agent_no_question(express: Express) -> None:
+    with express.rig.connect(express.client, express.web) as sock:
+        for n in range(3):
+            sock.sendall(get())
+            wait_for(lambda: express.servers[0].connections, "the connection")
+            assert read_head(express.servers[0].connections[0])[0] == get()
+            if not n:
+                express.rig.agent.close()
+            express.servers[0].connections[0].sendall(ok(b"one"))
+            assert read_response(sock)[0] == 200
+    assert not express.pairs

@@ -1,0 +1,208 @@
+"""The parts of the VM lab that need no VM."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lab import LabError
+from lab.vm import VmLab, guest
+from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Seen, merge, missing, read_junit, table
+from lab.vm.initrd import archive
+from lab.vm.kernels import Kernel, kernel, pick
+from lab.vm.matrix import files
+from lab.vm.plan import Kind, Vm
+from lab.vm.qemu import command_line, mount_of
+from lab.vm.stage import PROJECT
+from lab.vm.switch import LENGTH, Switch
+
+
+def frames(*kinds: bytes) -> bytes:
+    return b"".join(guest.frame(b"12345678", kind, b"payload") for kind in kinds)
+
+
+def test_the_parser_finds_frames_however_they_are_cut() -> None:
+    whole = frames(guest.STDOUT, guest.STDERR, guest.EXIT)
+    for size in (1, 7, 1000):
+        parser, found = guest.Parser(), []
+        for start in range(0, len(whole), size):
+            found += parser.feed(whole[start : start + size])
+        assert [kind for _, kind, _ in found] == [guest.STDOUT, guest.STDERR, guest.EXIT]
+        assert {payload for *_, payload in found} == {b"payload"}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 16, 17, 20])
+def test_a_session_is_found_behind_the_rest_of_another(cut: int) -> None:
+    """A host died after `cut` bytes of a frame: padding fills that up, HELLO is seen."""
+    old = guest.frame(b"oldnonce", guest.STDIN, bytes(guest.PAYLOAD_BYTES_MAX))[:cut]
+    parser = guest.Parser()
+    found = parser.feed(old + guest.PADDING + guest.frame(b"newnonce", guest.HELLO))
+    assert found[-1] == (b"newnonce", guest.HELLO, b"")
+    assert all(nonce != b"newnonce" for nonce, *_ in found[:-1])
+
+
+def test_junk_is_skipped() -> None:
+    parser = guest.Parser()
+    junk = b"PLv" + guest.MAGIC + b"\xff" * 13
+    assert [kind for _, kind, _ in parser.feed(junk + frames(guest.RUN))] == [guest.RUN]
+
+
+def test_the_newest_stock_kernel_is_picked() -> None:
+    names = [
+        "linux-image-6.1.0-9-cloud-amd64",
+        "linux-image-6.1.0-56-cloud-amd64",
+        "linux-image-6.1.0-57-amd64",
+        "linux-image-6.1.0-58-cloud-amd64-unsigned",
+        "linux-image-6.1.0-59-rt-amd64",
+        "linux-image-6.12.9+deb12-cloud-amd64",
+        "linux-image-6.12.117+deb12-cloud-amd64",
+        "linux-image-6.12-cloud-amd64",
+        "linux-image-6.10.11+bpo-amd64",
+        "linux-image-6.8.0-31-generic",
+    ]
+    assert pick("6.1", names) == "linux-image-6.1.0-56-cloud-amd64"
+    assert pick("6.12", names) == "linux-image-6.12.117+deb12-cloud-amd64"
+    assert pick("6.10", names) == "linux-image-6.10.11+bpo-amd64"
+    assert pick("6.8", names) == "linux-image-6.8.0-31-generic"
+    assert pick("6.11", names) is None
+
+
+def test_a_kernel_is_named_by_its_series() -> None:
+    with pytest.raises(LabError, match="not a series"):
+        kernel("../../etc")
+
+
+def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
+    made = Kernel("6.1", "r", tmp_path)
+    made.modules.mkdir(parents=True)
+    lines = ["kernel/a/c.ko.xz: kernel/a/b-b.ko.xz kernel/a/a.ko.xz", "kernel/a/b-b.ko.xz: kernel/a/a.ko.xz", "kernel/a/a.ko.xz:"]
+    (made.modules / "modules.dep").write_text("\n".join(lines) + "\n")
+    assert [path.name for path in made.with_dependencies(["c", "a", "builtin"])] == ["a.ko.xz", "b-b.ko.xz", "c.ko.xz"]
+
+
+def test_the_archive_is_one_that_cpio_reads(tmp_path: Path) -> None:
+    busybox = shutil.which("busybox")
+    assert busybox, "run: deploy/setup.sh vm"
+    data = archive(iter([("d", 0o40755, b""), ("d/file", 0o100644, b"12345"), ("init", 0o100755, b"#!")]))
+    subprocess.run([busybox, "cpio", "-i"], input=data, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "d" / "file").read_bytes() == b"12345"
+    assert (tmp_path / "init").stat().st_mode & 0o777 == 0o755
+
+
+def plan(kind: Kind, **more: object) -> Vm:
+    return Vm("m1", 1, kind, Path("/k"), Path("/m"), **more)  # type: ignore[arg-type]
+
+
+def test_the_command_line_says_what_the_initramfs_does() -> None:
+    quick = command_line(plan(Kind.QUICK)).split()
+    assert {"pillion.kind=quick", "pillion.host=m1", "pillion.ip=10.78.0.11/24,fd78::11/64", "pillion.modules=/m"} <= set(quick)
+    assert not any(word.startswith("pillion.outside") for word in quick)
+    assert "pillion.outside=eth1" in command_line(plan(Kind.MACHINE, outside=True))
+    assert "pillion.outside=eth0" in command_line(plan(Kind.MACHINE, outside=True, network=False))
+
+
+def test_the_mount_of_a_path() -> None:
+    assert mount_of(Path("/proc/self/status")) == Path("/proc")
+    assert mount_of(Path("/")) == Path("/")
+
+
+class Wire:
+    """A card on a switch."""
+
+    def __init__(self, switch: Switch, path: Path) -> None:
+        self.switch, self.sock = switch, socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(path))
+        self.switch.turn(1)
+        self.sock.settimeout(0.2)
+
+    def send(self, destination: int, source: int) -> bytes:
+        frame = bytes([destination]) + bytes(5) + bytes([source]) + bytes(5) + b"data"
+        data = LENGTH.pack(len(frame)) + frame
+        self.sock.sendall(data[:3])
+        self.switch.turn(1)
+        self.sock.sendall(data[3:])
+        self.switch.turn(1)
+        self.switch.turn(0)
+        return data
+
+    def got(self) -> bytes:
+        try:
+            return self.sock.recv(4096)
+        except TimeoutError:
+            return b""
+
+
+def test_the_switch_floods_what_it_does_not_know_and_learns(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    switch = Switch(listener, None)
+    a, b, c = (Wire(switch, path) for _ in range(3))
+    first = a.send(0xFF, 2)  # broadcast, from 2
+    assert (a.got(), b.got(), c.got()) == (b"", first, first)
+    unknown = b.send(6, 4)
+    assert (a.got(), c.got()) == (unknown, unknown)
+    known = c.send(4, 6)
+    assert (a.got(), b.got()) == (b"", known)
+    b.sock.sendall(LENGTH.pack(1 << 30))  # no frame is so long: the card goes, the others stay
+    switch.turn(1)
+    again = a.send(0xFF, 2)
+    assert c.got() == again
+    for wire in (a, b, c):
+        wire.sock.close()
+    listener.close()
+
+
+def test_names_that_are_not_names() -> None:
+    for name in ("", "UP", "a-b", "../x", "a" * 13):
+        with pytest.raises(LabError):
+            VmLab(name)
+    with pytest.raises(LabError, match="VM name"):
+        VmLab("nosuch").start("No", "6.1")
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.bpf.test_connect" name="test_a[v4]"/>
+<testcase classname="tests.bpf.test_connect" name="test_b"><failure message="assert 1 == 2">…</failure></testcase>
+<testcase classname="tests.bpf.test_egress" name="test_c"><skipped message="no root"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_report_is_read_and_a_second_run_counts() -> None:
+    first = read_junit(JUNIT)
+    assert [(each.id, each.message) for each in first] == [
+        ("tests/bpf/test_connect.py::test_a[v4]", ""),
+        ("tests/bpf/test_connect.py::test_b", "assert 1 == 2"),
+        ("tests/bpf/test_egress.py::test_c", "no root"),
+    ]
+    second = [Outcome("tests/bpf/test_connect.py", "test_b"), Outcome("tests/bpf/test_egress.py", "test_c", "still")]
+    merged = merge(first, second)
+    assert [(each.message, each.again) for each in merged] == [("", False), ("", True), ("still", False)]
+
+
+def test_the_table_says_on_off_and_why() -> None:
+    seen = Seen("6.1", "6.1.0-stock", merge(read_junit(JUNIT), [Outcome("tests/bpf/test_connect.py", "test_b")]))
+    text = table([seen])
+    by_name = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("| ")}
+    assert "on (2, 1 at the second try)" in by_name["capture"]
+    assert "**off** (1 of 1)" in by_name["egress"] and "not run" in by_name["ingress"]
+    assert "- `tests/bpf/test_egress.py::test_c`: no root" in text
+    left = missing([seen])
+    assert "6.1.0-stock: capture" not in left and "6.1.0-stock: egress" in left and "6.1.0-stock: ingress" in left
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda each: each.name)
+def test_each_capability_has_tests(capability: Capability) -> None:
+    for start in capability.tests:
+        pattern = f"{start.removesuffix('.py')}*.py" if not start.endswith("/") else f"{start}test_*.py"
+        assert list(PROJECT.glob(pattern)), start
+
+
+def test_every_kernel_test_is_of_some_capability() -> None:
+    chosen = {*files("kernel"), *files("express")}
+    assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests" / "bpf").glob("test_*.py")} <= chosen
