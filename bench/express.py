@@ -87,6 +87,10 @@ def carried(world: World) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def _without_run(ask: Callable[[], float]) -> Callable[[Run], float]:
+    return lambda _run: ask()
+
+
 def measure(name: str, mesh: World, bare: World, envoy_port: int, rounds: int, console: Console) -> report.Row:
     """The parties take turns. Raises LoadError, also when the kernel did not carry what the row is about."""
     unit, load, with_self = ROWS[name]
@@ -101,7 +105,7 @@ def measure(name: str, mesh: World, bare: World, envoy_port: int, rounds: int, c
     samples: dict[str, list[float]] = {party: [] for party in parties}
     with console.status(name) as status:
         for ask in parties.values():
-            until_it_answers(lambda _run, ask=ask: ask(), mesh.run())
+            until_it_answers(_without_run(ask), mesh.run())
         for index in range(rounds):
             for party, ask in parties.items():
                 status.update(f"{name}: round {index + 1} of {rounds}, {party}")

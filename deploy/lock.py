@@ -1,4 +1,4 @@
-"""``python deploy/lock.py``: deploy/requirements.lock, the part of requirements.lock that a host runs with. `make lock` calls it."""
+"""``python deploy/lock.py`` writes deploy/requirements.lock: what of requirements.lock a host runs with. `make lock` calls it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from nodeagent.datapath_api import DatapathError, SchemaMismatch
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = PROJECT / "bpf"
-LOADER_TIMEOUT_S = 180.0
+LOADER_TIMEOUT_S = 150.0
 EXIT_SCHEMA = 3
 BPFFS_MAGIC = 0xCAFE4A11
 STDERR_BYTES_MAX = 2000

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab.state import LabError
+from lab.state import LabError, write_atomic
 from lab.vm import stage
 from lab.vm.capabilities import CAPABILITIES, Outcome, Seen, merge, missing, read_junit, table
 from lab.vm.handle import VmHandle
@@ -58,7 +58,7 @@ def files(suite: str) -> list[str]:
     return [*dict.fromkeys(found), *(["-m", "attack"] if "attacks" in suite else [])]
 
 
-def observe(seen: Seen, suites: Sequence[str], run: Runner) -> None:
+def observe(seen: Seen, suites: Sequence[str], run: Runner, note: Callable[[], None]) -> None:
     """Fill `seen`. `run` is one pytest in the place that is looked at."""
     began = time.monotonic()
     try:
@@ -71,6 +71,8 @@ def observe(seen: Seen, suites: Sequence[str], run: Runner) -> None:
             elif code != 0 and not failed:
                 seen.error = f"pytest of {suite} ended with {code} though no test failed; its log says why"
             seen.outcomes += merge(first, second)
+            seen.seconds = time.monotonic() - began
+            note()
     except (LabError, subprocess.TimeoutExpired) as error:
         seen.error = " ".join(str(error).split())[:300]
     seen.seconds = time.monotonic() - began
@@ -103,27 +105,28 @@ def inside(vm: VmHandle, log: Path) -> Runner:
     return run
 
 
-def kernel_run(kernel: str, suites: Sequence[str], lab: VmLab, cpus: int, say: Callable[[str], None]) -> Seen:
+def kernel_run(
+    seen: Seen, suites: Sequence[str], lab: VmLab, cpus: int, say: Callable[[str], None], note: Callable[[], None]
+) -> None:
     logs = CACHE / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    kernel = seen.kernel
     log = logs / f"{kernel}.log"
     log.write_bytes(b"")
-    seen = Seen(kernel, os.uname().release if kernel == RUNNING else kernel)
     say(f"{seen.release}: {', '.join(suites)}; its log: {log}")
     if kernel == RUNNING:
-        observe(seen, suites, here(log))
+        observe(seen, suites, here(log), note)
     else:
         try:
             limit = 600 + 2 * sum(SUITE_LIMIT_S[suite] for suite in suites)
             vm = lab.start(f"k{kernel.replace('.', '-')}", kernel, cpus=cpus, memory_mib=MEMORY_MIB, limit_s=limit, network=False)
             seen.release = vm.release
-            observe(seen, suites, inside(vm, log))
+            observe(seen, suites, inside(vm, log), note)
             lab.stop(vm.name)
         except LabError as error:
             seen.error = " ".join(str(error).split())[:300]
     off = sum(bool(each.message) for each in seen.outcomes)
     say(f"{seen.release}: {len(seen.outcomes)} tests, {off} off, {seen.seconds:.0f} s {seen.error}")
-    return seen
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,23 +142,26 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
-    found: dict[str, Seen] = {}
+    seen = {kernel: Seen(kernel, os.uname().release if kernel == RUNNING else kernel) for kernel in kernels}
     others = [kernel for kernel in kernels if kernel != RUNNING]
+
+    def note() -> None:  # after each suite: a run that is broken off leaves what it saw
+        if options.write:
+            write_atomic(Path(options.write), table(list(seen.values())).encode())
+
     with VmLab(options.name, say) as lab:
         if RUNNING in kernels:  # alone: its tests have the deadlines of a machine at rest
-            found[RUNNING] = kernel_run(RUNNING, suites, lab, 0, say)
+            kernel_run(seen[RUNNING], suites, lab, 0, say, note)
         jobs = max(1, min(options.jobs, len(others)))
         cpus = max(1, min(4, (os.cpu_count() or 1) // jobs))
         with ThreadPoolExecutor(jobs) as pool:
-            for kernel, seen in zip(others, pool.map(lambda each: kernel_run(each, suites, lab, cpus, say), others), strict=True):
-                found[kernel] = seen
-    ordered = [found[kernel] for kernel in kernels]
-    text = table(ordered)
+            list(pool.map(lambda each: kernel_run(seen[each], suites, lab, cpus, say, note), others))
+    note()
+    ordered = list(seen.values())
     if options.write:
-        Path(options.write).write_text(text)
         say(f"wrote {options.write}")
     else:
-        print(text)
+        print(table(ordered))
     left = missing(ordered) if set(suites) >= set(BY_DEFAULT) else [seen.error for seen in ordered if seen.error]
     for line in left:
         print(f"off: {line}", file=sys.stderr)

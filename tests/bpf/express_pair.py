@@ -138,6 +138,11 @@ class Pair:
         world.proxy(f"{name}.close()")
         self._ready(self.upstreams[-1])
 
+    def dial(self, slot: int) -> None:
+        """One more connection to that server."""
+        self._connect_server(slot)
+        self.accept(slot)
+
     def accept(self, slot: int) -> None:
         """The server takes its connection."""
         self.world.b(f"server, _ = l{slot}.accept()")

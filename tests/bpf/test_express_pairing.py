@@ -307,6 +307,23 @@ def test_a_record_is_busy_with_a_socket_that_left_it(pairs: Pairs) -> None:
     assert read(pair.upstream, len(OKAY)) == OKAY
 
 
+def test_a_server_whose_place_another_has_taken(pairs: Pairs) -> None:
+    """The place in the record is the new connection's; the old one has a note that says the same place."""
+    pair = pairs()
+    pair.dial(0)
+    late = pair.enrolment(1)._replace(slot=0, workload=PLACES)
+    assert one_result(pair, pair.fds["b"], late) == "ok"
+    pair.settle()
+    pair.up_sent[0] = pair.up_consumed[0] = 0
+    pair.arm()
+    pair.client.sendall(GET)
+    assert read(pair.servers[1], len(GET)) == GET
+    pair.servers[0].sendall(OKAY)
+    assert nothing(pair.client)
+    pair.servers[1].sendall(OKAY)
+    assert read(pair.client, len(OKAY)) == OKAY
+
+
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_a_socket_that_connects_again_is_out(pairs: Pairs, world: World, side: str) -> None:
     pair = pairs()

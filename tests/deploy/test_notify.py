@@ -29,7 +29,9 @@ def manager(tmp_path: Path) -> socket.socket:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_told_and_not_inherited(kind: type[l7proxy.notify.Notify], manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_told_and_not_inherited(
+    kind: type[l7proxy.notify.Notify], manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     monkeypatch.setenv("WATCHDOG_USEC", "90000000")
     notify = kind()

@@ -96,7 +96,12 @@ def test_the_hosts_lock_is_of_the_lock() -> None:
 
 def test_vagrant_reads_its_file(tmp_path: Path) -> None:
     assert shutil.which("vagrant"), "run: deploy/setup.sh (Debian has the package vagrant)"
-    environment = {"VAGRANT_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VAGRANT_CHECKPOINT_DISABLE": "1"}
+    environment = {
+        "VAGRANT_HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "VAGRANT_CHECKPOINT_DISABLE": "1",
+    }
     argv = ["vagrant", "validate", "--ignore-provider"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -122,11 +122,12 @@ class Dialogue:
 
     def __init__(self, express: Express) -> None:
         self.express, self.kernel = express, express.kernel
+        before = len(express.kernel.of(ARM))
         self.sock = express.rig.connect(express.client, express.web)
         self.port = self.sock.getsockname()[1]
         self.sent = self.got = 0
         self.server = self.exchange()
-        wait_for(lambda: express.kernel.of(ARM), "the pair to be armed")
+        wait_for(lambda: len(express.kernel.of(ARM)) > before, "the pair to be armed")
 
     def exchange(self, request: bytes = b"", response: bytes = b"") -> socket.socket:
         """One that goes through user space; the server's connection."""

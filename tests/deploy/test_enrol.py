@@ -1,0 +1,214 @@
+"""Enrolment by its files: what is written, what is refused, what is left. systemd answers from a table."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pillion import awaiting, enrol
+from pillion.context import chosen
+from pillion.errors import CliError
+from tests.pillion.conftest import serve
+
+KNOWN = {
+    "LoadState": "loaded", "ActiveState": "inactive", "User": "web", "DynamicUser": "no", "TriggeredBy": "",
+    "PrivateNetwork": "no",
+    "NetworkNamespacePath": "", "AmbientCapabilities": "", "Delegate": "no",
+}  # fmt: skip
+
+
+class Host:
+    """Units by name, and what systemctl was asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.units, self.asked = root, {"web.service": dict(KNOWN)}, list[tuple[str, ...]]()
+
+    def systemctl(self, *arguments: str) -> str:
+        if arguments[0] == "show":
+            return "\n".join(f"{key}={value}" for key, value in self.units.get(arguments[1], {"LoadState": "not-found"}).items())
+        self.asked.append(arguments)
+        return ""
+
+    def files(self) -> dict[str, str]:
+        return {
+            str(path.relative_to(self.root / "units")): path.read_text() if path.exists() else "dangling"
+            for path in sorted((self.root / "units").rglob("*"))
+            if path.is_file() or path.is_symlink()
+        }
+
+    def entries(self) -> list[dict[str, Any]]:
+        return list(yaml.safe_load((self.root / "workloads.yaml").read_text())["workloads"])
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    made = Host(tmp_path)
+    (tmp_path / "units").mkdir()
+    (tmp_path / "workloads.yaml").write_text("workloads: []\n")
+    monkeypatch.setattr(enrol, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(enrol, "WORKLOADS", tmp_path / "workloads.yaml")
+    monkeypatch.setattr(enrol, "systemctl", made.systemctl)
+    monkeypatch.setattr(enrol, "need_root", lambda: None)
+    monkeypatch.setattr(enrol, "await_workload", lambda *_: "")
+    agent, server = serve(tmp_path / "agent.sock")
+    agent.on("GET /v1/status", {"node": "n1", "workloads": []})
+    chosen.agent, chosen.controller, chosen.lab = agent.url, None, None
+    yield made
+    chosen.agent = None
+    server.shutdown()
+    server.server_close()
+
+
+def into(unit: str = "web.service", as_: str = "shop/web", **given: Any) -> None:
+    enrol.enrol(unit, **{"as_": as_, "port": [8080], "label_": None, "name": None, "force": False, "restart": True, **given})
+
+
+def test_a_service_gets_a_slice_that_is_its_workload(host: Host) -> None:
+    into()
+    entry = host.entries()[0]
+    assert entry["cgroup"].endswith("/pillion.slice/pillion-workloads.slice/pillion-workloads-web.slice")
+    assert (entry["namespace"], entry["name"], entry["serviceAccount"], entry["unit"]) == ("shop", "web-n1", "web", "web.service")
+    drop_in = host.files()["web.service.d/50-pillion.conf"]
+    for line in (
+        "Slice=pillion-workloads-web.slice", "After=pillion-agent.service", "Wants=pillion-agent.service",
+        "ProtectControlGroups=yes", "NoNewPrivileges=yes",
+    ):  # fmt: skip
+        assert f"{line}\n" in drop_in
+    assert "pillion.awaiting shop/web-n1" in drop_in and "Requires=" not in drop_in
+
+
+def test_systemd_reads_the_drop_ins(host: Host, tmp_path: Path) -> None:
+    """No line that systemd would ignore with a warning."""
+    host.units["web.service"]["TriggeredBy"] = "web.socket"
+    into()
+    units = tmp_path / "units"
+    (units / "web.service").write_text("[Service]\nExecStart=/bin/true\nUser=daemon\n")
+    (units / "web.socket").write_text("[Socket]\nListenStream=8080\n")
+    (units / "pillion-agent.service").write_text("[Service]\nExecStart=/bin/true\n")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "web.service", "web.socket", "pillion-workloads-web.slice"],
+        env={"SYSTEMD_UNIT_PATH": f"{units}:", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert not [line for line in done.stderr.splitlines() if "pillion" in line or "web." in line], done.stderr
+
+
+def test_its_sockets_go_with_it(host: Host) -> None:
+    host.units["web.service"]["TriggeredBy"] = "web.socket web.timer"
+    into()
+    drop_in = host.files()["web.socket.d/50-pillion.conf"]
+    assert "Slice=pillion-workloads-web.slice\n" in drop_in and "ExecStartPre=+" in drop_in
+    assert "DefaultDependencies=no" in drop_in, "sockets.target comes before every service, the agent as well"
+    assert "web.timer.d/50-pillion.conf" not in host.files()
+
+
+def test_twice_is_once(host: Host) -> None:
+    into()
+    files, entries = host.files(), host.entries()
+    into()
+    assert (host.files(), host.entries()) == (files, entries)
+
+
+def test_withdrawn_without_a_trace(host: Host) -> None:
+    host.units["web.service"]["TriggeredBy"] = "web.socket"
+    into()
+    enrol.withdraw("web.service", all_=False, restart=True)
+    assert host.files() == {} and host.entries() == []
+    assert not list((host.root / "units").iterdir())
+
+
+def test_the_operators_own_drop_ins_stay(host: Host) -> None:
+    own = host.root / "units" / "web.service.d" / "override.conf"
+    own.parent.mkdir()
+    own.write_text("[Service]\nNice=5\n")
+    into()
+    enrol.withdraw(None, all_=True, restart=True)
+    assert host.files() == {"web.service.d/override.conf": "[Service]\nNice=5\n"}
+
+
+def test_a_running_service_is_stopped_before_it_is_started_elsewhere(host: Host) -> None:
+    host.units["web.service"]["ActiveState"] = "active"
+    into()
+    assert host.asked[-2:] == [("stop", "web.service"), ("start", "web.service")]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"User": ""}, "runs as root"),
+        ({"User": "root"}, "runs as root"),
+        ({"AmbientCapabilities": "cap_net_bind_service cap_sys_admin"}, "CAP_SYS_ADMIN"),
+    ],
+)
+def test_weak_units_are_refused_unless_forced(
+    host: Host, change: dict[str, str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.units["web.service"].update(change)
+    with pytest.raises(CliError, match=word):
+        into()
+    assert host.files() == {} and host.entries() == []
+    into(force=True)
+    assert word in capsys.readouterr().err
+
+
+def test_root_that_is_forced_cannot_ask_the_service_manager(host: Host) -> None:
+    host.units["web.service"]["User"] = ""
+    into(force=True)
+    assert "/run/systemd/private" in host.files()["web.service.d/50-pillion.conf"]
+
+
+def test_a_user_has_one_identity(host: Host) -> None:
+    host.units["api.service"] = dict(KNOWN)
+    into()
+    with pytest.raises(CliError, match=r"shares the user web with web\.service"):
+        into("api.service", "shop/api")
+    into("api.service", "shop/web")
+
+
+@pytest.mark.parametrize(
+    ("unit", "change", "word"),
+    [
+        ("gone.service", {}, "not-found"),
+        ("systemd-journald.service", {"LoadState": "loaded"}, "belongs to the system"),
+        ("pillion-agent.service", {"LoadState": "loaded"}, "belongs to the system"),
+        ("web.service", {"PrivateNetwork": "yes"}, "network of its own"),
+        ("web.service", {"Delegate": "yes"}, "manages cgroups itself"),
+        ("web.socket", {}, "is no service"),
+    ],
+)
+def test_what_can_be_no_workload(host: Host, unit: str, change: dict[str, str], word: str) -> None:
+    if change:
+        host.units[unit] = {**KNOWN, **change}
+    with pytest.raises(CliError, match=word):
+        into(unit, force=True)
+
+
+@pytest.mark.parametrize("name", ["web", "shop-front", "web@1", ".dot", "a:b", "käse"])
+def test_slices_are_escaped_as_systemd_does(name: str) -> None:
+    done = subprocess.run(["systemd-escape", "--", name], capture_output=True, text=True, check=True)
+    assert enrol.slice_of(f"{name}.service") == f"pillion-workloads-{done.stdout.strip()}.slice"
+
+
+def test_awaiting_wants_the_cgroup_of_now(tmp_path: Path) -> None:
+    """A status of before the unit's restart, about a cgroup that is gone, is not enough."""
+    agent, server = serve(tmp_path / "a.sock")
+    try:
+        client = awaiting.Client(agent.url)
+        row = {"namespace": "shop", "name": "web", "cgroup": str(tmp_path), "cgroup_id": tmp_path.stat().st_ino, "detail": ""}
+
+        def asked(**change: Any) -> str:
+            agent.on("GET /v1/status", {"workloads": [{**row, **change}]})
+            return awaiting.await_workload(client, "shop", "web", 0.0)
+
+        assert asked() == ""
+        assert asked(cgroup_id=1) == "the agent knows an older cgroup of it"
+        assert asked(detail="no certificate") == "no certificate"
+        assert asked(name="other") == "the agent does not know it"
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "does not answer" in awaiting.await_workload(awaiting.Client(f"unix://{tmp_path}/none"), "shop", "web", 0.0)

@@ -1,0 +1,204 @@
+"""What a worker may have paired: only what the kernel's own records say is its to pair."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from mesh.link import Paired, PairEnd
+from nodeagent import express_pairs
+from nodeagent.express_pairs import Pairs
+from nodeagent.express_programs import Programs
+from tests.mesh.build import workload
+from tests.mesh.express.build import CALLER, CART, KEY, WEB
+from tests.nodeagent.express_fakes import NETNS, Kernel, Sockets, asked, connection, view, world
+
+
+class Desk:
+    def __init__(self) -> None:
+        self.kernel, self.sockets = Kernel(), Sockets()
+        self.wishes: list[tuple[str, Paired]] = []
+        self.pairs = Pairs(self.kernel, self.sockets, lambda worker, wish: self.wishes.append((worker, wish)))
+        self.programs = Programs(self.kernel, self.pairs.moved)
+        self.programs.move(view(world()))
+
+    def pair(self, worker: str = "worker-0", **more: Any) -> Paired:
+        with asked(**more) as (ask, fds):
+            return self.pairs.pair(self.programs, worker, ask, fds)
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_fits_is_paired_and_the_sockets_are_kept(desk: Desk) -> None:
+    before = descriptors()
+    answer = desk.pair()
+    assert answer == Paired(1, True, (0,), ())
+    assert desk.kernel.records == {900: (1, 400)}
+    (at_client, client), (at_server, server) = desk.kernel.enrolled
+    assert (at_client, at_server) == (1000 + NETNS[CART], 1000 + NETNS[WEB])
+    assert client.side == "client" and client.identity == 400
+    assert (server.slot, server.workload, server.port, server.caller) == (0, 300, 8080, ("10.77.1.151", 4711))
+    assert descriptors() == before + 2
+    desk.pairs.unpair("worker-0", 1)
+    assert descriptors() == before and not desk.kernel.records
+
+
+def test_pairing_again_replaces(desk: Desk) -> None:
+    desk.pair()
+    assert desk.pair().ok
+    assert list(desk.kernel.records) == [900] and len(desk.pairs.all) == 1
+
+
+def test_one_worker_can_not_unpair_anothers(desk: Desk) -> None:
+    desk.pair()
+    desk.pairs.unpair("worker-1", 1)
+    assert desk.kernel.records
+
+
+@pytest.mark.parametrize(
+    ("origin", "ask", "reason"),
+    [
+        (None, {}, "not_captured"),
+        ({"identity": 401}, {}, "not_the_caller"),
+        ({"workload": 300}, {}, "not_the_caller"),
+        ({"netns": 99}, {}, "not_the_caller"),
+        ({}, {"caller": WEB}, "not_the_caller"),
+        ({}, {"caller": "Workload/shop/none"}, "not_the_caller"),
+        ({"service": 501}, {}, "no_service"),
+        ({}, {"service": "Service/shop/other"}, "no_service"),
+        ({}, {"service": ""}, "no_service"),
+        ({}, {"port": 81}, "no_service"),
+        ({}, {"endpoints": ()}, "malformed"),
+        ({}, {"endpoints": (PairEnd(WEB, 8080), PairEnd(WEB, 8080))}, "malformed"),
+        ({}, {"endpoints": (PairEnd(CART, 8080),)}, "no_endpoint"),
+        ({}, {"endpoints": (PairEnd(WEB, 9090),)}, "no_endpoint"),
+    ],
+)
+def test_what_the_kernel_knows_otherwise_is_refused(
+    desk: Desk, origin: dict[str, Any] | None, ask: dict[str, Any], reason: str
+) -> None:
+    desk.sockets.value = None if origin is None else {**(desk.sockets.value or {}), **origin}
+    before = descriptors()
+    answer = desk.pair(**ask)
+    assert not answer.ok and answer.reason == reason
+    assert not desk.kernel.records and not desk.pairs.all and descriptors() == before
+    assert desk.pairs.counts == {reason: 1}
+
+
+def test_a_socket_to_somewhere_else_is_refused(desk: Desk) -> None:
+    with asked() as (ask, fds), connection() as (elsewhere, _):
+        os.dup2(elsewhere.fileno(), fds[1])
+        answer = desk.pairs.pair(desk.programs, "worker-0", ask, fds)
+    assert answer.reason == "not_the_endpoint" and not desk.kernel.records
+
+
+def test_what_is_no_socket_is_refused(desk: Desk) -> None:
+    reader, writer = os.pipe()
+    with asked() as (ask, fds):
+        os.dup2(reader, fds[1])
+        answer = desk.pairs.pair(desk.programs, "worker-0", ask, fds)
+    os.close(reader)
+    os.close(writer)
+    assert answer.reason == "failed" and not desk.kernel.records
+
+
+@pytest.mark.parametrize(("side", "reason"), [("client", "client_lowat"), ("server", "server_lowat")])
+def test_what_the_kernel_refuses_is_refused(desk: Desk, side: str, reason: str) -> None:
+    desk.kernel.refuse = {side: "lowat"}
+    assert desk.pair().reason == reason and not desk.kernel.records
+
+
+def test_refusals_that_last_say_so(desk: Desk) -> None:
+    desk.programs.move(view(world(access_log=True), 8))
+    answer = desk.pair()
+    assert answer.reason == "not_expressible" and answer.lasting
+
+
+def test_a_caller_that_has_it_off_is_refused(desk: Desk) -> None:
+    off = workload("cart-1", number=400, account="cart", express="off")
+    known = world()
+    known[CART] = off
+    desk.programs.move(view(known, 8))
+    assert desk.pair().reason == "caller_off"
+
+
+def test_there_is_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(express_pairs, "PAIRS_MAX", 1)
+    assert desk.pair(session=1).ok
+    assert desk.pair(session=2).reason == "too_many_pairs"
+
+
+def test_a_second_endpoint_is_wished_for(desk: Desk) -> None:
+    desk.pair()
+    second = "Workload/shop/web-2"
+    known = world(workload("web-2", number=301), endpoints=(WEB, second))
+    new = view(known, 8, **{second: 73})
+    desk.programs.move(new)
+    desk.pairs.review(new)
+    assert desk.wishes == [("worker-0", Paired(1, True, (0,), (PairEnd(second, 8080),)))]
+
+
+def test_a_service_that_is_no_more_for_the_kernel_is_let_go(desk: Desk) -> None:
+    desk.pair()
+    new = view(world(access_log=True), 8)
+    desk.programs.move(new)
+    desk.pairs.review(new)
+    assert [(worker, wish.ok) for worker, wish in desk.wishes] == [("worker-0", False)]
+
+
+def test_a_caller_that_left_is_let_go(desk: Desk) -> None:
+    desk.pair()
+    known = world()
+    del known[f"Workload/{CALLER.namespace}/{CALLER.name}"]
+    new = view(known, 8)
+    desk.programs.move(new)
+    desk.pairs.review(new)
+    assert not desk.wishes[0][1].ok
+
+
+def test_a_pair_outlives_its_worker(desk: Desk) -> None:
+    desk.pair()
+    desk.pairs.orphan("worker-0", 5.0)
+    desk.pairs.tick(6.0)
+    ((takeover, fds),) = desk.pairs.hand_over("worker-1")
+    assert (takeover.session, takeover.service, takeover.caller, takeover.slots) == (1, KEY, CART, (0,))
+    assert len(fds) == 2 and socket.socket(fileno=os.dup(fds[0])).getpeername()
+    assert list(desk.pairs.all) == [("worker-1", 1)] and desk.kernel.records
+    assert not desk.pairs.hand_over("worker-1")
+    desk.pairs.close()
+
+
+@pytest.mark.parametrize("standing", ["moved", "unread"])
+def test_what_stood_in_the_middle_of_something_is_reset(desk: Desk, standing: str) -> None:
+    with connection() as (client, accepted), connection(8080) as (upstream, server):
+        with asked() as (ask, _):
+            pass
+        fds = [os.dup(accepted.fileno()), os.dup(upstream.fileno())]
+        assert desk.pairs.pair(desk.programs, "worker-0", ask, fds).ok
+        accepted.close()
+        upstream.close()
+        desk.kernel.standing = standing
+        desk.pairs.orphan("worker-0", 5.0)
+        assert desk.pairs.hand_over("worker-1") == [] and not desk.kernel.records
+        for end in (client, server):
+            end.settimeout(5)
+            with pytest.raises(ConnectionResetError):
+                end.recv(1)
+    assert desk.pairs.counts["lost"] == 1
+
+
+def test_nobody_waits_for_ever(desk: Desk) -> None:
+    desk.pair()
+    desk.pairs.orphan("worker-0", 5.0)
+    desk.pairs.tick(5.0 + express_pairs.ORPHANED_S + 1)
+    assert not desk.pairs.all and not desk.kernel.records

@@ -1,0 +1,130 @@
+"""Programs through the states of a mesh: numbers, places and names stay, what is decided does not."""
+
+from __future__ import annotations
+
+from mesh.model import Action, Operation
+from nodeagent.express_programs import ENDPOINTS_MAX, Program, Programs
+from tests.mesh.build import workload
+from tests.mesh.express.build import KEY, WEB, allow, deny
+from tests.nodeagent.express_fakes import NETNS, Kernel, view, world
+
+WEB2 = "Workload/shop/web-2"
+ASK = (400, KEY, 80)
+
+
+def programs(kernel: Kernel) -> tuple[Programs, list[Program]]:
+    moved: list[Program] = []
+    return Programs(kernel, moved.append), moved
+
+
+def test_there_is_none_before_there_is_a_state() -> None:
+    made, _ = programs(Kernel())
+    assert made.get(ASK) is None
+
+
+def test_a_program_is_made_when_it_is_asked_for_and_valid_under_its_generation() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(), generation=7))
+    assert not kernel.programs
+    found = made.get(ASK)
+    assert found is not None and not found.reason and found.states > 0
+    assert kernel.programs[found.index]["generation"] == 7
+    assert kernel.programs[found.index]["endpoints"] == [300]
+    assert kernel.calls == [("drop", 1), ("verdicts", 1), ("put", 1)]  # never valid with another's verdicts
+    assert {(v.name, v.groups) for v in kernel.verdicts[1].values()} == {(0, ((1, 1),))}
+    assert made.get(ASK) is found
+
+
+def test_a_new_state_is_judged_anew_and_the_table_stays() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(), generation=7))
+    found = made.get(ASK)
+    assert found is not None
+    tables = len(kernel.installed)
+    made.move(view(world(), generation=8))
+    assert kernel.programs[found.index]["generation"] == 8
+    assert len(kernel.installed) == tables and not kernel.released
+
+
+def test_a_denied_service_has_no_verdict() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(deny())))
+    found = made.get(ASK)
+    assert found is not None and not kernel.verdicts.get(found.index)
+
+
+def test_another_table_takes_the_place_of_the_old_one_which_is_released() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(), generation=1))
+    assert made.get(ASK)
+    made.move(view(world(allow(Operation(paths=("/a",)))), generation=2))
+    assert len(kernel.installed) == 3 and kernel.released == [2 + 1000 * 2]  # the first is for responses
+
+
+def test_equal_tables_stand_once_and_go_with_their_last_user() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(), generation=1))
+    assert made.get(ASK) and made.get((401, KEY, 80))
+    assert len(kernel.installed) == 2
+    made.move(view(world(allow(Operation(paths=("/a",)))), generation=2))
+    assert kernel.released == [2 + 1000 * 2]
+
+
+def test_what_can_not_be_expressed_is_off_and_says_why() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(access_log=True)))
+    found = made.get(ASK)
+    assert found is not None and "access log" in found.reason and found.index not in kernel.programs
+    made.move(view(world(), generation=9))
+    assert not found.reason and kernel.programs[found.index]["generation"] == 9
+
+
+def test_endpoints_keep_their_place_while_others_come_and_go() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    second = workload("web-2", number=301)
+    made.move(view(world(second, endpoints=(WEB, WEB2)), 1, **{WEB2: 73}))
+    found = made.get(ASK)
+    assert found is not None
+    places = {end: found.place(end) for end in ((WEB, 8080), (WEB2, 8080))}
+    assert sorted(places.values()) == [0, 1]
+    made.move(view(world(second, endpoints=(WEB2,)), 2, **{WEB2: 73}))
+    assert found.place((WEB2, 8080)) == places[WEB2, 8080] and found.place((WEB, 8080)) == -1
+    ids = kernel.programs[found.index]["endpoints"]
+    assert ids[places[WEB2, 8080]] == 301 and ids[places[WEB, 8080]] == 0
+    mask = {group[1] for verdict in kernel.verdicts[found.index].values() for group in verdict.groups}
+    assert mask == {1 << places[WEB2, 8080]}
+
+
+def test_places_are_given_again_only_after_the_pairs_were_let_go() -> None:
+    kernel = Kernel()
+    made, moved = programs(kernel)
+    names = [f"w-{number}" for number in range(ENDPOINTS_MAX + 1)]
+    for number, name in enumerate(names):
+        key = f"Workload/shop/{name}"
+        assert not moved
+        made.move(view(world(workload(name, number=600 + number), endpoints=(key,)), number + 1, **{key: 80 + number}))
+        assert made.get(ASK)
+    assert [program.index for program in moved] == [1]
+    assert kernel.programs[1]["endpoints"] == [600 + ENDPOINTS_MAX]
+
+
+def test_verdicts_are_named_by_who_allows_and_who_serves() -> None:
+    made, _ = programs(Kernel())
+    made.move(view(world(allow(name="mine"), default=Action.DENY)))
+    found = made.get(ASK)
+    assert found is not None and found.names == [("shop/mine#0", "spiffe://mesh.local/ns/shop/sa/web")]
+    made.move(view(world(allow(name="other"), default=Action.DENY), generation=8))
+    assert [rule for rule, _ in found.names] == ["shop/mine#0", "shop/other#0"]  # what was counted keeps its name
+
+
+def test_who_lives_here() -> None:
+    known = view(world())
+    assert known.by_address[("127.0.0.1", 8080)] == [WEB] and known.local == NETNS and known.number(WEB) == 300
+    assert known.number("Workload/shop/none") == 0
