@@ -114,12 +114,10 @@ static inline u32 proxy_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_x
       goto out;
     }
   }
-  if (o->kind == PL_XK_CHECK) {
+  if (o->kind == PL_XK_CHECK) { /* what waits unread there is for the next worker to read */
     e = xends.sk_storage_get(sk, 0, 0);
     if (!e || e->record != o->record)
       result = PL_XQ_NO_RECORD;
-    else if (TCP_U32(tp, O_RCV_NXT) != read || TCP_U32(tp, O_QUEUE_LEN))
-      result = PL_XQ_UNREAD;
     else if (o->side == PL_X_CLIENT ? read != r->arm_up || written != r->arm_down : read != s->srv_seq || written != s->up_seq)
       result = PL_XQ_MOVED;
     goto out;

@@ -281,8 +281,14 @@ settled() { # settled UNITS: until each is ready, or is known to wait for someth
 
 check() { exec python3 "$here/pillion/preflight.py" "$role"; }
 
+alone() { # one of these at a time
+    exec 9>/run/pillion-install.lock
+    flock -n 9 || { say "another install.sh is at work here; waiting for it"; flock 9; }
+}
+
 install() {
     supported
+    alone
     new_code='' new_units='' new_settings='' new_proxy=''
     umask 022
     mkdir -p $record $etc
@@ -304,6 +310,7 @@ withdraw_all() {
 
 remove() {
     supported
+    alone
     if [ ! -e $record/$role ]; then say "nothing to do: no $role is installed here"; return 0; fi
     if [ "$role" = node ]; then
         withdraw_all
@@ -366,3 +373,4 @@ remove_rest() { # the last role took everything with it
 }
 
 $action
+rm -f /run/pillion-install.lock

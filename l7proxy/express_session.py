@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from l7proxy.session import HttpSession
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
+LASTING_EXCHANGES, LASTING_S = 16, 0.1  # a connection with so many exchanges, or that old when one ends, is paired
 UNUSED_S = 300.0  # a pair without an exchange for this long goes apart
 
 
@@ -311,7 +312,8 @@ class Pair(Asking):
 
 
 class Newcomer:
-    """In the place of a Pair for all sessions whose first exchange is not over. Shared."""
+    """In the place of a Pair for all sessions that have not shown yet that they last: pairing costs as much as a few dozen
+    exchanges, so it is for connections that will have more. Shared."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
@@ -320,7 +322,11 @@ class Newcomer:
         return pool.take()
 
     def keep(self, session: HttpSession, connection: UpstreamConnection) -> None:
-        if self.desk.open(session):
+        session.exchanges += 1
+        if session.exchanges == 1:
+            session.since = self.desk.now()
+        lasts = session.exchanges >= LASTING_EXCHANGES or self.desk.now() - session.since > LASTING_S
+        if lasts and self.desk.open(session):
             pair = session.pair = Pair(self.desk, session)
             session.rest = pair.rest
             pair.keep(session, connection)

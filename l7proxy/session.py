@@ -33,6 +33,7 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         "account",
         "caller",
         "candidate",
+        "exchanges",
         "holds",
         "late",
         "late_eof",
@@ -41,6 +42,7 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         "pair",
         "plan",
         "scope",
+        "since",
         "sockets",
         "source_netns",
         "started",
@@ -57,7 +59,8 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         self.candidate: Candidate | None = None
         self.upstream: UpstreamConnection | None = None
         self.tried: list[Endpoint] = []
-        self.started = 0.0
+        self.started = self.since = 0.0  # of this exchange; the end of the first one
+        self.exchanges = 0  # until it is paired
         self.lost = False
         self.account = worker.budgets.of(caller.identity, caller.spiffe)
         self.metered = not scope.inbound  # a tunnel is metered as a whole

@@ -38,6 +38,7 @@ class Express:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting = 0
         self._reaped = 0.0
+        self._reaping = False
         self._generation = 0
         self.path: ExpressPath | None = None
         self.why = "starting" if wanted else "off by --express"
@@ -114,12 +115,21 @@ class Express:
         now = time.monotonic()
         if self.on and now - self._reaped >= REAP_EVERY_S:
             self._reaped = now
-            self._submit(self._tick, now)
+            if self._pairs is not None:
+                self._submit(self._pairs.tick, now)
+            if self._loop is not None and not self._reaping:
+                self._reaping = True
+                self._loop.run_in_executor(None, self._reap)
 
-    def _tick(self, now: float) -> None:
-        if self._pairs is not None and self.path is not None:
-            self._pairs.tick(now)
-            self.path.reap()
+    def _reap(self) -> None:
+        """On another thread: it waits for every program that runs now."""
+        try:
+            if self.path is not None:
+                self.path.reap()
+        except Exception:
+            log.exception("bug_in_express")
+        finally:
+            self._reaping = False
 
     def _submit(self, call: Callable[..., None], *arguments: object) -> None:
         def work() -> None:

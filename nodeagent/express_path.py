@@ -214,7 +214,7 @@ class ExpressPath:
         return self._ops.enrol(items)
 
     def check(self, netns_fd: int, enrolment: Enrolment) -> str:
-        """OK when the proxy's socket is exactly where it was when armed, with nothing unread."""
+        """OK when the proxy has read and written nothing on its socket since it was armed; bytes may wait there."""
         return self._ops.check(netns_fd, enrolment)
 
     def set_program(self, record: int, program: int) -> str:

@@ -2,7 +2,7 @@
 
     python -m lab.vm.matrix [--kernels 6.1,6.12,running] [--suites kernel,express,attacks] [--write docs/kernels.md]
 
-A VM works on a copy of the project taken when it came up. What fails runs a second time; only what fails twice is off.
+A VM works on the project as it was when it came up. What fails runs a second time; only what fails twice is off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lab.state import LabError, write_atomic
-from lab.vm import stage
 from lab.vm.capabilities import CAPABILITIES, Outcome, Seen, merge, missing, read_junit, table
 from lab.vm.handle import VmHandle
 from lab.vm.kernels import CACHE
@@ -92,7 +91,6 @@ def here(log: Path) -> Runner:
 
 
 def inside(vm: VmHandle, log: Path) -> Runner:
-    stage.into(vm)
     slow = SLOW_EMULATED if accelerator() == "tcg" else 1
 
     def run(arguments: Sequence[str], limit_s: float) -> tuple[int, str]:

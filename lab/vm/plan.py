@@ -36,6 +36,8 @@ class Vm:
     disk: Path | None = None
     modules_disk: Path | None = None
     shown: tuple[Path, ...] = ()
+    project: Path = Path()  # what a quick VM sees in the project's place: `snapshot`
+    snapshot: Path = Path()
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from lab.vm.plan import OUTSIDE_CARD, Kind, Vm
 _SHARE = """
 mount --make-rprivate / && mount --bind / "$1" || exit 1
 for path in $3; do mount --bind "$path" "$1$path" && mount -o remount,bind,ro "$1$path" || exit 1; done
-mount -o remount,bind,ro "$1" || exit 1
+mount -o remount,bind,ro "$1" && mount --bind "$6" "$1$5" && mount -o remount,bind,ro "$1$5" || exit 1
 exec "$4" --socket-path="$2" -o source="$1" -o cache=always -o sandbox=chroot
 """
 
@@ -31,7 +31,8 @@ def share_argv(vm: Vm, folder: Path) -> list[str]:
     others = {mount_of(path) for path in vm.shown if path.stat().st_dev != root}
     shown = " ".join(str(path) for path in sorted(others))
     daemon = str(require("virtiofsd"))
-    return ["unshare", "--mount", "sh", "-ec", _SHARE, "sh", str(folder / "root"), str(folder / "root.sock"), shown, daemon]
+    words = [folder / "root", folder / "root.sock", shown, daemon, vm.project, vm.snapshot]
+    return ["unshare", "--mount", "sh", "-ec", _SHARE, "sh", *(str(word) for word in words)]
 
 
 def mount_of(path: Path) -> Path:

@@ -21,13 +21,12 @@ from types import TracebackType
 
 from lab import cgroups, process
 from lab.state import LabError, write_atomic
-from lab.vm import initrd, kernels
+from lab.vm import initrd, kernels, stage
 from lab.vm.channel import Channel
 from lab.vm.disk import disks_of, machine_disk, modules_disk
 from lab.vm.handle import VmHandle
 from lab.vm.plan import LAB_NAME, LIMIT_S, MEMORY_MIB, RUN_ROOT, VM_NAME, VMS_MAX, Kind, Vm
 from lab.vm.qemu import qemu_argv, share_argv
-from lab.vm.stage import PROJECT
 
 BOOT_TIMEOUT_S = 180.0
 
@@ -91,9 +90,11 @@ class VmLab:
             raise LabError(f"a VM lab has {VMS_MAX} VMs at most", "stop one")
         stock = kernels.kernel(kernel, self._say)
         vm = Vm(name, number, kind, stock.image, stock.modules, cpus, memory_mib, limit_s, network, outside)
-        vm = replace(vm, shown=(PROJECT, kernels.CACHE, Path(sys.prefix)))
+        vm = replace(vm, shown=(stage.PROJECT, kernels.CACHE, Path(sys.prefix)))
         if kind is Kind.MACHINE:
             vm = replace(vm, disk=machine_disk(self.name, name, self._say), modules_disk=modules_disk(stock, self._say))
+        else:
+            vm = replace(vm, project=stage.PROJECT, snapshot=stage.take(self.name, name))
         folder = self.folder / name
         self._prepare(folder)
         (folder / "initrd").write_bytes(initrd.build(stock))
@@ -153,7 +154,8 @@ class VmLab:
         cgroups.remove(self.cgroup)
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(disks_of(self.name), ignore_errors=True)
+        for kept in (disks_of(self.name), stage.snapshots_of(self.name)):
+            shutil.rmtree(kept, ignore_errors=True)
         for folder in (RUN_ROOT, RUN_ROOT.parent):
             try:
                 folder.rmdir()

@@ -5,7 +5,14 @@ from contextlib import ExitStack
 
 import pytest
 
+from l7proxy import express_session
 from tests.l7proxy.rig import Mesh, Rig, Server, running
+
+
+@pytest.fixture(autouse=True)
+def paired_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dialogues are about what pairing does; when a connection is worth it, one test says."""
+    monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 1)
 
 
 @pytest.fixture

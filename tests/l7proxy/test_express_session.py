@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from l7proxy import express_session
 from l7proxy.express import FUTILE_MAX, REQUEST_BODY, RESPONSE_BODY, View
 from mesh import link
 from tests.l7proxy.express_rig import ARM, HOLD, TAKE, Dialogue, Express, Op, express_world, get
@@ -50,6 +51,36 @@ def test_the_first_exchange_over_the_session_is_paired_and_armed(express: Expres
         sock.detach()
     assert metric(express.rig, "pillion_express_pairs") == 1
     assert express.events()["express_paired"] == 1
+
+
+def test_a_connection_is_paired_once_it_has_shown_that_it_lasts(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 5)
+    monkeypatch.setattr(express_session, "LASTING_S", 3600.0)
+    express = express_world(mesh, start, serve)
+    with express.rig.connect(express.client, express.web) as sock:
+        for n in range(5):
+            assert not express.pairs, n
+            sock.sendall(get())
+            (connection,) = wait_connections(express, 1)
+            read_head(connection)
+            connection.sendall(ok(b"one"))
+            read_response(sock)
+        wait_for(lambda: express.pairs, "the session to be paired")
+    express.close()
+
+
+def test_an_old_connection_is_paired_at_its_next_exchange(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 100)
+    monkeypatch.setattr(express_session, "LASTING_S", -1.0)
+    express = express_world(mesh, start, serve)
+    found = express.dialogue()
+    assert len(express.pairs) == 1
+    found.sock.close()
+    express.close()
 
 
 def test_every_exchange_through_user_space_arms_it_anew_with_its_bytes(express: Express, talk: Dialogue) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab import LabError, cgroups
-from lab.vm import VmHandle, VmLab, stage
+from lab.vm import VmHandle, VmLab
 from lab.vm.matrix import SLOW_EMULATED, pytest_argv
 from lab.vm.qemu import accelerator
 from lab.vm.stage import PROJECT
@@ -22,11 +22,9 @@ LIMIT_S = 300
 pytestmark = pytest.mark.timeout(LIMIT_S)
 SHORT = (  # loads every program, then a decision of each kind
     "tests/bpf/test_loader.py::test_every_program_stands_behind_a_pinned_link",
-    "tests/bpf/test_connect.py",
     "tests/bpf/test_ingress.py",
     "tests/bpf/test_egress.py",
     "tests/bpf/test_origin.py",
-    "tests/bpf/test_datagram.py",
 )
 
 
@@ -91,7 +89,6 @@ def test_nothing_is_written_to_this_machine(vm: VmHandle, tmp_path: Path) -> Non
 
 
 def test_the_programs_load_and_decide_there(vm: VmHandle, tmp_path: Path) -> None:
-    stage.into(vm)
     slow = SLOW_EMULATED if accelerator() == "tcg" else 1
     argv = [*pytest_argv(SHORT, "/tmp/junit.xml", slow), "-k", "not v6 and not mapped and not full_map"]
     with (tmp_path / "log").open("wb") as log:
