@@ -237,7 +237,7 @@ settings_node() {
 	S
 }
 
-needs_start() { [ "$(systemctl is-active "$1")" != active ]; }
+needs_start() { case $(systemctl is-active "$1") in active | activating) return 1 ;; esac; }
 
 begin() {
     [ -z "$new_units" ] || systemctl daemon-reload

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from l7proxy.session import HttpSession
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
-LASTING_EXCHANGES, LASTING_S = 16, 0.1  # a connection with so many exchanges, or that old when one ends, is paired
+LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges, or that old when one ends, is paired
 UNUSED_S = 300.0  # a pair without an exchange for this long goes apart
 
 

@@ -26,6 +26,7 @@ from nodeagent.worker_link import close_all
 log = structlog.get_logger()
 
 REAP_EVERY_S = 1.0
+FORMER_S = 30.0  # a former agent's pairs are told to a new one within this time
 QUEUE_MAX = 4096  # questions of workers that wait
 
 
@@ -39,7 +40,8 @@ class Express:
         self._waiting = 0
         self._reaped = 0.0
         self._reaping = False
-        self._generation = 0
+        self._former: list[int] = []
+        self._started = 0.0
         self.path: ExpressPath | None = None
         self.why = "starting" if wanted else "off by --express"
         self.probes: dict[str, str] = {}
@@ -70,9 +72,10 @@ class Express:
             if failed:
                 raise DatapathError(f"this kernel does otherwise than express needs: {'; '.join(failed)}")
             pairs = Pairs(path, self._datapath, self._wish)
-            self._programs, self._pairs = Programs(path, pairs.moved), pairs
-            for record in path.records():  # a former agent's: their workers pair anew
-                path.forget_record(record)
+            found = {record: path.read_record(record) for record in path.records()}  # a former agent's: workers pair anew
+            self._former = list(found)
+            taken = {int(fields["program"]) for fields in found.values() if fields}
+            self._programs, self._pairs = Programs(path, pairs.moved, taken), pairs
         except (DatapathError, OSError) as error:
             path.close()
             self.why = str(error)
@@ -115,11 +118,19 @@ class Express:
         now = time.monotonic()
         if self.on and now - self._reaped >= REAP_EVERY_S:
             self._reaped = now
-            if self._pairs is not None:
-                self._submit(self._pairs.tick, now)
+            self._submit(self._tick, now)
             if self._loop is not None and not self._reaping:
                 self._reaping = True
                 self._loop.run_in_executor(None, self._reap)
+
+    def _tick(self, now: float) -> None:
+        self._started = self._started or now
+        if self._pairs is not None:
+            self._pairs.tick(now)
+        if self._former and self.path is not None and now - self._started > FORMER_S:
+            for record in self._former:  # nobody's any more, or in the hands of a worker that does not say so
+                self.path.forget_record(record)
+            self._former = []
 
     def _reap(self) -> None:
         """On another thread: it waits for every program that runs now."""

@@ -185,10 +185,9 @@ class Pairs:
     # ---- what changes
 
     def moved(self, program: Program) -> None:
-        """Its places mean something else from now on: its pairs are let go."""
+        """Its places mean something else from now on: its pairs shall go, once what they carry is over."""
         for (worker, session), pair in list(self.all.items()):
             if pair.program is program:
-                self._kernel.forget_record(pair.record)
                 self._wish(worker, Paired(session, False, reason="moved"))
 
     def review(self, view: View) -> None:

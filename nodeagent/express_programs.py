@@ -4,7 +4,7 @@ place in it and its verdicts their names for as long as the agent runs, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -98,8 +98,10 @@ class Program:
 class Programs:
     """``moved`` is told of programs whose pairs no longer fit, before the kernel hears of anything."""
 
-    def __init__(self, kernel: Kernel, moved: Callable[[Program], None]) -> None:
+    def __init__(self, kernel: Kernel, moved: Callable[[Program], None], taken: Collection[int] = ()) -> None:
+        """``taken``: numbers that records of a former agent name; what they meant then they must never mean again."""
         self._kernel, self._moved = kernel, moved
+        self._numbers = (number for number in range(1, PROGRAMS_MAX + 1) if number not in taken)
         self.all: dict[Key, Program] = {}
         self.view: View | None = None
         self._shared: dict[str, tuple[int, int]] = {}  # digest of a table -> where it stands, how many use it
@@ -108,9 +110,11 @@ class Programs:
     def get(self, key: Key) -> Program | None:
         """Known or made now; None: there are too many, or no state yet."""
         found = self.all.get(key)
-        if found is None and self.view is not None and len(self.all) < PROGRAMS_MAX:
-            found = Program(len(self.all) + 1, key, self.view.spiffe.get(key[0], "unknown"))
-            self.all[key] = found
+        if found is None and self.view is not None:
+            number = next(self._numbers, 0)
+            if not number:
+                return None
+            found = self.all[key] = Program(number, key, self.view.spiffe.get(key[0], "unknown"))
             self._compile(found, self.view)
         return found
 
@@ -165,7 +169,8 @@ class Programs:
         program.reason, program.states, program.current = "", len(compiled.table.rows), compiled.endpoints
 
     def _places(self, program: Program, endpoints: tuple[Endpoint, ...]) -> list[int]:
-        """Each endpoint's place; given to another only when none is left, after the program's pairs were let go."""
+        """Each endpoint's place; given to another only when none is left. The program's pairs are then asked to go; until
+        they have, the kernel finds that their slots lead elsewhere."""
         unknown = [end for end in endpoints if end not in program.endpoints]
         if len(program.endpoints) + len(unknown) > ENDPOINTS_MAX:
             self._moved(program)

@@ -97,6 +97,7 @@ def inside(vm: VmHandle, log: Path) -> Runner:
         env = {"PYTHONDONTWRITEBYTECODE": "1", "PILLION_SLOW": str(slow)}
         with log.open("ab", buffering=0) as output:
             argv = pytest_argv(arguments, "/tmp/junit.xml", slow)
+            vm.run(["rm", "-f", "/tmp/junit.xml"], check=True)  # else a run that never came so far leaves the one before
             code = vm.stream(argv, cwd=str(PROJECT), env=env, timeout=limit_s, stdout=output, stderr=output)
         return code, vm.get("/tmp/junit.xml").decode()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lab.pace import SLOW
 from tests.e2e.mesh import PROGRAMS, Background, Mesh, policy, service, until
 
 PORT = 8070
@@ -35,9 +36,21 @@ def load(mesh: Mesh, who: str = "client", *, host: str = NAME, **options: Any) -
     return mesh.program(who, "exact_client.py", json.dumps(question))
 
 
+def carried_on(mesh: Mesh, requests: int = 20) -> None:
+    """Until the kernel has carried so many more of what runs."""
+    before = event(mesh, "carried")
+    until(lambda: event(mesh, "carried") >= before + requests, "the kernel carries nothing more")
+
+
 def started(running: Background) -> None:
     line = running.first_line()
     assert line == "started\n", line or running.popen.communicate()
+
+
+def stopped(running: Background) -> dict[str, Any]:
+    """Its report, as soon as what is asked is answered."""
+    running.popen.terminate()
+    return running.report(30 * SLOW)
 
 
 def warm(mesh: Mesh) -> None:
@@ -45,7 +58,7 @@ def warm(mesh: Mesh) -> None:
 
     def carries() -> bool:
         before = event(mesh, "carried")
-        report = load(mesh, connections=2, seconds=5, each=20).report(30)
+        report = load(mesh, connections=2, seconds=5, each=60, rate=200).report(30)
         assert not report["wrong"] and not report["errors"], report
         return event(mesh, "carried") > before + 10
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mesh.model import Action, Operation
+from nodeagent import express_programs
 from nodeagent.express_programs import ENDPOINTS_MAX, Program, Programs
 from tests.mesh.build import workload
 from tests.mesh.express.build import KEY, WEB, allow, deny
@@ -128,3 +131,18 @@ def test_who_lives_here() -> None:
     known = view(world())
     assert known.by_address[("127.0.0.1", 8080)] == [WEB] and known.local == NETNS and known.number(WEB) == 300
     assert known.number("Workload/shop/none") == 0
+
+
+def test_numbers_of_a_former_agents_records_are_left_alone() -> None:
+    kernel = Kernel()
+    made = Programs(kernel, lambda _: None, taken={1, 3})
+    made.move(view(world()))
+    found = [made.get((identity, KEY, 80)) for identity in (400, 401, 402)]
+    assert [program.index for program in found if program] == [2, 4, 5]
+
+
+def test_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(express_programs, "PROGRAMS_MAX", 1)
+    made, _ = programs(Kernel())
+    made.move(view(world()))
+    assert made.get(ASK) and made.get((401, KEY, 80)) is None and made.get(ASK)

@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from exchanges import ID, Sent  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from tests.e2e.exchanges import ID, Sent  # noqa: E402
 
 ANSWER_S = 10.0
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.I)
 CODED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.I)
 CLOSES = re.compile(rb"\r\nconnection:[^\r]*close|^HTTP/1\.0 ", re.I)
 UNTIL_CLOSE, CHUNKED = -1, -2
+SILENCE = b"[nothing more]"
+OWN = b"\r\nserver: pillion\r\n"  # the proxy's own answers may name the service
 
 heads: dict[bytes, tuple[int, int, bool]] = {}  # bytes -> status, length, closes
 
@@ -68,7 +70,7 @@ class Connection:
         try:
             data = self.sock.recv(262144)
         except TimeoutError:
-            raise Ended(b"[nothing more]") from None
+            raise Ended(SILENCE) from None
         except OSError as error:
             raise Ended(b"[%s]" % type(error).__name__.encode()) from None
         if not data:
@@ -81,8 +83,7 @@ class Connection:
         try:
             ends = False
             for is_head in sent.heads:
-                status, ends = self.answer(is_head)
-                codes[status] = codes.get(status, 0) + 1
+                ends = self.answer(is_head, codes)
                 if ends:
                     break
             if not (ends or sent.ends):
@@ -96,7 +97,8 @@ class Connection:
             got = self.got
             return (got if len(got) < 20_000 else b"%s %d %d" % (got[:500], len(got), hash(got))) + bytes(end.args[0])
 
-    def answer(self, is_head: bool) -> tuple[int, bool]:
+    def answer(self, is_head: bool, codes: dict[int, int]) -> bool:
+        """Whether it is the last. Counted once it is whole, or may be."""
         while True:
             while (end := self.got.find(b"\r\n\r\n", self.at) + 4) < 4:
                 self.more()
@@ -108,8 +110,8 @@ class Connection:
             if status >= 200:
                 break
         if is_head or not size:
-            return status, ends
-        if size >= 0:
+            pass
+        elif size > 0:
             parts = [self.got]
             have = len(self.got)
             while have < end + size:
@@ -120,10 +122,11 @@ class Connection:
             self.at = end + size
         elif size == CHUNKED:
             self.chunks()
-        else:
+        codes[status] = codes.get(status, 0) + 1
+        if size == UNTIL_CLOSE and not is_head:
             while True:
                 self.more()
-        return status, ends
+        return ends
 
     def more_into(self, parts: list[bytes]) -> None:
         try:
@@ -148,7 +151,7 @@ class Connection:
                 self.more()
 
 
-def part(address: tuple[str, int], connections: list[Connection], items: list[tuple[int, Sent]], codes: dict[int, int]) -> list[bytes]:
+def part(connections: list[Connection], items: list[tuple[int, Sent]], codes: dict[int, int], name: bytes) -> list[bytes]:
     """What came back for each, in order. The n-th goes over connection n modulo their number."""
     seen = []
     count = len(connections)
@@ -157,7 +160,8 @@ def part(address: tuple[str, int], connections: list[Connection], items: list[tu
         for connection, (number, sent) in zip(connections, row, strict=False):
             connection.send(sent.raw.replace(ID, b"%06d" % number), sent.cuts)
         for connection, (_, sent) in zip(connections, row, strict=False):
-            seen.append(connection.answers(sent, codes))
+            got = connection.answers(sent, codes)
+            seen.append(got.replace(name, b"[name]") if got.startswith(OWN, got.find(b"\r")) else got)
     return seen
 
 
@@ -166,18 +170,19 @@ def main() -> None:
     exchanges: list[Sent] = job["exchanges"]
     order: list[int] = job["order"]
     differences: list[dict[str, str]] = []
-    differing = 0
+    differing = silent = 0
     codes: list[dict[int, int]] = [{}, {}]
     seconds = [0.0, 0.0]
     connections = [[Connection(address) for _ in range(job["connections"])] for address in job["addresses"]]
     for start in range(0, len(order), job["part"]):
         items = [(number, exchanges[place]) for number, place in enumerate(order[start : start + job["part"]], start)]
         seen = []
-        for side, address in enumerate(job["addresses"]):
+        for side, name in enumerate(job["names"]):
             began = time.monotonic()
-            seen.append(part(address, connections[side], items, codes[side]))
+            seen.append(part(connections[side], items, codes[side], name.encode()))
             seconds[side] += time.monotonic() - began
         for (number, sent), first, second in zip(items, *seen, strict=True):
+            silent += first.endswith(SILENCE) or second.endswith(SILENCE)
             if first != second:
                 differing += 1
                 if len(differences) < 20:
@@ -189,7 +194,7 @@ def main() -> None:
         print(json.dumps({"done": start + len(items)}), flush=True)
         if not sys.stdin.readline():
             return
-    print(json.dumps({"differing": differing, "differences": differences, "codes": codes, "seconds": seconds}), flush=True)
+    print(json.dumps({"differing": differing, "silent": silent, "differences": differences, "codes": codes, "seconds": seconds}), flush=True)
 
 
 main()

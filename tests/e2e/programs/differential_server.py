@@ -14,8 +14,8 @@ import socket
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import exchanges  # noqa: F401, E402  # what PLANS is made of
+sys.path.insert(0, str(Path(__file__).parents[3]))
+import tests.e2e.exchanges  # noqa: F401, E402  # what PLANS is made of
 
 NUMBER = re.compile(rb"\?i=(\d+\.\d+)r(\d+)")
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.I)

@@ -1,7 +1,6 @@
 """An HTTP/1.1 server whose every answer can be checked: argv: port. By path: /size/<bytes>/<tag>, /chunks/<bytes>/<tag>,
 /reset/<tag> (no answer, RST), /half/<bytes>/<tag> (half of the answer, then RST), /slow/<ms>/<tag>, /close/<tag>; POST to
-any: the digest of its body. Each answer says how often its tag was asked for. `early` on its port + 1 makes it speak out of
-turn (see `Server.early`)."""
+any: the digest of its body. Each answer says how often its tag was asked for."""
 
 import asyncio
 import hashlib
@@ -10,15 +9,11 @@ import socket
 import struct
 import sys
 
-BLOCK = bytes(range(33, 127)) * 1000
+from exact_body import PERIOD, body_of
+
+LONG_BYTES = 1 << 20  # longer ones are written as fast as they are read
 seen: dict[str, int] = {}
 open_now: set["Server"] = set()
-
-
-def body_of(tag: str, size: int) -> bytes:
-    """Tells bytes of one answer, and places in it, from others."""
-    start = int(hashlib.sha1(tag.encode()).hexdigest()[:4], 16) % 94
-    return (BLOCK * ((size + start) // len(BLOCK) + 1))[start : start + size]
 
 
 class Server(asyncio.Protocol):
@@ -68,7 +63,7 @@ class Server(asyncio.Protocol):
             size = int(parts[1])
             self.transport.write(self.head(size, tag, count) + body_of(tag, size // 2))
             self.reset()
-        elif kind in ("slow", "chunks", "size") and kind != "size" or kind == "size" and int(parts[1]) > 1 << 20:
+        elif kind in ("slow", "chunks") or (kind == "size" and int(parts[1]) > LONG_BYTES):
             self.busy = True
             task = asyncio.get_running_loop().create_task(self.long(kind, int(parts[1]), tag, count))
             task.add_done_callback(lambda _task: None)
@@ -106,7 +101,7 @@ class Server(asyncio.Protocol):
             self.transport.write(b"0\r\n\r\n")
         else:
             self.transport.write(self.head(number, tag, count))
-            whole = body_of(tag, 94 * 1000)  # repeats itself from here on
+            whole = body_of(tag, PERIOD)
             for at in range(0, number, len(whole)):
                 self.transport.write(whole[: number - at])
                 await self.room.wait()

@@ -1,0 +1,152 @@
+"""Express with clients and servers that sleep, hurry, vanish and reset, and with answers beyond every budget: no hang, no byte
+lost, doubled or out of its place, and memory bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.pace import SLOW
+from tests.e2e import express
+from tests.e2e.express import NAME, PORT, clean, event, load, stopped
+from tests.e2e.mesh import Background, Mesh, until
+
+KB, MB, GB = 1000, 1_000_000, 1 << 30
+GREW_MB_MAX = 64  # the worker's memory, whatever its clients do
+PAGES_MAX = 24 * MB // 4096  # TCP's of the whole machine, above what it had: receive windows of a few connections
+
+
+@pytest.fixture(scope="module", autouse=True)
+def serving(mesh: Mesh) -> Iterator[None]:
+    with express.exact(mesh):
+        express.warm(mesh)
+        yield
+
+
+def odd(mesh: Mesh, mode: str, **options: Any) -> Background:
+    """`programs/odd_client.py` on a connection that the kernel carries by now."""
+    question = {"host": f"{NAME}.shop.mesh", "port": PORT, "mode": mode, **options}
+    made = mesh.program("client", "odd_client.py", json.dumps(question))
+    line = made.first_line()
+    assert line == "ready\n", line or made.popen.communicate()
+    return made
+
+
+def right(report: dict[str, Any]) -> None:
+    assert not report["wrong"] and not report["errors"], report
+
+
+def resident_mb(mesh: Mesh) -> float:
+    """Of the proxy's workers."""
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in mesh.lab.pids("n1", "proxy-worker")]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE") / MB
+
+
+def tcp_pages() -> int:
+    """What TCP's queues hold, of the whole machine."""
+    (line,) = [line for line in Path("/proc/net/sockstat").read_text().splitlines() if line.startswith("TCP:")]
+    return int(line.split()[-1])
+
+
+@contextmanager
+def bounded(mesh: Mesh) -> Iterator[None]:
+    before = resident_mb(mesh)
+    yield
+    assert resident_mb(mesh) - before < GREW_MB_MAX, f"the worker grew from {before:.0f} to {resident_mb(mesh):.0f} MB"
+
+
+@pytest.mark.parametrize("size", [100 * KB, 300 * KB, 5 * MB])
+def test_a_client_that_asks_again_before_it_has_read(mesh: Mesh, size: int) -> None:
+    """The kernel carries one answer at most that is not read: what is asked on top of it goes by user space, in its order."""
+    before = event(mesh, "carried")
+    with bounded(mesh):
+        report = odd(mesh, "eager", size=size, times=6).report(60 * SLOW)
+    right(report)
+    assert report["ok"] == 40 + 5 * 7
+    assert event(mesh, "carried") > before
+    assert event(mesh, "pipelined") + event(mesh, "unread") + event(mesh, "behind") > 0
+
+
+@pytest.mark.parametrize("size", [100 * KB, 250 * KB, 300 * KB, 5 * MB])
+def test_a_reader_that_sleeps(mesh: Mesh, size: int) -> None:
+    """Others notice nothing."""
+    with bounded(mesh):
+        others = load(mesh, connections=2, seconds=60, rate=100)
+        express.started(others)
+        sleepers = [odd(mesh, "sleepy", size=size, times=2) for _ in range(3)]
+        reports = [sleeper.report(30 * SLOW) for sleeper in sleepers]
+        beside = stopped(others)
+    for report in reports:
+        right(report)
+        assert report["ok"] == 40 + 2 * 2
+    clean(beside)
+    assert beside["slowest_s"] < 1 * SLOW
+
+
+@pytest.mark.parametrize("size", [100 * KB, 250 * KB, 5 * MB])
+def test_clients_that_vanish_while_they_are_answered(mesh: Mesh, size: int) -> None:
+    records = mesh.metric("n1", "pillion_express_records")
+    with bounded(mesh):
+        others = load(mesh, connections=2, seconds=60, rate=100)
+        express.started(others)
+        right(odd(mesh, "vanish", size=size, times=12).report(60 * SLOW))
+        clean(stopped(others))
+    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
+    express.warm(mesh)
+
+
+def test_servers_that_reset(mesh: Mesh) -> None:
+    """Before the answer: user space tries again, as it always does, and says 502; half an answer: the client learns that it
+    is half of one by the end of its connection."""
+    others = load(mesh, connections=2, seconds=60, rate=100)
+    express.started(others)
+    report = odd(mesh, "broken", size=100 * KB, times=12).report(60 * SLOW)
+    clean(stopped(others))
+    assert not report["wrong"], report
+    assert report["statuses"].get("502", 0) + report["statuses"].get("503", 0) == 6, report
+    assert len(report["errors"]) == 6 and all(text.startswith("half: ") for text in report["errors"]), report
+
+
+def test_an_answer_of_a_gigabyte(mesh: Mesh) -> None:
+    size = GB if SLOW == 1 else GB // 8
+    pages = tcp_pages()
+    with bounded(mesh):
+        running = odd(mesh, "huge", size=size)
+        highest = 0
+        while not select.select([running.popen.stdout], [], [], 0.1)[0]:
+            highest = max(highest, tcp_pages())
+        report = running.report(180 * SLOW)
+    right(report)
+    assert report["ok"] == 42
+    assert highest - pages < PAGES_MAX, f"{(highest - pages) * 4096 // MB} MB in TCP's queues"
+
+
+def test_thousands_of_short_connections(mesh: Mesh) -> None:
+    """Of one to three requests, beside some that last: each served, and nothing of them stays."""
+    records = mesh.metric("n1", "pillion_express_records")
+    with bounded(mesh):
+        others = load(mesh, connections=2, seconds=300, rate=50)
+        express.started(others)
+        many = [odd(mesh, "short", times=1250) for _ in range(4)]
+        reports = [each.report(150 * SLOW) for each in many]
+        clean(stopped(others))
+    for report in reports:
+        right(report)
+    assert sum(report["statuses"]["200"] for report in reports) > 2 * 4 * 1250
+    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
+
+
+def test_many_short_lives_that_were_paired(mesh: Mesh) -> None:
+    """Each connection lasts long enough to be paired, and no longer."""
+    records = mesh.metric("n1", "pillion_express_records")
+    with bounded(mesh):
+        for _ in range(4):
+            clean(load(mesh, connections=50, seconds=60, each=30, kind="mixed").report(60 * SLOW))
+    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
