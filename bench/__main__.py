@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import express, neighbour, report
+from bench import express, neighbour, picture, report
 from bench.load import Iperf, LoadError, RedisPing, Run, Wrk
 from bench.world import HTTP_PORT, L4_PORT, World, scale_policies, until_it_answers
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "bench.svg"
 UNITS = {
     "http1-same-node": "requests/s",
     "http1-cross-node": "requests/s",
@@ -101,6 +103,7 @@ def main() -> int:
                 console.print(f"[red]{name}[/]: {error}")
     report.show(rows, console)
     report.write(rows, RESULTS)
+    picture.write(json.loads(RESULTS.read_text()), PICTURE)
     return int(failed)
 
 

@@ -10,6 +10,7 @@ Prints "ready" when the connection is warm, then JSON: {ok, wrong: [texts], erro
 
 import collections
 import json
+import os
 import socket
 import struct
 import sys
@@ -39,7 +40,7 @@ class Connection:
             time.sleep(0.004 if warm == WARM else 0)
 
     def ask(self, kind: str, size: int) -> str:
-        tag = f"{MODE}-{next(tags)}"
+        tag = f"{MODE}-{os.getpid():x}-{next(tags)}"
         path = f"/{kind}/{tag}" if kind == "reset" else f"/{kind}/{size}/{tag}"
         self.sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
         return tag
@@ -152,6 +153,8 @@ def broken(connection: Connection) -> None:
                 while len(connection.buffer) < int(fields["content-length"]):
                     connection.fill()
                 connection.buffer = connection.buffer[int(fields["content-length"]) :]
+                if fields.get("connection") == "close":
+                    connection = Connection()
                 connection.exchange("size", 64)
         except (OSError, EOFError) as error:
             errors.append(f"{'half' if half else 'reset'}: {type(error).__name__} {error}")
