@@ -271,7 +271,8 @@ static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_
   }
   rcv = TCP_U32(tp, O_RCV_NXT);
   if (!e->settled) {
-    if (!e->passed && may_be_reading(tp)) {
+    /* A segment moves from TCP's queue as a whole: what was read of it already would be read again */
+    if ((!e->passed && may_be_reading(tp)) || TCP_U32(tp, O_OWNED) || !all_read(tp)) {
       result = PL_XQ_NOT_YET;
       goto out;
     }

@@ -175,7 +175,7 @@ old_environments() { # after the restart: processes may import late
 unit_files() {
     case $role in
     controller) echo pillion-controller.service ;;
-    node) echo pillion.slice pillion-proxy.slice run-pillion-bpf.mount pillion-agent.service pillion-proxy.service ;;
+    node) echo pillion.slice pillion-agent.slice pillion-proxy.slice run-pillion-bpf.mount pillion-agent.service pillion-proxy.service ;;
     esac
 }
 
@@ -321,7 +321,7 @@ remove() {
         for veth in $(ip -o link show type veth 2>/dev/null | sed -n 's/^[0-9]*: \([^@:]*\).*/\1/p'); do
             tc filter show dev "$veth" ingress 2>/dev/null | grep -q pillion-veth && tc filter del dev "$veth" ingress prio 1 2>/dev/null || :
         done
-        systemctl stop pillion-proxy.slice pillion.slice 2>/dev/null || :
+        systemctl stop pillion-agent.slice pillion-proxy.slice pillion.slice 2>/dev/null || :
         if [ -d /sys/fs/cgroup/pillion.slice ]; then
             find /sys/fs/cgroup/pillion.slice -depth -type d -exec rmdir {} + 2>/dev/null || :
         fi

@@ -10,11 +10,11 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 [ "$(id -u)" = 0 ] || { say "Pillion loads eBPF and makes network namespaces: run this as root (sudo make …)."; exit 1; }
 
 packages="python3-bpfcc linux-libc-dev libbpf1 python3-venv python3-dev gcc iproute2 util-linux procps curl tcpdump
- iperf3 nginx-light redis-server redis-tools mariadb-server mariadb-client wrk nghttp2-client systemd vagrant"
+ iperf3 nginx-light redis-server redis-tools mariadb-server mariadb-client wrk nghttp2-client"
 case "${1:-}" in
 "") ;;
-vm) # for the VM lab alone: `make test`, `make test-kernels`, `pillion lab vm`
-    packages="$packages qemu-system-x86 busybox-static kmod e2fsprogs debootstrap"
+vm) # what only `make test`, `make test-kernels` and `pillion lab vm` need
+    packages="$packages systemd vagrant qemu-system-x86 busybox-static kmod e2fsprogs debootstrap"
     [ -n "$(command -v /usr/lib/qemu/virtiofsd)" ] || ! apt-cache show virtiofsd >/dev/null 2>&1 || packages="$packages virtiofsd" ;;
 *) say "usage: setup.sh [vm]"; exit 2 ;;
 esac

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 EVENTS_WAIT_S = 5.0
+AGENT_SLICE = "pillion-agent.slice"  # of deploy/systemd
 
 
 class CgroupError(Exception):
@@ -140,3 +141,10 @@ def own_path() -> Path:
 def own_cgroup() -> int:
     """Its id."""
     return cgroup_id(own_path())
+
+
+def agent_path() -> Path:
+    """What the agent is known by: its own cgroup, or the slice that is its alone and outlives it. Sockets it made for the
+    proxy belong there still when the next agent comes."""
+    own = own_path()
+    return own.parent if own.parent.name == AGENT_SLICE else own

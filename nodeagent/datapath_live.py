@@ -81,7 +81,7 @@ class Datapath:
             found = self._layouts["pl_config"].unpack(self._maps["config"].get(_KEY0) or bytes(self._layouts["pl_config"].size))
             level = cgroups.level(self.cgroup)
             # The agent's own sockets need it to be a member before anything else can be set up
-            self._me = Member(cgroups.own_cgroup(), Role.AGENT)
+            self._me = Member(cgroups.cgroup_id(cgroups.agent_path()), Role.AGENT)
             self._members = (self._me,)
             self._maps.put("members", self._codec.members(None, self._members))
             self._config = {

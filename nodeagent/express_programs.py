@@ -10,11 +10,12 @@ from typing import Protocol
 
 import structlog
 
+from mesh.budgets import Budget, BudgetTable
 from mesh.express.dfa import Table
 from mesh.express.program import Program as Compiled
 from mesh.express.program import Refusal, compile_program
 from mesh.express.response import RESPONSE
-from mesh.model import CONFIG_KEY, Config, Identity, Service, State, Workload
+from mesh.model import CONFIG_KEY, Config, Identity, IdentityBudget, Service, State, Workload
 from mesh.policy import Peer, PolicySet
 from mesh.routing import RouteTable
 from nodeagent.express_path import Verdict
@@ -35,7 +36,16 @@ class Kernel(Protocol):
     def install(self, table: Table) -> int: ...
     def release(self, base: int) -> None: ...
     def put_program(
-        self, index: int, *, generation: int, root: int, response: int, service: int, endpoints: Sequence[int]
+        self,
+        index: int,
+        *,
+        generation: int,
+        root: int,
+        response: int,
+        service: int,
+        endpoints: Sequence[int],
+        rate_per_s: int,
+        burst: int,
     ) -> None: ...
     def drop_program(self, index: int) -> None: ...
     def set_verdicts(self, index: int, verdicts: Mapping[tuple[int, int], Verdict]) -> None: ...
@@ -50,6 +60,8 @@ class View:
         found = state.get(CONFIG_KEY)
         self.config = found if isinstance(found, Config) else Config(trust_domain="")
         self.routes, self.policies = RouteTable(state), PolicySet(state)
+        named = (item for item in state.values() if isinstance(item, IdentityBudget))
+        self.budgets = BudgetTable(self.config.budgets, self.config.root_namespace, named)
         self.services: dict[int, str] = {}
         self.workloads: dict[int, str] = {}
         self.spiffe: dict[int, str] = {}
@@ -68,6 +80,12 @@ class View:
     def workload(self, key: str) -> Workload | None:
         item = self.state.get(key)
         return item if isinstance(item, Workload) else None
+
+    def rate_per_s(self, spiffe: str) -> int:
+        """Requests of one identity to one service, 0: any. The default protects workers, which what the kernel carries does
+        not burden; one that an operator named is meant."""
+        rate = self.budgets.of(spiffe).requests_per_s
+        return rate if rate != Budget().requests_per_s else 0
 
     def number(self, key: str) -> int:
         """The workload's id, 0 if it is gone."""
@@ -158,6 +176,7 @@ class Programs:
             groups = tuple((weight, _moved_mask(mask, places)) for weight, mask in verdict.groups)
             verdicts[situation] = Verdict(self._name(program, (verdict.rule, verdict.spiffe)), groups)
         self._kernel.set_verdicts(program.index, verdicts)
+        rate = view.rate_per_s(program.source)
         self._kernel.put_program(
             program.index,
             generation=view.generation,
@@ -165,6 +184,8 @@ class Programs:
             response=self._response,
             service=service,
             endpoints=[view.number(end[0]) if end in compiled.endpoints else 0 for end in program.endpoints],
+            rate_per_s=rate,
+            burst=rate,  # a second's worth, as in the proxy
         )
         program.reason, program.states, program.current = "", len(compiled.table.rows), compiled.endpoints
 

@@ -39,7 +39,7 @@ STRONG = (
 MANAGER_SOCKETS = "-/run/systemd/private -/run/dbus/system_bus_socket"
 SHOWN = (
     "LoadState", "ActiveState", "FragmentPath", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
-    "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "Type",
+    "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "ControlGroup",
 )  # fmt: skip
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service\Z")
 NOT_FOR_A_MESH = ("pillion-", "systemd-", "dbus", "user@", "getty@", "serial-getty@", "ssh.", "ssh@", "sshd")
@@ -72,7 +72,8 @@ def slice_of(unit: str) -> str:
 
 
 def cgroup_of_slice(mount: Path, name: str) -> Path:
-    return mount / PARENT / SLICES / name
+    """Where systemd has it."""
+    return mount / (facts(name).get("ControlGroup", "").lstrip("/") or f"{PARENT}/{SLICES}/{name}")
 
 
 def label(text: str) -> str:
@@ -291,10 +292,9 @@ def enrol(
     name = name or label(f"{unit.removesuffix('.service')}-{node}")
     sockets = [each for each in known.get("TriggeredBy", "").split() if each.endswith(".socket")]
     as_root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
-    cgroup = cgroup_of_slice(cgroup2_mount(Path("/proc/self/mountinfo").read_text()), slice_of(unit))
     entry = {
         "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
-        "cgroup": str(cgroup), "ports": sorted(port or []), "unit": unit,
+        "cgroup": "", "ports": sorted(port or []), "unit": unit,
     }  # fmt: skip
     for path, text in files_of(unit, sockets, f"{namespace}/{name}", as_root).items():
         if path.parent.name == f"{AGENT}.wants":
@@ -305,6 +305,7 @@ def enrol(
             write(path, text)
     systemctl("daemon-reload")
     systemctl("start", slice_of(unit))
+    entry["cgroup"] = str(cgroup_of_slice(cgroup2_mount(Path("/proc/self/mountinfo").read_text()), slice_of(unit)))
     write_workloads([*others, entry])
     problem = await_workload(client, namespace, name)
     if problem:

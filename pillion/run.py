@@ -61,6 +61,11 @@ def cgroup_of(pid: int) -> Path:
     raise CliError(f"the agent (pid {pid}) has no cgroup of its own", "start it in one below the node's: <node>/agent")
 
 
+def node_cgroup(agent: Path) -> Path:
+    """Where the programs are attached: above the agent's own, and above the slice that is the agent's alone."""
+    return agent.parent.parent if agent.parent.name == "pillion-agent.slice" else agent.parent
+
+
 def run(
     command: Annotated[list[str], typer.Argument(help="the program and its arguments, after --")],
     service: Annotated[str, typer.Option(help="the service account it runs as; also its label app=…")],
@@ -83,7 +88,7 @@ def run(
     if not url.startswith("unix://"):
         raise CliError("the agent must be of this machine", "use its unix socket: --agent unix:///run/pillion/agent.sock", USAGE)
     pid, client = agent_pid(url), Client(url)
-    parent = cgroup_of(pid).parent / "workloads"
+    parent = node_cgroup(cgroup_of(pid)) / "workloads"
     sweep(parent, client)
     name = name or f"{service}-{secrets.token_hex(3)}"
     cgroup = parent / f"run-{namespace}.{name}"

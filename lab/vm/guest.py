@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import struct
@@ -32,6 +33,7 @@ PENDING_BYTES_MAX = 1 << 18
 READS_MAX = 32
 IDLE_S = 0.1
 FAILED_TO_START = 127
+FILES_MAX = 65536
 
 
 def frame(nonce: bytes, kind: bytes, payload: bytes = b"") -> bytes:
@@ -251,6 +253,8 @@ def serve() -> None:
 
 
 def main() -> None:
+    if "--init" in sys.argv:  # the kernel's own limit is 1024: a service manager would have set more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_MAX, FILES_MAX))
     if "--init" in sys.argv and os.fork() != 0:
         while True:  # PID 1 buries orphans and never ends
             try:

@@ -141,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
-    seen = {kernel: Seen(kernel, os.uname().release if kernel == RUNNING else kernel) for kernel in kernels}
+    seen = {
+        kernel: Seen(kernel, f"{os.uname().release.partition('-')[0]} (running)" if kernel == RUNNING else kernel)
+        for kernel in kernels
+    }
     others = [kernel for kernel in kernels if kernel != RUNNING]
 
     def note() -> None:  # after each suite: a run that is broken off leaves what it saw

@@ -155,7 +155,7 @@ def seed(cgroup: Path, directory: Path, described: dict[str, Any]) -> None:
             "host_netns": netns_cookie(),
         }
         roles = {cgroup / name: role for name, role in ROLES.items()}
-        roles[cgroups.own_path()] = ROLES["agent"]  # whose child this is
+        roles[cgroups.agent_path()] = ROLES["agent"]  # whose child this is
         for path, role in roles.items():
             if path.is_dir() and cgroup in path.parents:
                 member = pack(described["structs"]["pl_member"], {"role": described["constants"][role]})

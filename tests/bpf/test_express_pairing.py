@@ -162,12 +162,26 @@ def test_data_from_before_the_enrolment_is_read_first(pairs: Pairs) -> None:
     pair.accepted.sendall(b"early reply")
     pair.upstream.sendall(b"early request")
     assert pair.enrol() == ["ok", "ok"]
-    pair.settle()
     pair.arm()
     pair.client.sendall(GET)
     pair.is_slow_unread(GET)
     assert read(pair.client, 11) == b"early reply"
     assert read(pair.server, 13) == b"early request"
+    pair.settle()
+
+
+def test_data_that_is_read_in_part_is_not_read_twice(pairs: Pairs) -> None:
+    """A segment that moves from TCP's queue moves as a whole: not while somebody has had the first part of one."""
+    pair = pairs(enrol=False)
+    pair.accepted.sendall(b"early reply")
+    pair.upstream.sendall(b"early request")
+    assert read(pair.client, 6) == b"early " and read(pair.server, 6) == b"early "
+    assert pair.enrol() == ["ok", "ok"]
+    pair.accepted.sendall(b" and more")
+    pair.upstream.sendall(b" and more")
+    assert read(pair.client, 14) == b"reply and more"
+    assert read(pair.server, 16) == b"request and more"
+    pair.settle()
 
 
 # ---- who is refused

@@ -57,13 +57,13 @@ def test_nobody_goes_down_with_the_agent() -> None:
     for unit in UNITS.iterdir():
         found = options(unit.name)
         for name in ("Requires", "BindsTo", "PartOf"):
-            assert not any("pillion-agent" in value for value in found.get(name, [])), unit.name
+            assert not any("pillion-agent.service" in value for value in found.get(name, [])), unit.name
 
 
 def test_the_programs_cgroup_is_never_the_root() -> None:
     agent = options("pillion-agent.service")
     assert "--cgroup /sys/fs/cgroup/pillion.slice " in agent["ExecStart"][0]
-    assert agent["Slice"] == ["pillion.slice"] and options("pillion-proxy.service")["Slice"] == ["pillion-proxy.slice"]
+    assert agent["Slice"] == ["pillion-agent.slice"] and options("pillion-proxy.service")["Slice"] == ["pillion-proxy.slice"]
 
 
 def test_the_token_is_a_credential() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -13,18 +12,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from lab.pace import SLOW
 from mesh.express.program import Program, Refusal, compile_program
 from mesh.model import Item, Workload
 from mesh.policy import Peer, PolicySet
 from mesh.routing import RouteTable
-from tests.e2e.exchanges import Plans, Sent
+from tests.e2e.answers import Plans
+from tests.e2e.exchanges import Sent
 from tests.e2e.mesh import NS, PROGRAMS, TRUST_DOMAIN, Mesh, until
 
 CLIENT, SERVER, PORT = "xd-client", "xd-server", 80
@@ -97,12 +95,14 @@ class Found:
     expressible: int = 0
     carried: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
+    connections: tuple[int, int] = (0, 0)
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         slow, fast = self.seconds
         return (
-            f"{self.exchanges:,} exchanges: {self.expressible:,} expressible, {self.carried:,} carried by the kernel; "
+            f"{self.exchanges:,} exchanges over {self.connections[1]:,} connections: {self.expressible:,} expressible, "
+            f"{self.carried:,} carried by the kernel; "
             f"{slow:.1f} s in user space, {fast:.1f} s with it; {len(self.wrong)} kinds of differences"
         )
 
@@ -159,9 +159,14 @@ class Twins:
         state = self.lab.controller_api("GET", "/v1/state", None)
         return str(state["items"][f"Service/{NS}/{name}"]["vips"][0]), PORT
 
-    def run(self, exchanges: list[Sent], count: int, *, connections: int = CONNECTIONS, part: int = PART, between: Any = None) -> Found:
-        """`count` exchanges, the list over and over. ``between``: called after the first part."""
-        order = [place % len(exchanges) for place in range(count)]
+    def run(
+        self, exchanges: list[Sent], count: int, *, connections: int = CONNECTIONS, part: int = PART, between: Any = None
+    ) -> Found:
+        """The list, then over and over what is not `once`, until `count`. ``between``: called after the first part."""
+        order = list(range(len(exchanges)))
+        again = [place for place, sent in enumerate(exchanges) if not sent.once]
+        while len(order) < count:
+            order += again[: count - len(order)]
         job = {
             "exchanges": exchanges,
             "order": order,
@@ -173,7 +178,9 @@ class Twins:
         (self.files / "job").write_bytes(pickle.dumps(job))
         program = self.program()
         flags = [expressible(program, sent) for sent in exchanges]
-        found = Found(exchanges=sum(len(exchanges[place].heads) for place in order), expressible=sum(flags[place] for place in order))
+        found = Found(
+            exchanges=sum(len(exchanges[place].heads) for place in order), expressible=sum(flags[place] for place in order)
+        )
         before = Counts.read(self.mesh)
         argv = [sys.executable, str(PROGRAMS / "differential_client.py"), str(self.files / "job")]
         client = subprocess.Popen(
@@ -192,11 +199,10 @@ class Twins:
         finally:
             client.kill()
             client.wait()
-        found.seconds = tuple(said["seconds"])
-        if said["differing"]:
-            found.wrong.append(f"the client saw {said['differing']} differences, among them {json.dumps(said['differences'], indent=1)}")
-        if said["silent"]:
-            found.wrong.append(f"{said['silent']} times nothing came where an answer, or an end, was due")
+        found.seconds, found.connections = tuple(said["seconds"]), tuple(said["made"])
+        if said["differing"] or said["silent"]:
+            heading = f"the client saw {said['differing']} differences and {said['silent']} silences"
+            found.wrong.append(f"{heading}, among them {json.dumps(said['differences'], indent=1)}")
         self._compare(found, said["codes"], before)
         return found
 
@@ -226,7 +232,7 @@ class Twins:
         found.carried = counts.express["carried"]
         expected: Counter[str] = Counter()
         for side in codes:
-            expected.update({code: number for code, number in side.items()})
+            expected.update(side)
         by_code: Counter[str] = Counter()
         for (_, _, code, _), number in counts.requests.items():
             by_code[code] += number
@@ -235,7 +241,9 @@ class Twins:
             found.wrong.append(f"counted by code {sorted((+by_code).items())}, seen by the client {sorted((+expected).items())}")
         kernel = sum(number for (_, _, _, kind), number in counts.requests.items() if kind == "express")
         if kernel != counts.express["answered"]:
-            found.wrong.append(f"{kernel} requests in pillion_requests_total by the kernel, which answered {counts.express['answered']}")
+            found.wrong.append(
+                f"{kernel} requests in pillion_requests_total by the kernel, which answered {counts.express['answered']}"
+            )
         if sum(counts.seconds.values()) != sum(counts.requests.values()):
             found.wrong.append(f"durations of {sum(counts.seconds.values())} requests, counts of {sum(counts.requests.values())}")
         found.wrong += _sides(codes)

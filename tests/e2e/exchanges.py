@@ -1,36 +1,27 @@
-"""Exchanges for the differential test of express: what a client sends, in which pieces, and what the server answers. Made
+"""Exchanges for the differential test of express: what a client sends, in which pieces, and which answer it asks for. Made
 from a seed; the same seed makes the same list. Programs of the test import it, so nothing but the standard library here."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tests.e2e.answers import Plans, text
 
 ID = b"@@@@@@"  # where the exchange's number goes: six digits
-BUDGET_BYTES = 256 << 10  # of a response that the kernel carries
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A response. ``pieces``: one send() each; ``head``: of those, for HEAD; ``close``: the server ends the connection behind
-    it; ``ends``: the proxy ends the client's; ``cut``: the answer is not whole, or not there."""
-
-    pieces: tuple[bytes, ...]
-    head: tuple[bytes, ...]
-    close: bool = False
-    ends: bool = False
 
 
 @dataclass(frozen=True)
 class Sent:
     """What a client sends before it reads all answers. ``heads``: for each request, whether it is HEAD; ``cuts``: where `raw`
-    is cut into messages; ``ends``: the last answer ends the connection; ``one_way``: where the request goes is no draw."""
+    is cut into messages; ``ends``: the last answer ends the connection."""
 
     raw: bytes
     heads: tuple[bool, ...] = (False,)
     cuts: tuple[int, ...] = ()
     ends: bool = False
     kind: str = "plain"
+    once: bool = False  # not when the list begins anew
 
     @property
     def first(self) -> bytes:
@@ -38,167 +29,33 @@ class Sent:
         return self.raw[: self.cuts[0]] if self.cuts else self.raw
 
 
-# ---- responses
-
-
-def response(status: int, body: bytes = b"", *fields: bytes, length: bool = True) -> bytes:
-    lines = [b"HTTP/1.1 %d Whatever" % status, *fields]
-    if length:
-        lines.append(b"Content-Length: %d" % len(body))
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def text(size: int) -> bytes:
-    return (b"0123456789abcdef" * (size // 16 + 1))[:size]
-
-
-def whole(status: int, size: int, *fields: bytes, **more: bool) -> Plan:
-    head, body = response(status, text(size), *fields), text(size)
-    return Plan((head + body,), (head,), **more)
-
-
-def pieces(rng: random.Random, data: bytes, count: int) -> tuple[bytes, ...]:
-    cuts = sorted(rng.sample(range(1, len(data)), min(count, len(data) - 1)))
-    return tuple(data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True))
-
-
-def in_pieces(rng: random.Random, plan: Plan) -> Plan:
-    return Plan(pieces(rng, b"".join(plan.pieces), rng.randint(1, 4)), pieces(rng, plan.head[0], 1), plan.close, plan.ends)
-
-
-def chunked(rng: random.Random, *fields: bytes) -> Plan:
-    head = response(200, b"", b"Transfer-Encoding: chunked", *fields, length=False)
-    chunks = b"".join(b"%x\r\n%s\r\n" % (size, text(size)) for size in (rng.randint(1, 300) for _ in range(rng.randint(0, 4))))
-    body = chunks + rng.choice((b"0\r\n\r\n", b"0\r\nx-trailer: 1\r\n\r\n"))
-    if rng.random() < 0.5:
-        return Plan((head + body,), (head,))
-    return Plan((head, *pieces(rng, body, rng.randint(1, 3))), (head,))
-
-
-INTERIMS = (
-    b"HTTP/1.1 100 Continue\r\n\r\n",
-    b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n",
-    b"HTTP/1.1 102 Processing\r\n\r\n",
-)
-FIELDS = (
-    (),
-    (b"Server: s",),
-    (b"content-type: text/plain", b"cache-control: no-store"),
-    (b"set-cookie: a=b", b"set-cookie: c=d"),
-    (b"Connection: keep-alive",),
-    (b"Connection: Keep-Alive", b"Keep-Alive: timeout=5"),
-    (b"x-odd:   spaces  \t",),
-    (b"x-empty:",),
-    (b"x-long: " + b"y" * 700,),
-    (b"x-long: " + b"y" * 1100,),
-    (b"x-long: " + b"y" * 5000,),
-    (b"x-high: \xe9\xff",),
-)
-
-
-def plain_plans(rng: random.Random) -> list[Plan]:
-    """Most of which the kernel can carry."""
-    made = [whole(200, size) for size in (0, 1, 5, 17, 100, 500, 1000, 1400, 4000)]
-    for status in (200, 200, 200, 201, 202, 203, 206, 301, 302, 307, 400, 401, 403, 404, 405, 409, 410, 418, 422, 429, 500, 501, 505, 599):
-        made.append(whole(status, rng.choice((0, 3, 20, 120, 700)), *rng.choice(FIELDS[:9])))
-    made += [Plan((head := response(204, length=False),), (head,)), Plan((head := response(304, length=False),), (head,))]
-    made.append(Plan((head := response(304, text(77)),), (head,)))
-    return made
-
-
-def odd_plans(rng: random.Random) -> list[Plan]:
-    made = [whole(200, rng.randint(0, 400), *fields) for fields in FIELDS[6:]]
-    made += [in_pieces(rng, whole(rng.choice((200, 404)), rng.randint(0, 900), *rng.choice(FIELDS))) for _ in range(40)]
-    made += [chunked(rng, *rng.choice(FIELDS[:6])) for _ in range(16)]
-    for interims in (INTERIMS[:1], INTERIMS[1:2], INTERIMS):
-        last = rng.choice((whole(200, 40), chunked(rng), whole(404, 3)))
-        made.append(Plan((b"".join(interims) + b"".join(last.pieces),), (b"".join(interims) + last.head[0],)))
-        made.append(Plan((*interims, *last.pieces), (*interims, *last.head)))
-    made += [whole(status, 9) for status in (502, 503, 504)]
-    head = b"HTTP/1.1 204 No\r\nContent-Length: 0\r\n\r\n"
-    made.append(Plan((head,), (head,)))
-    for raw in (
-        b"HTTP/1.1 200\r\ncontent-length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 \r\ncontent-length:2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nCONTENT-LENGTH: \t2 \t\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 0000002\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nx-content-length: 9\r\ncontent-length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\ncontent-lengt: 9\r\ncontent-length: 2\r\ncontent-lengthy: 7\r\n\r\nok",
-    ):
-        made.append(Plan((raw,), (raw[:-2],)))
-    return made
-
-
-def large_plans() -> list[Plan]:
-    sizes = (20_000, 65_000, 150_000, BUDGET_BYTES - 60, BUDGET_BYTES + 60, 400_000)
-    made = []
-    for size in sizes:
-        head, body = response(200, text(size)), text(size)
-        made += [Plan((head + body,), (head,)), Plan((head, *(body[at : at + 16_000] for at in range(0, size, 16_000))), (head,))]
-    return made
-
-
-def ending_plans() -> list[Plan]:
-    until_close = response(200, b"", length=False)
-    v10 = b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\n"
-    made = [
-        whole(200, 33, b"Connection: close", close=True, ends=True),
-        Plan((until_close + text(50),), (until_close,), close=True, ends=True),
-        Plan((until_close, text(50), text(9)), (until_close,), close=True, ends=True),
-        Plan((v10 + b"ok",), (v10,), close=True, ends=True),
-        Plan((b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok-and-more",), (b"HTTP/1.1 200 OK\r\n\r\nmore",), ends=True),
-        Plan((b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 2\r\n\r\nok",), (b"HTTP/1.1 nonsense\r\n\r\n",), ends=True),
-        Plan((b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok",), (b"HTTP/1.1 20",), close=True, ends=True),  # cut
-        Plan((b"garbage\r\n\r\n",), (b"garbage\r\n\r\n",), ends=True),
-    ]
-    return made
-
-
-@dataclass(frozen=True)
-class Plans:
-    """All of them, and which numbers are of which kind."""
-
-    all: tuple[Plan, ...]
-    kinds: dict[str, range]
-
-    @classmethod
-    def make(cls, seed: int) -> Plans:
-        rng = random.Random(seed)
-        found: list[Plan] = []
-        kinds = {}
-        for name, made in (
-            ("plain", plain_plans(rng)),
-            ("odd", odd_plans(rng)),
-            ("large", large_plans()),
-            ("ending", ending_plans()),
-        ):
-            kinds[name] = range(len(found), len(found) + len(made))
-            found += made
-        return cls(tuple(found), kinds)
-
-
 # ---- requests
 
-PATHS = (b"/a", b"/a/", b"/a/b/c", b"/b", b"/b/x-1_2~3", b"/only", b"/only/this", b"/a:b", b"/a/@", b"/b/" + b"z" * 200, b"/a/.b", b"/a/b.")
+PATHS = (b"/a", b"/a/", b"/a/b/c", b"/b", b"/b/x-1_2~3", b"/a/c:d", b"/a/@", b"/b/" + b"z" * 200, b"/a/b.")
+ONLY = (b"/only", b"/only/this", b"/only/")
 DENIED = (b"/a/private", b"/a/private/x", b"/a/privateer", b"/b/secret")
-ELSEWHERE = (b"/", b"/ab", b"/bb/c", b"/none", b"/onl", b"/onlyx", b"/c/d")
+ELSEWHERE = (b"/", b"/ab", b"/bb/c", b"/none", b"/onl", b"/onlyx", b"/c/d", b"/a:b", b"/a/.b")
 NOT_PLAIN = (b"/a/%41", b"/a//b", b"/a/../a", b"/a/./b", b"/a;p=1", b"/a/%2e%2e/private", b"//a", b"/a/%70rivate")
 HEADERS = (
     (b"accept: */*",),
     (b"User-Agent: curl/8.0", b"Accept: */*"),
-    (b"x-variant: b",),
     (b"X-Variant: c",),
-    (b"x-variant:b  ",),
     (b"Connection: keep-alive",),
-    (b"connection:Keep-Alive ",),
+    (b"connection:Keep-Alive",),
     (b"cookie: " + b"k=v; " * 60,),
     (b"cookie: a=b", b"Cookie: c=d"),
     (b"x-fill: " + b"f" * 500,),
     (b"x-fill: " + b"f" * 650,),
     (b"x-deny: 0",),
-    (b"accept-encoding: gzip, deflate, br", b"referer: http://x/y?z#w", b"x-a: 1", b"x-b:2", b"x-c:", b"x-d:\t4\t"),
+    (b"accept-encoding: gzip, deflate, br", b"referer: http://x/y?z#w", b"x-a: 1", b"x-b:2", b"x-c:", b"x-d:\t4"),
 )
+ONE_BACKEND = ((b"x-variant: b",), (b"x-variant:b",))
 ODD_HEADERS = (
+    *ONE_BACKEND,
+    (b"x-variant:b  ",),
+    (b"x-variant:\tb\t",),
+    (b"connection:Keep-Alive ",),
+    (b"x-d:\t4\t",),
     (b"x-deny: 1",),
     (b"X-DENY:1",),
     (b"x-deny: 0", b"x-deny: 1"),
@@ -219,7 +76,9 @@ HOSTS = (b"app.example", b"APP.example", b"app.example:8080", b"other", b"10.0.0
 ODD_HOSTS = (b"bad.example", b"BAD.example:1", b"app.example.", b"bad.example.", b"bad.examples")
 
 
-def head(method: bytes, path: bytes, host: bytes, fields: tuple[bytes, ...], plan: int, sub: int = 0, version: bytes = b"1.1") -> bytes:
+def head(
+    method: bytes, path: bytes, host: bytes, fields: tuple[bytes, ...], plan: int, sub: int = 0, version: bytes = b"1.1"
+) -> bytes:
     target = b"%s?i=%s.%dr%d" % (path, ID, sub, plan)
     return b"\r\n".join((b"%s %s HTTP/%s" % (method, target, version), b"Host: " + host, *fields)) + b"\r\n\r\n"
 
@@ -239,12 +98,13 @@ class Maker:
     def plan(self, *kinds: str) -> int:
         return self.rng.choice(self.plans.kinds[self.rng.choice(kinds)])
 
-    def request(self, *, sub: int = 0, plan: int | None = None, paths: tuple[bytes, ...] = PATHS) -> tuple[bytes, bool]:
+    def request(self, *, sub: int = 0, plan: int | None = None) -> tuple[bytes, bool]:
         """A request the compiler would mostly take, and whether it is HEAD."""
         rng = self.rng
         method = rng.choices((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE"), (60, 8, 20, 6, 6))[0]
         body = text(rng.choice((0, 1, 10, 200, 1000, 1024, 3000))) if method in (b"POST", b"PUT") or rng.random() < 0.03 else None
-        fields = rng.choice(HEADERS)
+        fields = rng.choice(ONE_BACKEND if rng.random() < 0.03 else HEADERS)
+        paths = ONLY if rng.random() < 0.03 else PATHS
         if body is not None:
             name = rng.choice((b"Content-Length", b"content-length", b"CONTENT-LENGTH"))
             fields = rng.choice(((*fields, b"%s: %d" % (name, len(body))), (b"%s:%d" % (name, len(body)), *fields)))
@@ -303,8 +163,10 @@ class Maker:
     def odd(self) -> Sent:
         """Legal, or refused by a rule; much of it the compiler leaves alone."""
         rng = self.rng
-        method = rng.choices((b"GET", b"HEAD", b"DELETE", b"PATCH", b"OPTIONS", b"TRACE", b"PURGE", b"GETX"), (50, 5, 5, 5, 3, 1, 1, 1))[0]
-        path = rng.choice(rng.choice((PATHS, DENIED, ELSEWHERE, NOT_PLAIN)))
+        method = rng.choices(
+            (b"GET", b"HEAD", b"DELETE", b"PATCH", b"OPTIONS", b"TRACE", b"PURGE", b"get"), (50, 5, 5, 5, 3, 1, 1, 1)
+        )[0]
+        path = rng.choice(rng.choice((PATHS, ONLY, DENIED, ELSEWHERE, NOT_PLAIN)))
         host = rng.choice(rng.choice((HOSTS, HOSTS, ODD_HOSTS)))
         fields = rng.choice(rng.choice((HEADERS, ODD_HEADERS)))
         return Sent(head(method, path, host, fields, self.plan("plain")), (method == b"HEAD",), kind="odd")
@@ -344,7 +206,6 @@ ILLEGAL = (
     (b"Host: app.example", b"Host : app.example"),
     (b"Host: app.example", b"Host: a/b"),
     (b"Host: app.example", b"Host: a@b"),
-    (b"GET ", b"get "),
     (b"GET ", b"GET  "),
     (b"GET ", b" GET "),
     (b"GET ", b"G ET "),
@@ -382,25 +243,27 @@ ILLEGAL = (
     (b"accept: */*", b"transfer-encoding: chunked\r\ntransfer-encoding: chunked"),
 )
 
-SHARES = {
-    "plain": 745,
-    "odd_answer": 60,
-    "body_apart": 60,
-    "large_body": 1,
-    "large_answer": 3,
-    "fragments": 40,
-    "pipelined": 25,
-    "odd": 45,
-    "odd_body": 10,
-    "illegal": 4,
-    "ending": 6,
+SHARES = {  # ends are rare: a connection is paired when it has lasted
+    "plain": 7500,
+    "odd_answer": 600,
+    "body_apart": 600,
+    "large_body": 10,
+    "large_answer": 30,
+    "fragments": 400,
+    "pipelined": 250,
+    "odd": 250,
+    "odd_body": 100,
+    "illegal": 2,
+    "ending": 3,
 }
 
 
 def corpus(maker: Maker) -> list[Sent]:
     """Not drawn: heads cut at every boundary, every illegal head, every plan."""
     made = []
-    raw = head(b"POST", b"/a/b", b"app.example", (b"content-length: 5", b"x-variant: b"), maker.plans.kinds["plain"][3]) + b"hello"
+    raw = (
+        head(b"POST", b"/a/b", b"app.example", (b"content-length: 5", b"x-variant: b"), maker.plans.kinds["plain"][3]) + b"hello"
+    )
     made += [Sent(raw, cuts=(at,), kind="fragments") for at in range(1, len(raw))]
     for number, plan in enumerate(maker.plans.all):
         for method in (b"GET",) if plan.ends else (b"GET", b"HEAD"):
@@ -408,7 +271,7 @@ def corpus(maker: Maker) -> list[Sent]:
             made.append(Sent(raw, (method == b"HEAD",), ends=plan.ends, kind="ending" if plan.ends else "odd_answer"))
     raw = head(b"GET", b"/a", b"app.example", (b"accept: */*",), maker.plans.kinds["plain"][0])
     made += [Sent(raw.replace(old, new, 1), ends=True, kind="illegal") for old, new in ILLEGAL]
-    for path in (*PATHS, *DENIED, *ELSEWHERE, *NOT_PLAIN):
+    for path in (*PATHS, *ONLY, *DENIED, *ELSEWHERE, *NOT_PLAIN):
         for method in (b"GET", b"HEAD", b"PATCH"):
             raw = head(method, path, b"app.example", (), maker.plans.kinds["plain"][1])
             made.append(Sent(raw, (method == b"HEAD",), kind="odd"))
@@ -420,7 +283,12 @@ def corpus(maker: Maker) -> list[Sent]:
 
 
 def draw(seed: int, count: int, plans: Plans) -> list[Sent]:
-    """The corpus, and so many drawn ones."""
+    """So many, the corpus among them, spread: what ends a connection ends a paired one then."""
     maker = Maker(seed, plans)
-    kinds = maker.rng.choices(list(SHARES), list(SHARES.values()), k=count)
-    return corpus(maker) + [maker.one(kind) for kind in kinds]
+    fixed = corpus(maker)
+    kinds = maker.rng.choices(list(SHARES), list(SHARES.values()), k=max(0, count - len(fixed)))
+    made = [maker.one(kind) for kind in kinds]
+    step = len(made) / len(fixed)
+    for place in range(len(fixed) - 1, -1, -1):
+        made.insert(int(place * step), replace(fixed[place], once=True))
+    return made

@@ -43,10 +43,11 @@ class Kernel:
         self.released.append(base)
 
     def put_program(
-        self, index: int, *, generation: int, root: int, response: int, service: int, endpoints: Sequence[int]
+        self, index: int, *, generation: int, root: int, response: int, service: int, endpoints: Sequence[int], **more: int
     ) -> None:
         self.calls.append(("put", index))
-        self.programs[index] = {"generation": generation, "root": root, "response": response, "endpoints": list(endpoints)}
+        put = {"generation": generation, "root": root, "response": response, "endpoints": list(endpoints)}
+        self.programs[index] = put | more
 
     def drop_program(self, index: int) -> None:
         self.calls.append(("drop", index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.model import Action, Operation
+from mesh.model import Action, BudgetChange, IdentityBudget, Operation
 from nodeagent import express_programs
 from nodeagent.express_programs import ENDPOINTS_MAX, Program, Programs
 from tests.mesh.build import workload
@@ -146,3 +146,17 @@ def test_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = programs(Kernel())
     made.move(view(world()))
     assert made.get(ASK) and made.get((401, KEY, 80)) is None and made.get(ASK)
+
+
+def test_a_budget_of_requests_that_an_operator_named_holds_in_the_kernel_too() -> None:
+    """The mesh's default protects workers, which these requests do not burden."""
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    state = world()
+    made.move(view(state))
+    found = made.get(ASK)
+    assert found is not None and kernel.programs[found.index]["rate_per_s"] == 0
+    slower = IdentityBudget("slow", "shop", BudgetChange(requests_per_s=50))
+    made.move(view({**state, "IdentityBudget/shop/slow": slower}, generation=9))
+    put = kernel.programs[found.index]
+    assert (put["rate_per_s"], put["burst"]) == (50, 50)

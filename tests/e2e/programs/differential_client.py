@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.e2e.exchanges import ID, Sent  # noqa: E402
+from tests.e2e.exchanges import ID, Sent
 
 ANSWER_S = 10.0
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.I)
@@ -49,9 +49,11 @@ class Connection:
         self.sock: socket.socket | None = None
         self.got = b""
         self.at = 0
+        self.made = 0  # connections
 
     def send(self, raw: bytes, cuts: tuple[int, ...]) -> None:
         if self.sock is None:
+            self.made += 1
             self.sock = socket.create_connection(self.address, ANSWER_S)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
@@ -182,9 +184,10 @@ def main() -> None:
             seen.append(part(connections[side], items, codes[side], name.encode()))
             seconds[side] += time.monotonic() - began
         for (number, sent), first, second in zip(items, *seen, strict=True):
-            silent += first.endswith(SILENCE) or second.endswith(SILENCE)
-            if first != second:
-                differing += 1
+            mute = first.endswith(SILENCE) or second.endswith(SILENCE)
+            silent += mute
+            if first != second or mute:
+                differing += first != second
                 if len(differences) < 20:
                     raw = sent.raw.replace(ID, b"%06d" % number)
                     differences.append({
@@ -194,7 +197,19 @@ def main() -> None:
         print(json.dumps({"done": start + len(items)}), flush=True)
         if not sys.stdin.readline():
             return
-    print(json.dumps({"differing": differing, "silent": silent, "differences": differences, "codes": codes, "seconds": seconds}), flush=True)
+    print(
+        json.dumps(
+            {
+                "differing": differing,
+                "silent": silent,
+                "differences": differences,
+                "codes": codes,
+                "seconds": seconds,
+                "made": [sum(one.made for one in side) for side in connections],
+            }
+        ),
+        flush=True,
+    )
 
 
 main()

@@ -1,5 +1,6 @@
 """An HTTP/1.1 server whose every answer can be checked: argv: port. By path: /size/<bytes>/<tag>, /chunks/<bytes>/<tag>,
-/reset/<tag> (no answer, RST), /half/<bytes>/<tag> (half of the answer, then RST), /slow/<ms>/<tag>, /close/<tag>; POST to
+/reset/<tag> (no answer, RST), /half/<bytes>/<tag> (half of the answer, then RST), /slow/<ms>/<tag>, /close/<tag>, /saw/<tag> (how often it
+was asked for); POST to
 any: the digest of its body. Each answer says how often its tag was asked for."""
 
 import asyncio
@@ -53,6 +54,10 @@ class Server(asyncio.Protocol):
     def answer(self, method: str, path: str, body: bytes) -> None:
         parts = path.strip("/").split("/")
         tag = parts[-1]
+        if parts[0] == "saw":
+            text = str(seen.get(tag, 0)).encode()
+            self.transport.write(self.head(len(text), tag, 1) + text)
+            return
         seen[tag] = count = seen.get(tag, 0) + 1
         if len(seen) > 2_000_000:
             seen.clear()
