@@ -19,8 +19,9 @@ import yaml
 
 from pillion.awaiting import await_workload
 from pillion.client import Client
-from pillion.context import chosen
+from pillion.context import FormatOption, chosen
 from pillion.errors import USAGE, CliError
+from pillion.output import Format, machine
 from pillion.run import cgroup2_mount
 
 UNITS = Path("/etc/systemd/system")
@@ -261,6 +262,7 @@ def enrol(
     name: Annotated[str | None, typer.Option(help="the workload's name (default: the unit's and the node's)")] = None,
     force: Annotated[bool, typer.Option("--force", help="also where a way out stays open; they are told")] = False,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="restart it if it runs, to take effect")] = True,
+    form: FormatOption = Format.TABLE,
 ) -> None:
     """A systemd service of this host becomes a workload of the mesh, until it is withdrawn. Safe to repeat."""
     need_root()
@@ -312,20 +314,25 @@ def enrol(
         raise CliError(
             f"{namespace}/{name} is not enforced: {problem}", f"see: pillion status; undo with: pillion withdraw {unit}"
         )
-    print(f"{unit} is {namespace}/{name}, service account {account}")
+    said = [f"{unit} is {namespace}/{name}, service account {account}"]
     active = [each for each in (unit, *sockets) if facts(each).get("ActiveState") == "active"]
     if active and restart:
         systemctl("stop", *active)
         systemctl("start", *active)
-        print(f"restarted {' '.join(active)} in the mesh")
+        said.append(f"restarted {' '.join(active)} in the mesh")
     elif active:
-        print(f"{' '.join(active)} runs outside the mesh until it is restarted")
+        said.append(f"{' '.join(active)} runs outside the mesh until it is restarted")
+    if form is Format.TABLE:
+        print("\n".join(said))
+    else:
+        machine({"unit": unit, "workload": f"{namespace}/{name}", "in_force": restart or not active, "said": said}, form)
 
 
 def withdraw(
     unit: Annotated[str | None, typer.Argument(help="the service")] = None,
     all_: Annotated[bool, typer.Option("--all", help="every enrolled service of this host")] = False,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="restart it if it runs, to take effect")] = True,
+    form: FormatOption = Format.TABLE,
 ) -> None:
     """Undo enrol: the service runs outside the mesh again. Safe to repeat."""
     need_root()
@@ -333,19 +340,20 @@ def withdraw(
         raise CliError("name one service, or --all", "for example: pillion withdraw web.service", USAGE)
     entries = read_workloads()
     chosen_units = [full_name(unit)] if unit else [str(entry["unit"]) for entry in entries if entry.get("unit")]
-    for each in chosen_units:
-        _withdraw(each, restart)
-    if not chosen_units:
-        print("nothing is enrolled here")
+    said = {each: _withdraw(each, restart) for each in chosen_units}
+    if form is not Format.TABLE:
+        machine([{"unit": each, "said": text} for each, text in said.items()], form)
+    else:
+        print("\n".join(said.values()) or "nothing is enrolled here")
 
 
-def _withdraw(unit: str, restart: bool) -> None:
+def _withdraw(unit: str, restart: bool) -> str:
+    """What became of it."""
     entries = read_workloads()
     rest = [entry for entry in entries if entry.get("unit") != unit]
     drop_ins = drop_ins_of(unit)
     if len(rest) == len(entries) and not drop_ins:
-        print(f"{unit} is not enrolled")
-        return
+        return f"{unit} is not enrolled"
     units = [path.parent.name.removesuffix(".d") for path in drop_ins]
     active = [each for each in units if facts(each).get("ActiveState") == "active"]
     if active and restart:
@@ -367,6 +375,6 @@ def _withdraw(unit: str, restart: bool) -> None:
     if active and restart:
         systemctl("stop", slice_of(unit))
         systemctl("start", *active)
-    print(
-        f"{unit} is out of the mesh" + ("" if restart or not active else "; it runs on, denied everything, until it is restarted")
+    return f"{unit} is out of the mesh" + (
+        "" if restart or not active else "; it runs on, denied everything, until it is restarted"
     )

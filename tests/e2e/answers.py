@@ -155,6 +155,8 @@ def ending_plans() -> list[Plan]:
             (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 2\r\n\r\nok",), (b"HTTP/1.1 nonsense\r\n\r\n",), ends=True
         ),
         Plan((b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok",), (b"HTTP/1.1 20",), close=True, ends=True),  # cut
+        Plan((), (), close=True, ends=True),  # asked again where that is safe, or 502
+        Plan((b"HTTP/1.1 200 O",), (), close=True, ends=True),
         Plan((b"garbage\r\n\r\n",), (b"garbage\r\n\r\n",), ends=True),
     ]
 

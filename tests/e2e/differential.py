@@ -159,6 +159,16 @@ class Twins:
         state = self.lab.controller_api("GET", "/v1/state", None)
         return str(state["items"][f"Service/{NS}/{name}"]["vips"][0]), PORT
 
+    @contextmanager
+    def client_program(self, connections: int = CONNECTIONS) -> Iterator[Client]:
+        """It keeps its connections from run to run."""
+        addresses = [self.address(name) for name, _, _ in SIDES]
+        client = Client(self, {"names": [name for name, _, _ in SIDES], "addresses": addresses, "connections": connections})
+        try:
+            yield client
+        finally:
+            client.close()
+
     def run(
         self, exchanges: list[Sent], count: int, *, connections: int = CONNECTIONS, part: int = PART, between: Any = None
     ) -> Found:
@@ -167,46 +177,17 @@ class Twins:
         again = [place for place, sent in enumerate(exchanges) if not sent.once]
         while len(order) < count:
             order += again[: count - len(order)]
-        job = {
-            "exchanges": exchanges,
-            "order": order,
-            "part": part,
-            "connections": connections,
-            "names": [name for name, _, _ in SIDES],
-            "addresses": [self.address(name) for name, _, _ in SIDES],
-        }
-        (self.files / "job").write_bytes(pickle.dumps(job))
         program = self.program()
         flags = [expressible(program, sent) for sent in exchanges]
-        found = Found(
-            exchanges=sum(len(exchanges[place].heads) for place in order), expressible=sum(flags[place] for place in order)
-        )
         before = Counts.read(self.mesh)
-        argv = [sys.executable, str(PROGRAMS / "differential_client.py"), str(self.files / "job")]
-        client = subprocess.Popen(
-            self.client.place.argv(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        assert client.stdin is not None and client.stdout is not None
-        try:
-            while "done" in (said := json.loads(client.stdout.readline())):
-                found.wrong += self._seen()
-                if between is not None:
-                    between()
-                    between = None
-                client.stdin.write("\n")
-                client.stdin.flush()
-            client.wait(30)
-        finally:
-            client.kill()
-            client.wait()
-        found.seconds, found.connections = tuple(said["seconds"]), tuple(said["made"])
-        if said["differing"] or said["silent"]:
-            heading = f"the client saw {said['differing']} differences and {said['silent']} silences"
-            found.wrong.append(f"{heading}, among them {json.dumps(said['differences'], indent=1)}")
-        self._compare(found, said["codes"], before)
+        with self.client_program(connections) as client:
+            found, codes = client.run(exchanges, order, part, between)
+        found.exchanges = sum(len(exchanges[place].heads) for place in order)
+        found.expressible = sum(flags[place] for place in order)
+        self._compare(found, codes, before)
         return found
 
-    def _seen(self) -> list[str]:
+    def seen(self) -> list[str]:
         """What the server says of one part."""
         path = self.files / "seen.json"
         path.unlink(missing_ok=True)
@@ -249,6 +230,50 @@ class Twins:
         found.wrong += _sides(codes)
 
 
+class Client:
+    """The program, which asks both services."""
+
+    def __init__(self, twins: Twins, job: dict[str, Any]) -> None:
+        self.twins, self.job = twins, job
+        argv = twins.client.place.argv([sys.executable, str(PROGRAMS / "differential_client.py")])
+        self.popen = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
+
+    def _tell(self, line: str) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(f"{line}\n")
+        self.popen.stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self.popen.stdout is not None
+        return dict(json.loads(self.popen.stdout.readline()))
+
+    def run(
+        self, exchanges: list[Sent], order: list[int], part: int = PART, between: Any = None
+    ) -> tuple[Found, list[dict[str, int]]]:
+        """What client and server saw, and the answers' codes by service."""
+        path = self.twins.files / "job"
+        path.write_bytes(pickle.dumps({**self.job, "exchanges": exchanges, "order": order, "part": part}))
+        found = Found()
+        self._tell(str(path))
+        while "done" in (said := self._hear()):
+            found.wrong += self.twins.seen()
+            if between is not None:
+                between()
+                between = None
+            self._tell("on")
+        found.seconds, found.connections = tuple(said["seconds"]), tuple(said["made"])
+        if said["differing"] or said["silent"]:
+            heading = f"the client saw {said['differing']} differences and {said['silent']} silences"
+            found.wrong.append(f"{heading}, among them {json.dumps(said['differences'], indent=1)}")
+        return found, said["codes"]
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.communicate()
+
+
 def _sides(codes: list[dict[str, int]]) -> list[str]:
     first, second = codes
     return [] if first == second else [f"codes of user space {first}, with the kernel {second}"]
@@ -263,15 +288,16 @@ def expressible(program: Program, sent: Sent) -> bool:
 
 @dataclass
 class Counts:
-    """Of node n1's metrics, by (source, destination, code, path); by (source, destination); by event."""
+    """Of node n1's metrics, by (source, destination, code, path); by (source, destination); by event; bytes by direction."""
 
     requests: Counter[tuple[str, str, str, str]]
     seconds: Counter[tuple[str, str]]
     express: Counter[str]
+    moved: Counter[str]
 
     @classmethod
     def read(cls, mesh: Mesh) -> Counts:
-        found = cls(Counter(), Counter(), Counter())
+        found = cls(Counter(), Counter(), Counter(), Counter())
         for family in text_string_to_metric_families(mesh.lab.agent_api("n1", "GET", "/metrics")):
             for sample in family.samples:
                 of, value = sample.labels, int(sample.value)
@@ -281,10 +307,17 @@ class Counts:
                     found.seconds[of["source"], of["destination"]] += value
                 elif sample.name == "pillion_express_total":
                     found.express[of["event"]] += value
+                elif sample.name == "pillion_express_bytes_total":
+                    found.moved[of["direction"]] += value
         return found
 
     def __sub__(self, other: Counts) -> Counts:
         def less(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
             return Counter({key: number - b[key] for key, number in a.items() if number != b[key]})
 
-        return Counts(less(self.requests, other.requests), less(self.seconds, other.seconds), less(self.express, other.express))
+        return Counts(
+            less(self.requests, other.requests),
+            less(self.seconds, other.seconds),
+            less(self.express, other.express),
+            less(self.moved, other.moved),
+        )

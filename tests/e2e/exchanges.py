@@ -103,8 +103,8 @@ class Maker:
         rng = self.rng
         method = rng.choices((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE"), (60, 8, 20, 6, 6))[0]
         body = text(rng.choice((0, 1, 10, 200, 1000, 1024, 3000))) if method in (b"POST", b"PUT") or rng.random() < 0.03 else None
-        fields = rng.choice(ONE_BACKEND if rng.random() < 0.03 else HEADERS)
-        paths = ONLY if rng.random() < 0.03 else PATHS
+        fields = rng.choice(ONE_BACKEND if rng.random() < 0.02 else HEADERS)
+        paths = ONLY if rng.random() < 0.02 else PATHS
         if body is not None:
             name = rng.choice((b"Content-Length", b"content-length", b"CONTENT-LENGTH"))
             fields = rng.choice(((*fields, b"%s: %d" % (name, len(body))), (b"%s:%d" % (name, len(body)), *fields)))
@@ -251,7 +251,7 @@ SHARES = {  # ends are rare: a connection is paired when it has lasted
     "large_answer": 30,
     "fragments": 400,
     "pipelined": 250,
-    "odd": 250,
+    "odd": 100,
     "odd_body": 100,
     "illegal": 2,
     "ending": 3,

@@ -18,6 +18,7 @@ from tests.e2e.express import NAME, clean, event, load, pairings, started, stopp
 from tests.e2e.mesh import NS, Mesh, policy, until
 from tests.e2e.test_kill import kill, ready
 
+pytestmark = pytest.mark.timeout(400)
 CONNECTIONS, RATE = 8, 200
 SECONDS_MAX = 150.0  # each load is stopped when its test has seen enough
 CHANGES_EVERY_S = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socketserver
 import sys
 import threading
@@ -125,3 +126,11 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Done(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def pipes_as_before() -> Iterator[None]:
+    """`pillion` dies of SIGPIPE, as tools do; a test that calls its `main` must not leave that to others."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-HONEST_REQUESTS, EVERY_S = 20, 0.003
+HONEST_REQUESTS, EVERY_S = 40, 0.003  # it is paired by then
 
 
 def answer(text: bytes) -> bytes:
@@ -22,7 +22,7 @@ class Forger(asyncio.Protocol):
             self.transport.write(answer(b"ok"))
         if self.asked >= HONEST_REQUESTS and not self.forging:
             self.forging = True
-            self.forge()
+            asyncio.get_running_loop().call_later(EVERY_S, self.forge)
 
     def forge(self) -> None:
         if not self.transport.is_closing():

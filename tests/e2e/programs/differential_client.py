@@ -1,6 +1,6 @@
-"""Client of the differential test: `differential_client.py JOB`. Sends the same exchanges to both services of the job, in parts
-that take turns, over several connections kept alive, and compares what comes back. After each part it prints a line of JSON
-and waits for one; last comes the report."""
+"""Client of the differential test. Reads the names of files with jobs; the first one's connections serve them all. Sends the
+same exchanges to both services of the job, in parts that take turns, and compares what comes back. After each part it prints a
+line of JSON and waits for one; last comes the report."""
 
 from __future__ import annotations
 
@@ -167,15 +167,14 @@ def part(connections: list[Connection], items: list[tuple[int, Sent]], codes: di
     return seen
 
 
-def main() -> None:
-    job: dict[str, Any] = pickle.loads(Path(sys.argv[1]).read_bytes())
+def run(job: dict[str, Any], connections: list[list[Connection]]) -> dict[str, Any] | None:
+    """The report; None: nobody listens."""
     exchanges: list[Sent] = job["exchanges"]
     order: list[int] = job["order"]
     differences: list[dict[str, str]] = []
     differing = silent = 0
     codes: list[dict[int, int]] = [{}, {}]
     seconds = [0.0, 0.0]
-    connections = [[Connection(address) for _ in range(job["connections"])] for address in job["addresses"]]
     for start in range(0, len(order), job["part"]):
         items = [(number, exchanges[place]) for number, place in enumerate(order[start : start + job["part"]], start)]
         seen = []
@@ -196,20 +195,23 @@ def main() -> None:
                     })  # fmt: skip
         print(json.dumps({"done": start + len(items)}), flush=True)
         if not sys.stdin.readline():
+            return None
+    made = [sum(one.made for one in side) for side in connections]
+    return {
+        "differing": differing, "silent": silent, "differences": differences, "codes": codes, "seconds": seconds, "made": made,
+    }  # fmt: skip
+
+
+def main() -> None:
+    connections: list[list[Connection]] = []
+    while path := sys.stdin.readline().strip():
+        job: dict[str, Any] = pickle.loads(Path(path).read_bytes())
+        if not connections:
+            connections = [[Connection(address) for _ in range(job["connections"])] for address in job["addresses"]]
+        report = run(job, connections)
+        if report is None:
             return
-    print(
-        json.dumps(
-            {
-                "differing": differing,
-                "silent": silent,
-                "differences": differences,
-                "codes": codes,
-                "seconds": seconds,
-                "made": [sum(one.made for one in side) for side in connections],
-            }
-        ),
-        flush=True,
-    )
+        print(json.dumps(report), flush=True)
 
 
 main()

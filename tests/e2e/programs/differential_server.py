@@ -81,7 +81,9 @@ class Connection:
         found = NUMBER.search(raw)
         key, plan = (found[1], plans[int(found[2])]) if found else (raw[:200], plans[0])
         seen = raw if len(raw) < 20_000 else b"%s %d %d" % (raw[:500], len(raw), hash(raw))
-        self.side.setdefault(key, []).append(self.place + seen if FIXED.search(raw, 0, end) else seen)
+        known = self.side.setdefault(key, [])
+        if plan.pieces or not known:  # how often one without an answer is asked depends on which connection was taken
+            known.append(self.place + seen if FIXED.search(raw, 0, end) else seen)
         for piece in plan.head if raw.startswith(b"HEAD ") else plan.pieces:
             self.send(piece)
         if plan.close:

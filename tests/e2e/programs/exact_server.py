@@ -1,7 +1,6 @@
 """An HTTP/1.1 server whose every answer can be checked: argv: port. By path: /size/<bytes>/<tag>, /chunks/<bytes>/<tag>,
-/reset/<tag> (no answer, RST), /half/<bytes>/<tag> (half of the answer, then RST), /slow/<ms>/<tag>, /close/<tag>, /saw/<tag> (how often it
-was asked for); POST to
-any: the digest of its body. Each answer says how often its tag was asked for."""
+/reset/<tag> (no answer, RST), /half/<bytes>/<tag> (half of the answer, then RST), /slow/<ms>/<tag>, /close/<tag>, /saw/<tag> (how
+often it was asked for); POST to any: the digest of its body. Each answer says how often its tag was asked for."""
 
 import asyncio
 import hashlib

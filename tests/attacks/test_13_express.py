@@ -1,0 +1,78 @@
+"""threats.md 13 on connections that the kernel carries: a deny that user space knows of and the kernel's tables do not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.attacks.express_world import carried
+from tests.attacks.mutants import Mutant
+from tests.e2e import express
+from tests.e2e.express import NAME
+from tests.e2e.mesh import Mesh, policy, until
+
+OLD_TABLES = Mutant(
+    "b9",
+    "the kernel decides by the state in force",
+    (
+        "bpf/express.c",
+        "  if (!p->generation || *(volatile u32 *)&p->generation != generation_of(c))\n",
+        "  if (!p->generation)\n",
+    ),
+    (
+        "bpf/express.c",
+        "  if (*(volatile u32 *)&p->generation != generation_of(c))\n    return to_user(r, PL_XR_GENERATION);\n  if (p->rate",
+        "  if (p->rate",
+    ),
+    (
+        "bpf/express.c",
+        "  if (*(volatile u32 *)&p->generation != generation_of(c))\n    return hand_over(r, tp, PL_XR_GENERATION);\n",
+        "",
+    ),
+    (
+        "nodeagent/express_programs.py",
+        "        for program in self.all.values():\n            self._compile(program, view)\n",
+        "        pass\n",
+    ),
+)
+CONNECTIONS, SEEN_S = 8, 1.0
+
+
+@pytest.fixture(scope="module")
+def fast(mesh: Mesh) -> Iterator[Mesh]:
+    with carried(mesh):
+        yield mesh
+
+
+def denied_under_load(mesh: Mesh) -> tuple[float, dict[str, Any]]:
+    """When the deny was in force, and what the load saw."""
+    running = express.load(mesh, connections=CONNECTIONS, rate=400, seconds=150, expected=[403])
+    express.started(running)
+    express.carried_on(mesh)
+    mesh.apply(policy("flip", NAME, action="DENY", operation='{paths: ["/size/64/*"]}'))
+    in_force = time.monotonic()
+    until(lambda: time.monotonic() > in_force + SEEN_S, "")
+    return in_force, express.stopped(running)
+
+
+@pytest.mark.attack("keep a paired connection through a deny")
+def test_a_deny_stops_the_next_request(fast: Mesh) -> None:
+    try:
+        in_force, report = denied_under_load(fast)
+        assert report["last_asked"] < in_force
+        assert report["statuses"]["403"] > CONNECTIONS and not report["wrong"] and not report["errors"], report
+    finally:
+        fast.delete("AuthorizationPolicy", "flip")
+
+
+@pytest.mark.red("keep a paired connection through a deny", OLD_TABLES)
+def test_a_deny_stops_nothing_without(broken: Mesh) -> None:
+    with carried(broken):
+        try:
+            in_force, report = denied_under_load(broken)
+            assert report["last_asked"] > in_force + SEEN_S / 4
+        finally:
+            broken.delete("AuthorizationPolicy", "flip")

@@ -1,0 +1,57 @@
+"""threats.md 17: what an application does to its socket while the kernel carries its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.attacks.express_world import attack, carried
+from tests.attacks.mutants import Counted, Mutant
+from tests.e2e.mesh import Mesh
+
+REPAIRED = Mutant(
+    "b10",
+    "no repair of connections",
+    (
+        "bpf/origin.c",
+        "    if (ctx->level == IPPROTO_TCP && ctx->optname == OPT_TCP_REPAIR && !is_mesh(configuration()))\n",
+        "    if (0)\n",
+    ),
+)
+DENIED = ("TCP_ULP", "TCP_REPAIR")
+ENDED = ("disconnect", "listen")  # by the application itself
+HARMLESS = ("SO_RCVLOWAT", "SO_RCVBUF", "TCP_MAXSEG", "SO_ZEROCOPY", "TCP_INQ")
+
+
+@pytest.fixture(scope="module")
+def fast(mesh: Mesh) -> Iterator[Mesh]:
+    with carried(mesh):
+        yield mesh
+
+
+@pytest.mark.attack("options of a paired socket")
+@pytest.mark.parametrize("what", DENIED)
+def test_what_excludes_redirection_is_denied(fast: Mesh, counted: Counted, what: str) -> None:
+    with counted(fast, "n1", "socket_option"):
+        assert attack(fast, "options", what=what) == {"answer": "PermissionError", "after": "right"}
+
+
+@pytest.mark.attack("options of a paired socket")
+@pytest.mark.parametrize("what", HARMLESS)
+def test_nothing_is_lost_by_the_others(fast: Mesh, what: str) -> None:
+    assert attack(fast, "options", what=what)["after"] == "right"
+
+
+@pytest.mark.attack("options of a paired socket")
+@pytest.mark.parametrize("what", ENDED)
+def test_who_takes_his_socket_away_has_none(fast: Mesh, what: str) -> None:
+    """It is his loss alone: nothing is stuck."""
+    assert attack(fast, "options", what=what)["after"] != "stuck"
+    assert attack(fast, "options", what="SO_RCVBUF")["after"] == "right"
+
+
+@pytest.mark.red("options of a paired socket", REPAIRED)
+def test_connections_are_repaired_without(broken: Mesh) -> None:
+    with carried(broken):
+        assert attack(broken, "options", what="TCP_REPAIR")["answer"] == "PASSED"
