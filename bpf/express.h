@@ -77,6 +77,7 @@ static inline bool arm(struct pl_xrecord *r, const struct pl_xarm *a)
   r->arm_up = r->base_in + a->consumed;
   r->arm_down = r->base_out + a->sent;
   r->hold = 0;
+  r->refs = 0; /* a whole slow exchange later no response is on its way; what holds the client's socket now is a timer */
   BARRIER;
   r->armed = 1;
   return true;

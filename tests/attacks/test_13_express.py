@@ -13,6 +13,7 @@ from tests.attacks.mutants import Mutant
 from tests.e2e import express
 from tests.e2e.express import NAME
 from tests.e2e.mesh import Mesh, policy, until
+from tests.e2e.test_lease import CONFIG, LEASE_S, frozen
 
 OLD_TABLES = Mutant(
     "b9",
@@ -37,6 +38,11 @@ OLD_TABLES = Mutant(
         "        for program in self.all.values():\n            self._compile(program, view)\n",
         "        pass\n",
     ),
+)
+NO_LEASE = Mutant(
+    "b9",
+    "the kernel knows the lease",
+    ("bpf/express.c", "  if (c->lease_until_ns && now > c->lease_until_ns)\n    return PL_XR_LEASE;\n", ""),
 )
 CONNECTIONS, SEEN_S = 8, 1.0
 
@@ -76,3 +82,33 @@ def test_a_deny_stops_nothing_without(broken: Mesh) -> None:
             assert report["last_asked"] > in_force + SEEN_S / 4
         finally:
             broken.delete("AuthorizationPolicy", "flip")
+
+
+def past_the_lease(mesh: Mesh) -> float:
+    """Requests on paired connections that were left to user space since the lease was over, for a second."""
+    mesh.apply(CONFIG.format(LEASE_S))
+    try:
+        running = express.load(mesh, connections=CONNECTIONS, rate=100, seconds=150)
+        express.started(running)
+        express.carried_on(mesh)
+        before = express.event(mesh, "lease")
+        with frozen(mesh, "n1"):
+            since = time.monotonic()
+            until(lambda: time.monotonic() > since + SEEN_S, "")
+        report = express.stopped(running)
+        assert report["ok"] and not report["wrong"], report
+        return express.event(mesh, "lease") - before
+    finally:
+        mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
+
+
+@pytest.mark.attack("paired connections past the lease")
+def test_past_the_lease_the_kernel_carries_nothing(fast: Mesh) -> None:
+    """User space, which knows the lease too, answers."""
+    assert past_the_lease(fast) > 10 * CONNECTIONS
+
+
+@pytest.mark.red("paired connections past the lease", NO_LEASE)
+def test_the_kernel_goes_on_past_the_lease_without(broken: Mesh) -> None:
+    with carried(broken):
+        assert past_the_lease(broken) == 0
