@@ -40,7 +40,7 @@ OLD_TABLES = Mutant(
     ),
 )
 NO_LEASE = Mutant(
-    "b9",
+    "b8",
     "the kernel knows the lease",
     ("bpf/express.c", "  if (c->lease_until_ns && now > c->lease_until_ns)\n    return PL_XR_LEASE;\n", ""),
 )

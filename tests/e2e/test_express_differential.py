@@ -33,6 +33,7 @@ def twins(mesh: Mesh) -> Iterator[Twins]:
         yield found
 
 
+@pytest.mark.timeout(300 + EXCHANGES // 300)
 def test_same_bytes_same_verdicts_same_counts(twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     """Stops at the first run with a difference; its seed makes the same exchanges again."""
     exchanges = expressible = carried = connections = 0
@@ -153,6 +154,7 @@ def made_up(draw_from: st.DrawFn) -> Sent:
     return Sent(raw, (method == "HEAD",), tuple(sorted(cuts)), ends, "made_up")
 
 
+@pytest.mark.timeout(300)
 def test_what_hypothesis_makes(twins: Twins) -> None:
     """Among exchanges that keep the connections paired."""
     usual = _plain(twins)
