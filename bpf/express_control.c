@@ -251,6 +251,19 @@ out:
   return result;
 }
 
+/* Whether the proxy has written nothing that this end has not read, and owes it nothing: by the last arm, or from the pairing on
+ * while there was none. In the midst of an answer "all read" may hold for a moment only, and what comes in the next is moved. */
+static inline bool at_rest(struct pl_xop *o, struct pl_xrecord *r, struct pl_xslot *s, void *tp)
+{
+  u32 rcv = TCP_U32(tp, O_RCV_NXT), snd = TCP_U32(tp, O_WRITE_SEQ), armed = *(volatile u32 *)&r->armed;
+
+  if (*(volatile u32 *)&r->busy)
+    return false;
+  if (o->side == PL_X_SERVER)
+    return armed ? rcv == s->up_seq && snd == s->srv_seq : rcv == s->base_out && snd == s->base_in;
+  return armed ? rcv == r->arm_down && snd == r->arm_up : rcv == r->base_out && snd == r->base_in;
+}
+
 static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_xrecord *r)
 {
   struct pl_xslot *s = &r->slots[o->slot & (PL_X_SLOTS - 1)];
@@ -272,7 +285,7 @@ static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_
   rcv = TCP_U32(tp, O_RCV_NXT);
   if (!e->settled) {
     /* A segment moves from TCP's queue as a whole: what was read of it already would be read again */
-    if ((!e->passed && may_be_reading(tp)) || TCP_U32(tp, O_OWNED) || !all_read(tp)) {
+    if ((!e->passed && may_be_reading(tp)) || TCP_U32(tp, O_OWNED) || !all_read(tp) || !at_rest(o, r, s, tp)) {
       result = PL_XQ_NOT_YET;
       goto out;
     }

@@ -9,6 +9,7 @@ import socket
 import struct
 import termios
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -167,6 +168,7 @@ def test_data_from_before_the_enrolment_is_read_first(pairs: Pairs) -> None:
     pair.is_slow_unread(GET)
     assert read(pair.client, 11) == b"early reply"
     assert read(pair.server, 13) == b"early request"
+    pair.arm()
     pair.settle()
 
 
@@ -181,6 +183,27 @@ def test_data_that_is_read_in_part_is_not_read_twice(pairs: Pairs) -> None:
     pair.upstream.sendall(b" and more")
     assert read(pair.client, 14) == b"reply and more"
     assert read(pair.server, 16) == b"request and more"
+    pair.sent += len(b" and more")
+    pair.up_sent[0] += len(b" and more")
+    pair.arm()
+    pair.settle()
+
+
+def test_nothing_is_settled_in_the_midst_of_an_answer(pairs: Pairs) -> None:
+    """All read may hold for a moment only: what comes in the next would be moved from under who reads it."""
+    pair = pairs(enrol=False)
+    pair.accepted.sendall(b"early")
+    assert pair.enrol() == ["ok", "ok"]
+    pair.arm()
+    pair.accepted.sendall(b" and more")  # not armed since: more may come
+    assert read(pair.client, 14) == b"early and more"
+    wait_for(lambda: pair.settled(*pair.servers), "the server's end is settled")
+    end = time.monotonic() + 0.1  # looked at many times: after 1 ms, then doubling
+    while time.monotonic() < end:
+        assert not pair.settled(pair.client)
+        time.sleep(0.005)
+    pair.sent += len(b" and more")
+    pair.arm()
     pair.settle()
 
 
