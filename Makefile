@@ -34,7 +34,7 @@ check: setup
 	@.venv/bin/mypy
 
 test: setup-vm $(if $(ONLY),,check)
-	@$(if $(ONLY),$(PY) -m pytest $(ONLY),tests/all.sh)
+	@$(PY) -m pytest $(or $(ONLY),tests)
 
 test-kernels: setup-vm
 	@$(PY) -m lab.vm.matrix --kernels $(KERNELS) --suites $(SUITES) --write docs/kernels.md

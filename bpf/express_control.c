@@ -251,17 +251,15 @@ out:
   return result;
 }
 
-/* Whether the proxy has written nothing that this end has not read, and owes it nothing: by the last arm, or from the pairing on
- * while there was none. In the midst of an answer "all read" may hold for a moment only, and what comes in the next is moved. */
+/* Whether the proxy has written nothing that this end has not read: by the last arm, or from the pairing on while there was
+ * none. In the midst of an answer "all read" may hold for a moment only, and what comes in the next is moved. */
 static inline bool at_rest(struct pl_xop *o, struct pl_xrecord *r, struct pl_xslot *s, void *tp)
 {
-  u32 rcv = TCP_U32(tp, O_RCV_NXT), snd = TCP_U32(tp, O_WRITE_SEQ), armed = *(volatile u32 *)&r->armed;
+  u32 rcv = TCP_U32(tp, O_RCV_NXT), armed = *(volatile u32 *)&r->armed;
 
-  if (*(volatile u32 *)&r->busy)
-    return false;
   if (o->side == PL_X_SERVER)
-    return armed ? rcv == s->up_seq && snd == s->srv_seq : rcv == s->base_out && snd == s->base_in;
-  return armed ? rcv == r->arm_down && snd == r->arm_up : rcv == r->base_out && snd == r->base_in;
+    return rcv == (armed ? s->up_seq : s->base_out);
+  return rcv == (armed ? r->arm_down : r->base_out);
 }
 
 static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_xrecord *r)
