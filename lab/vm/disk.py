@@ -13,7 +13,7 @@ from pathlib import Path
 from lab.state import LabError
 from lab.vm.kernels import CACHE, Kernel, locked, require, tool
 
-SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
+SUITE = "bookworm"
 DISK_SIZE = "6G"  # sparse
 # What any Debian server has, and what install.sh would fetch: a VM need not reach the network.
 PACKAGES = """systemd systemd-sysv udev dbus kmod procps iproute2 ca-certificates curl openssl python3 python3-venv
@@ -54,8 +54,15 @@ def base_disk(say: Callable[[str], None]) -> Path:
         return place
 
 
+def _mirror() -> list[str]:
+    """Where this host has that suite's packages from; nothing, and debootstrap knows one, where it runs another suite."""
+    wanted = ["Created-By: Packages", f"Codename: {SUITE}", "Component: main"]
+    argv = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).stdout.split()[:1]
+
+
 def _debootstrap(root: Path, log: Path) -> None:
-    argv = [str(require("debootstrap")), "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), MIRROR]
+    argv = [str(require("debootstrap")), "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), *_mirror()]
     with log.open("wb") as output:
         argv = ["timeout", str(BASE_TIMEOUT_S), *argv]
         env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")

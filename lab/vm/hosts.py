@@ -16,7 +16,7 @@ from lab.vm.handle import VmHandle
 from lab.vm.kernels import locked, tool
 from lab.vm.stage import LEFT_OUT, PROJECT
 
-RELEASE, WHEELS = "/root/pillion", "/root/wheelhouse"
+RELEASE, WHEELS, TOKEN = "/srv/pillion", "/srv/wheelhouse", "/srv/token"  # in the VM
 LEFT_OUT_OF_A_RELEASE = (*LEFT_OUT, "tests", "bench", "fuzz")
 INSTALL_TIMEOUT_S = 900.0
 PORT = 15443
@@ -69,7 +69,7 @@ def wheelhouse(say: Callable[[str], None]) -> Path:
 
 
 def prepare(vm: VmHandle, say: Callable[[str], None]) -> None:
-    """An unpacked release in /root/pillion, its wheel and all others in /root/wheelhouse."""
+    """An unpacked release in RELEASE, its wheel and all others in WHEELS."""
     wheels = wheelhouse(say)
     with tempfile.TemporaryDirectory() as scratch:
         release, house = Path(scratch) / "release", Path(scratch) / "wheels"
@@ -97,9 +97,9 @@ def install_controller(vm: VmHandle) -> str:
 def install_node(vm: VmHandle, controller: VmHandle) -> str:
     """Joined with a token of the controller's; the node has the VM's name."""
     token = controller.run(["pillion", "node", "token", vm.name], check=True).stdout.strip().splitlines()[-1]
-    vm.put("/root/token", token.encode(), 0o600)
+    vm.put(TOKEN, token.encode(), 0o600)
     addresses = [word for each in vm.addresses for word in ("--address", each)]
-    return install(vm, "node", "--name", vm.name, *addresses, "--token", "/root/token")
+    return install(vm, "node", "--name", vm.name, *addresses, "--token", TOKEN)
 
 
 def status(vm: VmHandle) -> str:

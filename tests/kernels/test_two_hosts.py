@@ -98,8 +98,8 @@ def ready(vm: VmHandle) -> bool:
 def test_install(machines: tuple[VmHandle, VmHandle]) -> None:
     first, second = machines
     assert "done: controller" in hosts.install_controller(first)
-    first.put("/root/mesh.yaml", RESOURCES.encode())
-    first.run(["pillion", "apply", "-f", "/root/mesh.yaml"], check=True, timeout=120)
+    first.put("/srv/mesh.yaml", RESOURCES.encode())
+    first.run(["pillion", "apply", "-f", "/srv/mesh.yaml"], check=True, timeout=120)
     for vm in machines:
         assert "done: node" in hosts.install_node(vm, first)
     for vm in machines:
