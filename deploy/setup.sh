@@ -15,6 +15,10 @@ case "${1:-}" in
 "") ;;
 vm) # what only `make test`, `make test-kernels` and `pillion lab vm` need
     packages="$packages systemd vagrant qemu-system-x86 busybox-static kmod e2fsprogs debootstrap"
+    # runtimes at the ends of connections that the kernel carries: whichever are here will do
+    command -v node >/dev/null || packages="$packages nodejs"
+    command -v javac >/dev/null || packages="$packages default-jdk-headless"
+    command -v go >/dev/null || packages="$packages golang-go"
     [ -n "$(command -v /usr/lib/qemu/virtiofsd)" ] || ! apt-cache show virtiofsd >/dev/null 2>&1 || packages="$packages virtiofsd" ;;
 *) say "usage: setup.sh [vm]"; exit 2 ;;
 esac
