@@ -18,7 +18,10 @@ from nodeagent.loader.layouts import nested
 from nodeagent.loader.run import types_of
 from nodeagent.maps import MAPPABLE, BpfMap, MapType
 
-FILES = ("types.h", "maps.h", "common.h", "express.h", "express_map.h", "express.c", "express_control.c")
+FILES = (
+    "types.h", "maps.h", "common.h", "express.h", "express_map.h", "express_match.h", "express_choice.h", "express_client.h",
+    "express_server.h", "express.c", "express_control.c",
+)  # fmt: skip
 SK_MSG, SCHED_CLS, SK_SKB = 16, 3, 14  # BPF_PROG_TYPE_*
 MSG_VERDICT, SKB_VERDICT = 7, 38  # BPF_SK_*: attach types
 ATTACHED = (

@@ -15,7 +15,7 @@ from tests.e2e.mesh import Mesh
 NO_LATCH = Mutant(
     "b6",
     "bytes on the slow way keep later ones there",
-    ("bpf/express.c", "  if (TCP_U32(tp, O_WRITE_SEQ) != r->arm_up)\n", "  if (0)\n"),
+    ("bpf/express_client.h", "  if (TCP_U32(tp, O_WRITE_SEQ) != r->arm_up)\n", "  if (0)\n"),
 )
 
 

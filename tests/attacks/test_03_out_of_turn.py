@@ -14,7 +14,7 @@ from tests.e2e.mesh import Mesh
 ANYBODY_ANSWERS = Mutant(
     "b7",
     "only the server that was asked answers",
-    ("bpf/express.c", "  if (*(volatile u32 *)&r->busy != slot + 1) {\n", "  if (!*(volatile u32 *)&r->busy) {\n"),
+    ("bpf/express_server.h", "  if (*(volatile u32 *)&r->busy != slot + 1) {\n", "  if (!*(volatile u32 *)&r->busy) {\n"),
 )
 
 

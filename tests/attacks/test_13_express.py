@@ -19,17 +19,17 @@ OLD_TABLES = Mutant(
     "b9",
     "the kernel decides by the state in force",
     (
-        "bpf/express.c",
+        "bpf/express_client.h",
         "  if (!p->generation || *(volatile u32 *)&p->generation != generation_of(c))\n",
         "  if (!p->generation)\n",
     ),
     (
-        "bpf/express.c",
+        "bpf/express_client.h",
         "  if (*(volatile u32 *)&p->generation != generation_of(c))\n    return to_user(r, PL_XR_GENERATION);\n  if (p->rate",
         "  if (p->rate",
     ),
     (
-        "bpf/express.c",
+        "bpf/express_server.h",
         "  if (*(volatile u32 *)&p->generation != generation_of(c))\n    return hand_over(r, tp, PL_XR_GENERATION);\n",
         "",
     ),
@@ -42,7 +42,7 @@ OLD_TABLES = Mutant(
 NO_LEASE = Mutant(
     "b8",
     "the kernel knows the lease",
-    ("bpf/express.c", "  if (c->lease_until_ns && now > c->lease_until_ns)\n    return PL_XR_LEASE;\n", ""),
+    ("bpf/express_client.h", "  if (c->lease_until_ns && now > c->lease_until_ns)\n    return PL_XR_LEASE;\n", ""),
 )
 CONNECTIONS, SEEN_S = 8, 1.0
 

@@ -1,0 +1,61 @@
+/* Running a table over the start of a message: what mesh/express/machine.py does, step for step. */
+
+#define REG_BAD 7 /* an action met its bit twice */
+#define REG_END 6
+#define DONE 1
+#define ACT 0x8000
+
+/* The table's run over [d, end): the head's length, 0 if it has no answer. Registers and result are in the socket's storage,
+ * or the verifier would follow each of their values; the action is arithmetic, or it would follow each kind. */
+static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
+{
+  u32 block = root / PL_X_STATES;
+  u64 state = root % PL_X_STATES; /* 64 bits wide like the registers: narrower ones cost two shifts a step */
+  u16 *rows = xrows.lookup(&block);
+  struct pl_xact *acts = xacts.lookup(&block);
+
+  if (!rows || !acts)
+    return 0;
+  e->reg[REG_END] = 0;
+  e->reg[PL_XA_RULE] = 0;
+  e->reg[PL_XA_ONCE] = 0;
+  e->reg[PL_XA_DIGIT] = 0;
+  e->reg[PL_XA_MATCH] = 0;
+  e->reg[PL_XA_STATUS] = 0;
+  e->reg[REG_BAD] = 0;
+  KEEP_LOOP
+  for (u64 i = 0; i < PL_X_HEAD_BYTES; i++) {
+    u64 byte, from = state;
+
+    if (d + i + 1 > end)
+      break;
+    byte = d[i];
+    state = rows[state * 256 + byte];
+    if (state & ACT) {
+      u32 kind = acts[from].kind & 7, value = acts[from].value, old = e->reg[kind];
+      u32 digit = kind & (kind >> 1 | kind >> 2) & 1;            /* DIGIT, STATUS */
+      u32 keep = digit * 10 + 1 - (kind & 1);                    /* those: 10; RULE: 0; ONCE, MATCH: 1 */
+      u32 once = kind >> 1 & ~kind & ~(kind >> 2) & 1;
+
+      e->reg[REG_BAD] |= old & value & (0 - once);
+      e->reg[kind] = (old * keep & ~value) + value + digit * ((u32)byte - '0');
+    }
+    state &= PL_X_STATES - 1;
+    if (state <= DONE) {
+      *(volatile u32 *)&e->reg[REG_END] = (u32)(state * (i + 1));
+      break;
+    }
+  }
+  return e->reg[REG_BAD] ? 0 : *(volatile u32 *)&e->reg[REG_END];
+}
+
+/* The start of a message in one piece: a writev may have left it in several. false: not to be had */
+static inline bool contiguous(struct sk_msg_md *m)
+{
+  u32 want = m->size < PL_X_HEAD_BYTES ? m->size : PL_X_HEAD_BYTES;
+  u8 *d = m->data, *end = m->data_end;
+
+  if (d + want <= end)
+    return true;
+  return bpf_msg_pull_data(m, 0, want, 0) == 0;
+}
