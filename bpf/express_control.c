@@ -293,6 +293,12 @@ static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_
       goto out;
     }
     BARRIER;
+    /* What came in between waits where it was put, and may be half read before the next segment moves it */
+    if (TCP_U32(tp, O_RCV_NXT) != rcv && TCP_U32(tp, O_QUEUE_LEN)) {
+      xreads.delete(&key);
+      result = PL_XQ_NOT_YET;
+      goto out;
+    }
     *(volatile u32 *)&e->settled = 1;
   }
   if (o->side == PL_X_SERVER && s->key == e->key && all_read(tp))

@@ -23,8 +23,9 @@ from nodeagent.maps import _check
 
 OK = "ok"
 # How long after an enrolment to look again: doubling from, to. The first is far more than a thread needs from choosing TCP's
-# own recv() to be seen in it.
-SETTLE_FIRST_S, SETTLE_LAST_S = 0.001, 10.0
+# own recv() to be seen in it. A busy connection is at rest for moments only, so the pause grows slowly while it is young.
+SETTLE_FIRST_S, SETTLE_BUSY_S, SETTLE_LAST_S = 0.001, 0.016, 10.0
+SETTLE_YOUNG = 64  # looks
 RESULTS = "PL_XQ_"
 _AF_INET, _AF_INET6 = 2, 10
 _CLONE_NEWNET = 0x40000000
@@ -75,6 +76,7 @@ class _Unsettled(NamedTuple):
     due: float
     order: int
     pause: float
+    looks: int
     netns: int
     enrolment: Enrolment
     done: Callable[[], None] | None = None
@@ -161,15 +163,15 @@ class Operations:
         try:
             result = self._on_sockets("ENROL", netns_fd, enrolment)
             if result[0] == OK:
-                self._later(SETTLE_FIRST_S, os.dup(netns_fd), enrolment, lambda: future.set_result(result))
+                self._later(SETTLE_FIRST_S, 0, os.dup(netns_fd), enrolment, lambda: future.set_result(result))
             else:
                 future.set_result(result)
         except BaseException as error:  # handed to the caller
             future.set_exception(error)
 
-    def _later(self, pause: float, netns: int, enrolment: Enrolment, done: Callable[[], None] | None = None) -> None:
+    def _later(self, pause: float, looks: int, netns: int, enrolment: Enrolment, done: Callable[[], None] | None = None) -> None:
         due = time.monotonic() + pause
-        heapq.heappush(self._unsettled, _Unsettled(due, next(self._order), pause, netns, enrolment, done))
+        heapq.heappush(self._unsettled, _Unsettled(due, next(self._order), pause, looks, netns, enrolment, done))
 
     def _settle(self, waiting: _Unsettled) -> None:
         try:
@@ -178,7 +180,9 @@ class Operations:
             self.failures += 1
             result = ""
         if result == "not_yet":
-            self._later(min(2 * waiting.pause, SETTLE_LAST_S), waiting.netns, waiting.enrolment)
+            looks = waiting.looks + 1
+            pause = min(2 * waiting.pause, SETTLE_BUSY_S if looks < SETTLE_YOUNG else SETTLE_LAST_S)
+            self._later(pause, looks, waiting.netns, waiting.enrolment)
         else:
             os.close(waiting.netns)
         if waiting.done is not None:

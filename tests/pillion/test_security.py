@@ -41,7 +41,7 @@ STATUS: dict[str, Any] = {
     "policy_age_s": 1.0,
     "policy_lease_s": 60.0,
     "workloads": [
-        {"namespace": "shop", "name": "web", "spiffe": "spiffe://m/ns/shop/sa/web", "svid": {"not_after": time.time() + 999}}
+        {"namespace": "shop", "name": "web", "spiffe": "spiffe://m/ns/shop/sa/web", "svid": {"not_after": time.time() + 86_400}}
     ],
 }
 STATE: State = {
@@ -113,7 +113,7 @@ def test_root_that_can_not_leave(change: dict[str, Any]) -> None:
 
 
 def test_two_identities_under_one_user() -> None:
-    db = {"namespace": "shop", "name": "db", "spiffe": "spiffe://m/ns/shop/sa/db", "svid": {"not_after": time.time() + 999}}
+    db = {"namespace": "shop", "name": "db", "spiffe": "spiffe://m/ns/shop/sa/db", "svid": {"not_after": time.time() + 86_400}}
     facts = replace(FACTS, workloads={"shop/web": [WEB], "shop/db": [replace(WEB, pid=31)]})
     assert "1000" in fails("one user an identity", found(facts, STATUS | {"workloads": [*STATUS["workloads"], db]}))
 
