@@ -3,6 +3,7 @@ PY := .venv/bin/python
 ONLY ?=
 CASES ?=
 KEEP ?=
+JOBS ?= 2
 KERNELS ?= 6.1,6.12,running
 SUITES ?= kernel,express,attacks
 export PYTHONDONTWRITEBYTECODE := 1
@@ -11,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 help:
 	@echo "make demo [KEEP=1]        a small shop on two nodes; shows what a mesh does"
-	@echo "make test [ONLY=tests/…]  checks and tests"
+	@echo "make test [ONLY=tests/…] [JOBS=2]  checks and tests"
 	@echo "make check                ruff and mypy alone"
 	@echo "make test-kernels [KERNELS=6.1,running] [SUITES=kernel]  the same programs on other kernels, in VMs; writes docs/kernels.md"
 	@echo "make bench [ONLY=a,b]     the benchmarks; writes bench/results/latest.json"
@@ -34,7 +35,7 @@ check: setup
 	@.venv/bin/mypy
 
 test: setup-vm $(if $(ONLY),,check)
-	@$(PY) -m pytest $(or $(ONLY),tests)
+	@$(PY) -m pytest $(if $(ONLY),$(ONLY),-n $(JOBS) --dist loadgroup tests)
 
 test-kernels: setup-vm
 	@$(PY) -m lab.vm.matrix --kernels $(KERNELS) --suites $(SUITES) --write docs/kernels.md

@@ -1,4 +1,6 @@
-"""For every test: root or nothing, labs by name that are taken down, and a run that leaves the machine as it found it."""
+"""For every test: root or nothing, labs by name that are taken down, and a run that leaves the machine as it found it.
+
+A run may have several workers (pytest -n): each brings up labs of its own, and the run judges what they leave as a whole."""
 
 from __future__ import annotations
 
@@ -7,13 +9,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab import Lab, LabError, cgroups
 
 LEFTOVER_GRACE_S = 3.0
-SESSION = f"t{os.getpid()}"  # labs of this run are named so
+SESSION = f"t{os.getpid()}"  # labs of this worker are named so
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "gw0", …, or there is but one
 MARK = "PILLION_TEST_RUN"  # in the environment of every process this run starts
 LOCK = Path("/run/lock/pillion-tests")
 
@@ -21,11 +25,13 @@ LabFactory = Callable[..., Lab]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if hasattr(session.config, "workerinput"):
+    if WORKER:
+        session.config.workeroutput["session"] = SESSION  # type: ignore[attr-defined]  # of a worker's config
         return
     if os.geteuid() != 0:
         pytest.exit("the tests make network namespaces and load eBPF: run them as root (sudo make test)", returncode=1)
     os.environ[MARK] = SESSION
+    session.config.stash[_NAMES_KEY] = {SESSION}
     session.config.stash[_LOCK_KEY] = _lock()
     session.config.stash[_BEFORE_KEY] = _traces()
 
@@ -42,6 +48,29 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.05)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share its fixtures, so one worker runs them all; who shares more has said so (tests/attacks)."""
+    if WORKER:
+        for item in items:
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    names = node.config.stash[_NAMES_KEY]
+    names.add(getattr(node, "workeroutput", {}).get("session", SESSION))
+
+
+def opened(folder: Path) -> Path:
+    """For servers that run as other users: pytest keeps its folders to itself."""
+    for each in (folder, *list(folder.parents)[:3]):
+        if each.stat().st_mode & 0o077 == 0:
+            each.chmod(0o755)
+    return folder
+
+
+_NAMES_KEY = pytest.StashKey[set[str]]()
 _LOCK_KEY = pytest.StashKey[int]()
 _BEFORE_KEY = pytest.StashKey[frozenset[str]]()
 
@@ -93,7 +122,7 @@ def _processes() -> list[str]:
 def _leftovers(session: pytest.Session) -> list[str]:
     new = _traces() - session.config.stash[_BEFORE_KEY]
     if not _alone(session.config.stash[_LOCK_KEY]):  # another run is at work: judge what bears our name
-        new = frozenset(trace for trace in new if SESSION in trace)
+        new = frozenset(trace for trace in new if any(name in trace for name in session.config.stash[_NAMES_KEY]))
     return sorted(new) + _processes()
 
 

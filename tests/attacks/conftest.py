@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.mutants import Counted, Mutant, without
+from tests.conftest import opened
 from tests.e2e.conftest import mesh
 from tests.e2e.mesh import Mesh
 
@@ -42,13 +43,15 @@ def _mutant(item: pytest.Item) -> Mutant | None:
     return mark.args[1] if mark is not None else None
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ours keep their places among the others; among ours those on a broken mesh come last, by its group."""
     ours = [index for index, item in enumerate(items) if HERE in item.path.parents]
     ordered = sorted((items[index] for index in ours), key=lambda item: getattr(_mutant(item), "group", ""))
     for index, item in zip(ours, ordered, strict=True):
         items[index] = item
+        if (mutant := _mutant(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(f"attacks without {mutant.group}"))  # one lab for all of them
         row = _ROW.match(item.path.name)
         for kind in ("attack", "red"):
             for mark in item.iter_markers(kind):
@@ -112,9 +115,7 @@ class _Broken:
         if self._mesh is None or mutant.group != self._group:
             self.close()
             self._number += 1
-            folder = self._scratch.mktemp("broken")
-            for each in (folder, *list(folder.parents)[:2]):
-                each.chmod(0o755)  # nginx's worker is not root, and the proxy reads its modules as its own user
+            folder = opened(self._scratch.mktemp("broken"))  # the proxy reads its modules as its own user
             self._mesh = self._stack.enter_context(without(mutant.group, self._number, folder))
             self._group = mutant.group
         return self._mesh

@@ -12,14 +12,16 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import Lab
+from lab.api import ApiError
+from lab.members import Runner
+from tests.attacks.actions import on_host
 from tests.attacks.mutants import Counted, Mutant
-from tests.conftest import SESSION
+from tests.conftest import SESSION, opened
 from tests.e2e.certificates import new_key, request_pem
 from tests.e2e.mesh import ECHO_PORT, TRUST_DOMAIN, Mesh, Refused, policy, until
 
@@ -65,6 +67,12 @@ CUT_UNTOLD = Mutant(
         "        self._cut.add(node)\n        self.revoked.update(revoked)\n        return await self._seen(revision)\n",
         "        return revision\n",
     ),
+)
+
+ANYBODYS_AGENT = Mutant(
+    "c",
+    "the agent's socket is root's",
+    ("nodeagent/api.py", "    before = os.umask(0o177)\n", "    before = os.umask(0)\n"),
 )
 
 
@@ -125,6 +133,57 @@ def test_a_node_registers_anything_without(broken: Mesh) -> None:
     assert register(broken, "treasury").status == 200
 
 
+# ---- somebody on the node who is not root
+
+
+NOBODYS_WAYS: tuple[tuple[str, ...], ...] = ((), ("unshare", "--user", "--map-root-user"))
+
+
+def knock(mesh: Mesh, where: Runner, way: tuple[str, ...]) -> set[str]:
+    """What the agent answers to a user who asks whatever it can be asked; "000": nothing, there was no connection."""
+    sock = mesh.lab.nodes["n1"].agent_socket
+    asked = (
+        ("GET", "/v1/status"),
+        ("GET", "/metrics"),
+        ("POST", "/v1/rotate"),
+        ("POST", "/v1/workloads"),
+        ("DELETE", "/v1/workloads/shop/web"),
+    )
+    argv = [*way, "curl", "-sS", "--max-time", "5", "--unix-socket", str(sock), "-o", "/dev/null", "-w", "%{http_code}\\n", "-X"]
+    return {where.run([*argv, method, f"http://agent{path}"], user="nobody").stdout.strip() for method, path in asked}
+
+
+@pytest.mark.attack("ask the agent without being root")
+@pytest.mark.parametrize("way", NOBODYS_WAYS, ids=["a user", "root of a user namespace"])
+def test_the_agent_hears_root_alone(mesh: Mesh, way: tuple[str, ...]) -> None:
+    """`pillion run` is root's: who could ask the agent could be any identity that is granted to the node."""
+    for where in (mesh.lab.nodes["n1"], mesh.w["intruder"]):
+        assert knock(mesh, where, way) == {"000"}
+    assert mesh.lab.nodes["n1"].status()["ready"]
+
+
+@pytest.mark.red("ask the agent without being root", ANYBODYS_AGENT)
+@pytest.mark.parametrize("way", NOBODYS_WAYS, ids=["a user", "root of a user namespace"])
+def test_the_agent_hears_anybody_without(broken: Mesh, way: tuple[str, ...]) -> None:
+    assert "000" not in knock(broken, broken.lab.nodes["n1"], way)
+
+
+@pytest.mark.attack("an identity without a grant")
+def test_root_runs_only_what_was_granted(mesh: Mesh) -> None:
+    with (
+        pytest.raises(ApiError) as refused,
+        on_host(mesh, "n1", "payments", "payments", namespace="treasury"),
+    ):
+        pass
+    assert refused.value.status == 403 and "identity_not_granted" in refused.value.body
+
+
+@pytest.mark.red("an identity without a grant", UNGRANTED)
+def test_root_runs_anything_without(broken: Mesh) -> None:
+    with on_host(broken, "n1", "payments", "payments", namespace="treasury"):
+        pass
+
+
 @pytest.mark.attack("an identity of another node")
 def test_a_certificate_only_for_what_runs_there(mesh: Mesh, counted: Counted) -> None:
     with counted(mesh, "controller", "identity_not_scheduled"):
@@ -178,9 +237,7 @@ def test_a_token_serves_again_without(broken: Mesh) -> None:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh that loses a node."""
-    scratch: Path = tmp_path_factory.mktemp("own")
-    for folder in (scratch, *list(scratch.parents)[:2]):
-        folder.chmod(0o755)
+    scratch = opened(tmp_path_factory.mktemp("own"))
     lab = Lab(f"{SESSION}id")
     lab.down()
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lab.pace import SLOW
+from tests.conftest import opened
 from tests.e2e import express
 from tests.e2e.express import NAME, PORT, event
 from tests.e2e.mesh import HTTP_PORT, NS, PROGRAMS, Mesh, policy, service
@@ -35,10 +36,7 @@ def serving(mesh: Mesh) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where Go's and Java's programs are made. Readable for everybody."""
-    folder = tmp_path_factory.mktemp("built")
-    for each in (folder, *list(folder.parents)[:2]):
-        each.chmod(0o755)
-    return folder
+    return opened(tmp_path_factory.mktemp("built"))
 
 
 def tool(*names: str) -> str:

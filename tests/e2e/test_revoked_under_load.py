@@ -4,7 +4,6 @@ back, which revokes the certificates it stood for, or a whole node is cut. In a 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab import Lab
+from tests.conftest import SESSION, opened
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, Mesh, policy, until
 from tests.e2e.test_deny_under_load import Kind, falls
 
@@ -36,10 +36,8 @@ spec: {{node: n2, serviceAccounts: [{accounts}]}}
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    scratch: Path = tmp_path_factory.mktemp("own")
-    for folder in (scratch, *list(scratch.parents)[:2]):
-        folder.chmod(0o755)  # nginx's worker is not root
-    lab = Lab(os.environ.get("PILLION_LAB", "e2e")[:10] + "cu")
+    scratch = opened(tmp_path_factory.mktemp("own"))
+    lab = Lab(f"{SESSION}cu")
     lab.down()
     try:
         made = Mesh(lab, scratch)
@@ -104,7 +102,14 @@ def test_a_certificate_that_was_stolen_and_revoked(own: Mesh, tmp_path: Path) ->
 def test_a_grant_that_is_taken_back_revokes_its_certificates(own: Mesh) -> None:
     gone, kept = serial(own, "n2", "far-client"), serial(own, "n2", "far-other")
     rest = ", ".join(f"{NS}/{name}" for name in ("far", "echo-far", "far-other"))
-    falls(own, "far-client", "far-other", NODE_KINDS, lambda: own.apply(GRANT.format(accounts=rest)))
+
+    def take_back() -> None:
+        until(
+            lambda: own.metric("n2", "pillion_requests_total", path_kind="express", source=f"{NS}/far-client"), "none is paired"
+        )
+        own.apply(GRANT.format(accounts=rest))
+
+    falls(own, "far-client", "far-other", NODE_KINDS, take_back)
     assert gone in revoked(own) and kept not in revoked(own)
     assert serial(own, "n2", "far-other") == kept
 
