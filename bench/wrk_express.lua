@@ -1,21 +1,25 @@
--- What one request of a row looks like. Arguments after "--": head bytes, body bytes, requests before the client closes (0: never)
-local head, body, close, path
+-- What one request of a row looks like. Arguments after "--": head bytes, body bytes, requests before the client closes (0: never),
+-- path. A client that never closes sends the same bytes each time: without a global `request`, wrk makes them once.
 local count = 0
 
 function init(args)
-  head, body, close, path = tonumber(args[1]), tonumber(args[2]), tonumber(args[3]), args[4] or "/"
-  local method = body > 0 and "POST" or "GET"
+  local head, body, close = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
+  wrk.method, wrk.path = body > 0 and "POST" or "GET", args[4] or "/"
+  wrk.headers["Host"] = "express-web"
+  if body > 0 then wrk.body = string.rep("b", body) end
   local function make(connection)
-    local fixed = method .. " " .. path .. " HTTP/1.1\r\nHost: express-web\r\n" .. connection
-    if body > 0 then fixed = fixed .. "Content-Length: " .. body .. "\r\n" end
-    local pad = math.max(1, head - #fixed - #"X-Pad: \r\n\r\n")
-    return fixed .. "X-Pad: " .. string.rep("p", pad) .. "\r\n\r\n" .. string.rep("b", body)
+    wrk.headers["Connection"], wrk.headers["X-Pad"] = connection, "p"
+    wrk.headers["X-Pad"] = string.rep("p", math.max(1, head + body - #wrk.format() + 1))
+    return wrk.format()
   end
-  keep, last = make(""), make("Connection: close\r\n")
-end
-
-function request()
-  count = count + 1
-  if close > 0 and count % close == 0 then return last end
-  return keep
+  if close > 0 then
+    local last = make("close")
+    local keep = make(nil)
+    function request()
+      count = count + 1
+      return count % close == 0 and last or keep
+    end
+  else
+    make(nil)
+  end
 end

@@ -82,7 +82,7 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   end = m->data_end;
   n = scan(e, d, end, p->root);
   if (!n)
-    return to_user(r, PL_XR_HEAD);
+    return to_user(r, e->reg[REG_END] != UNENDED ? PL_XR_HEAD : m->size < PL_X_HEAD_BYTES ? PL_XR_HEAD_PART : PL_XR_HEAD_LONG);
   length = e->reg[PL_XA_DIGIT];
   if (length > PL_X_BODY_BYTES)
     return to_user(r, PL_XR_BODY);

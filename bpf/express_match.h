@@ -2,21 +2,32 @@
 
 #define REG_BAD 7 /* an action met its bit twice */
 #define REG_END 6
+#define UNENDED 0xffffffff /* what REG_END says when the bytes ended before the table did */
 #define DONE 1
 #define ACT 0x8000
+#define LOOP 0x4000 /* on an edge: the state stays where it is for whatever is_text() */
+#define EACH(byte) (0x0101010101010101ull * (byte))
+
+/* Eight bytes from ' ' to '~' */
+static inline bool is_text(u64 x)
+{
+  return !((x | (x + EACH(1)) | ~((x | EACH(0x80)) - EACH(0x20))) & EACH(0x80));
+}
 
 /* The table's run over [d, end): the head's length, 0 if it has no answer. Registers and result are in the socket's storage,
  * or the verifier would follow each of their values; the action is arithmetic, or it would follow each kind. */
 static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
 {
   u32 block = root / PL_X_STATES;
-  u64 state = root % PL_X_STATES; /* 64 bits wide like the registers: narrower ones cost two shifts a step */
+  u64 loops = 0, state = root % PL_X_STATES; /* 64 bits wide like the registers: narrower ones cost two shifts a step */
   u16 *rows = xrows.lookup(&block);
   struct pl_xact *acts = xacts.lookup(&block);
+  u64 nought = e->pad & 1; /* always, which the verifier does not know: it forgets how far each way has looked, and they join */
+  u32 n;
 
   if (!rows || !acts)
     return 0;
-  e->reg[REG_END] = 0;
+  e->reg[REG_END] = UNENDED;
   e->reg[PL_XA_RULE] = 0;
   e->reg[PL_XA_ONCE] = 0;
   e->reg[PL_XA_DIGIT] = 0;
@@ -25,13 +36,22 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
   e->reg[REG_BAD] = 0;
   KEEP_LOOP
   for (u64 i = 0; i < PL_X_HEAD_BYTES; i++) {
-    u64 byte, from = state;
+    u64 byte, edge, from = state;
+    u8 *at;
 
-    if (d + i + 1 > end)
+    asm volatile("" : "+r"(nought));
+    at = d + nought + i;
+    if (!(i & 7) && loops && i + 8 < PL_X_HEAD_BYTES && at + 8 <= end && is_text(*(u64 *)at)) {
+      i += 7;
+      continue;
+    }
+    if (at + 1 > end)
       break;
-    byte = d[i];
-    state = rows[state * 256 + byte];
-    if (state & ACT) {
+    byte = *at;
+    edge = rows[from * 256 + byte];
+    state = edge & (PL_X_STATES - 1);
+    loops = edge & LOOP;
+    if (edge & ACT) {
       u32 kind = acts[from].kind & 7, value = acts[from].value, old = e->reg[kind];
       u32 digit = kind & (kind >> 1 | kind >> 2) & 1;            /* DIGIT, STATUS */
       u32 keep = digit * 10 + 1 - (kind & 1);                    /* those: 10; RULE: 0; ONCE, MATCH: 1 */
@@ -40,13 +60,13 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
       e->reg[REG_BAD] |= old & value & (0 - once);
       e->reg[kind] = (old * keep & ~value) + value + digit * ((u32)byte - '0');
     }
-    state &= PL_X_STATES - 1;
     if (state <= DONE) {
       *(volatile u32 *)&e->reg[REG_END] = (u32)(state * (i + 1));
       break;
     }
   }
-  return e->reg[REG_BAD] ? 0 : *(volatile u32 *)&e->reg[REG_END];
+  n = *(volatile u32 *)&e->reg[REG_END];
+  return e->reg[REG_BAD] || n == UNENDED ? 0 : n;
 }
 
 /* The start of a message in one piece: a writev may have left it in several. false: not to be had */

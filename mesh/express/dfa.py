@@ -15,6 +15,8 @@ from functools import cached_property
 
 PUNT, DONE, FIRST = 0, 1, 2
 ACT = 0x8000  # on an edge: do the row's action, then go on
+LOOP = 0x4000  # on an edge in the kernel: the state it leads to stays where it is for all of TEXT, eight at a time
+TEXT = range(0x20, 0x7F)
 STATES_MAX = 2048  # of one table, minimised
 RAW_STATES_MAX = 16_384  # of one table while it is built
 ROWS_MAX = 16_384  # of a node, all tables together, the two reserved states included
@@ -77,7 +79,11 @@ class Table:
             if start < FIRST or start + count > ROWS_MAX:
                 raise ValueError(f"{count} rows from {start} on do not fit between {FIRST} and {ROWS_MAX}")
         moved = [PUNT, DONE, *range(base, base + self.front), *range(tail, tail + self.tail)]
-        places = {edge: moved[edge & ~ACT] | edge & ACT for row in self.rows for edge in set(row.next)}.__getitem__
+        loops = {state for state, row in enumerate(self.rows, FIRST) if {row.next[byte] for byte in TEXT} == {state}}
+        places = {
+            edge: moved[edge & ~ACT] | edge & ACT | LOOP * (edge & ~ACT in loops)
+            for edge in {edge for row in self.rows for edge in row.next}
+        }.__getitem__
         return [_ROW.pack(*map(places, row.next), row.kind, row.value, 0) for row in self.rows]
 
     def root_at(self, base: int) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mesh.express import machine
 from nodeagent.express_path import ExpressPath, Verdict
 from tests.bpf.conftest import Pairs
-from tests.bpf.express_pair import GET, HOLD, OKAY, PLACES, TAKE, Programs, nothing, read
+from tests.bpf.express_pair import GET, HOLD, OKAY, PLACES, TAKE, Programs, nothing, read, request_table
 from tests.bpf.families import Family
 from tests.bpf.steps import NO_OPTION
 from tests.bpf.world import World
@@ -83,6 +84,20 @@ def test_a_head_split_anywhere_goes_to_user_space(pairs: Pairs) -> None:
         pair.exchange()
 
 
+def test_a_head_in_two_messages_is_told_apart_from_one_that_is_not_understood(pairs: Pairs) -> None:
+    pair = pairs()
+    pair.client.sendall(GET[:-1])
+    assert pair.punt() == "head_part"
+    pair.client.sendall(GET[-1:])
+    pair.is_slow(GET)
+    pair.relay(GET)
+    pair.server.sendall(OKAY)
+    pair.answer_slow(OKAY)
+    pair.arm()
+    pair.slow_exchange(b"\0" + GET)
+    assert pair.punt() == "head"
+
+
 def test_a_head_in_several_pieces_of_one_message_is_put_together(pairs: Pairs) -> None:
     pair = pairs()
     big = reply(b"x" * 20_000)
@@ -106,8 +121,24 @@ def test_a_head_may_fill_the_window_and_not_exceed_it(pairs: Pairs) -> None:
     fill = 1024 - len(GET) - len("x-fill: \r\n")
     pair.exchange(GET[:-2] + b"x-fill: " + b"f" * fill + b"\r\n\r\n")
     pair.slow_exchange(GET[:-2] + b"x-fill: " + b"f" * (fill + 1) + b"\r\n\r\n")
+    assert pair.punt() == "head_long"
     body = b"z" * 100
     pair.exchange(post(100)[:-2] + b"x-fill: " + b"f" * 900 + b"\r\n\r\n" + body)  # the body past the window
+
+
+@pytest.mark.parametrize("special", [0, 9, 10, 13, 0x1F, 0x20, 0x7E, 0x7F, 0x80, 0xFF])
+def test_a_value_read_eight_bytes_at_a_time_is_read_as_byte_by_byte(pairs: Pairs, special: int) -> None:
+    pair, table = pairs(), request_table()
+    for length in (7, 8, 24):
+        for at in range(length):
+            value = bytearray(b"v" * length)
+            value[at] = special
+            head = GET[:-2] + b"x-fill: " + value + b"\r\nx-seen: 1\r\n\r\n"
+            if machine.run(table, head) is not None:
+                pair.exchange(head)
+            else:
+                pair.slow_exchange(head)
+                assert pair.punt() == "head"
 
 
 # ---- bodies of requests

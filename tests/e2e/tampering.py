@@ -14,7 +14,7 @@ from nodeagent.layouts import Layouts
 from nodeagent.maps import BpfMap
 from tests.e2e.mesh import Mesh
 
-ACT, PUNT = 0x8000, 0
+MARKS, PUNT = 0xC000, 0  # ACT and LOOP of mesh.express.dfa
 ROW_BYTES = 512  # 256 edges of two bytes
 
 _libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
@@ -73,7 +73,7 @@ class Tamper:
                 for number, byte in enumerate(text):
                     place = (first + at) * ROW_BYTES + 2 * byte
                     edge = int.from_bytes(rows[place : place + 2], "little")
-                    at = edge & ~ACT
+                    at = edge & ~MARKS
                     assert at > PUNT or number == len(text) - 1, f"{text!r} is no way"
                 return place, edge
 
