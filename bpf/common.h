@@ -113,7 +113,7 @@ struct tale {
 
 /* Flows are for people: each CPU tells so many of a kind in a window (2^30 ns), then only counts. The reader of the ring
  * would otherwise cost a busy node more than its verdicts do. */
-#define TOLD_ALLOWED_MAX 256
+#define TOLD_ALLOWED_MAX 64
 #define TOLD_DENIED_MAX 512
 #define TOLD_IDENTITY_MAX 128 /* denials of one identity, over all CPUs */
 

@@ -9,12 +9,30 @@ static inline bool connects_spent(struct pl_config *c, u32 identity)
   return u && u->arriving >= most;
 }
 
-static inline u32 dial_of_proxy(struct bpf_sock_addr *ctx, struct pl_config *c, struct bpf_sock *sk, const struct pl_addr *dst, u16 port)
+/* What is known of a socket that is nothing yet: who made it. One that was something gets new memory: a packet of its former
+ * connection may be under judgement. NULL: there is no memory. */
+static inline struct pl_conn *blank(struct bpf_sock *sk)
+{
+  struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0), fresh = {};
+
+  if (conn && !conn->kind)
+    return conn;
+  if (conn) {
+    fresh.cgroup = conn->cgroup;
+    fresh.netns = conn->netns;
+  }
+  conns.sk_storage_delete(sk);
+  origins.sk_storage_delete(sk);
+  leave_express(sk);
+  return conns.sk_storage_get(sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
+static inline u32 dial_of_proxy(struct bpf_sock_addr *ctx, struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn,
+                                const struct pl_addr *dst, u16 port)
 {
   struct pl_dial_key k = {};
-  struct pl_conn conn = {};
   struct pl_caller *caller;
-  u32 shut = closed(c);
+  u32 shut = closed(c), kind = PL_CONN_TRUSTED;
 
   if (shut)
     return shut;
@@ -25,29 +43,27 @@ static inline u32 dial_of_proxy(struct bpf_sock_addr *ctx, struct pl_config *c, 
     return PL_R_DIAL_DENIED;
   if (ctx->protocol != IPPROTO_TCP)
     return PL_R_PROXY_DIAL;
-  conn.kind = PL_CONN_TRUSTED;
   if (port != PL_PORT_HBONE && port != PORT_DOMAIN) { /* an endpoint: its server shall see who calls */
     caller = callers.sk_storage_get(sk, 0, 0);
     if (!caller)
       return PL_R_NO_CALLER;
     if (connects_spent(c, caller->identity))
       return PL_R_BUDGET_CONNECTS;
-    conn.kind = PL_ARRIVAL_PROXY;
-    conn.identity = caller->identity;
+    kind = PL_ARRIVAL_PROXY;
+    conn->identity = caller->identity;
   }
-  conn.port = port;
-  conn.proto = IPPROTO_TCP;
-  if (!conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE))
-    return PL_R_MAP_FULL;
+  conn->port = port;
+  conn->proto = IPPROTO_TCP;
+  BARRIER;
+  conn->kind = kind;
   return PL_R_PROXY_DIAL;
 }
 
 /* Leaves on the socket what sockops.c sends ahead of the SYN */
-static inline bool remember_connection(struct bpf_sock *sk, struct pl_member *m, u32 generation, u64 cgroup,
-                                       u64 netns, const struct pl_addr *asked, u16 asked_port, const struct choice *to)
+static inline bool remember_connection(struct bpf_sock *sk, struct pl_conn *conn, struct pl_member *m, u32 generation,
+                                       u64 cgroup, u64 netns, const struct pl_addr *asked, u16 asked_port, const struct choice *to)
 {
   struct pl_origin o = {};
-  struct pl_conn conn = {};
 
   if (to->kind == PL_ARRIVAL_CAPTURED) {
     o.dst = *asked;
@@ -60,16 +76,17 @@ static inline bool remember_connection(struct bpf_sock *sk, struct pl_member *m,
     if (!origins.sk_storage_get(sk, &o, BPF_SK_STORAGE_GET_F_CREATE))
       return false;
   }
-  conn.generation = generation;
-  conn.workload = to->workload;
-  conn.identity = m->identity;
-  conn.source = m->workload;
-  conn.port = to->port;
-  conn.proto = IPPROTO_TCP;
-  conn.kind = to->kind;
-  conn.peer = *asked;
-  conn.peer_port = asked_port;
-  return conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE) != NULL;
+  conn->workload = to->workload;
+  conn->identity = m->identity;
+  conn->source = m->workload;
+  conn->port = to->port;
+  conn->proto = IPPROTO_TCP;
+  conn->peer = *asked;
+  conn->peer_port = asked_port;
+  conn->generation = generation;
+  BARRIER;
+  conn->kind = to->kind;
+  return true;
 }
 
 /* getaddrinfo() sorts addresses by the source each would have: it connects a datagram socket to the service's port, or to
@@ -96,15 +113,14 @@ static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *
 {
   struct pl_config *c = configuration();
   struct bpf_sock *sk = ctx->sk;
-  struct pl_creator *creator;
   struct pl_member *m;
+  struct pl_conn *conn;
   u64 cgroup, netns;
   u32 reason, generation;
 
-  /* a socket may connect twice */
-  conns.sk_storage_delete(sk);
-  origins.sk_storage_delete(sk);
-  leave_express(sk);
+  conn = blank(sk); /* a socket may connect twice */
+  if (!conn)
+    return PL_R_MAP_FULL;
   if (!c)
     return PL_R_SCHEMA;
   m = current_member(c, &cgroup);
@@ -115,13 +131,12 @@ static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *
   if (m->role == PL_ROLE_AGENT)
     return PL_R_COUNT; /* passes untold */
   if (m->role == PL_ROLE_PROXY)
-    return dial_of_proxy(ctx, c, sk, dst, port);
+    return dial_of_proxy(ctx, c, sk, conn, dst, port);
   reason = closed(c);
   if (reason)
     return reason;
-  /* No creator: made before the hooks stood, or an MPTCP subflow. Generation 0 makes egress.c compare its owner. */
-  creator = creators.sk_storage_get(sk, 0, 0);
-  if (creator && creator->cgroup != cgroup)
+  /* Nobody known: made before the hooks stood, accepted, or an MPTCP subflow. Generation 0 makes egress.c compare its owner. */
+  if (conn->cgroup && conn->cgroup != cgroup)
     return PL_R_FOREIGN_SOCKET;
   netns = netns_cookie(ctx);
   generation = generation_of(c);
@@ -131,7 +146,7 @@ static inline u32 connect_from(struct bpf_sock_addr *ctx, const struct pl_addr *
     t->rule = to->rule;
     if (reason <= PL_R_ALLOWED_MAX && connects_spent(c, m->identity))
       return PL_R_BUDGET_CONNECTS;
-    if (reason <= PL_R_ALLOWED_MAX && !remember_connection(sk, m, creator ? generation : 0, cgroup, netns, dst, port, to))
+    if (reason <= PL_R_ALLOWED_MAX && !remember_connection(sk, conn, m, conn->cgroup ? generation : 0, cgroup, netns, dst, port, to))
       return PL_R_MAP_FULL;
     return reason;
   }

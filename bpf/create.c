@@ -3,14 +3,14 @@
 int on_create(struct bpf_sock *ctx)
 {
   struct pl_config *c = configuration();
-  struct pl_creator creator = {};
+  struct pl_conn made = {};
   struct tale t = {};
   struct pl_member *m;
   u32 reason;
 
   if (!c)
     return 0;
-  m = current_member(c, &creator.cgroup);
+  m = current_member(c, &made.cgroup);
   if (!m) {
     reason = PL_R_UNKNOWN_CGROUP;
     goto deny;
@@ -25,8 +25,8 @@ int on_create(struct bpf_sock *ctx)
       goto deny;
     }
   }
-  creator.netns = netns_cookie(ctx);
-  if (!creators.sk_storage_get(ctx, &creator, BPF_SK_STORAGE_GET_F_CREATE)) {
+  made.netns = netns_cookie(ctx);
+  if (!conns.sk_storage_get(ctx, &made, BPF_SK_STORAGE_GET_F_CREATE)) {
     reason = PL_R_MAP_FULL;
     goto deny;
   }

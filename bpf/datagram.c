@@ -8,7 +8,7 @@ static inline u32 send_from(struct bpf_sock_addr *ctx, const struct pl_addr *dst
 {
   struct pl_config *c = configuration();
   struct bpf_sock *sk = ctx->sk;
-  struct pl_creator *creator;
+  struct pl_conn *conn;
   struct pl_dial_key k = {};
   struct pl_peers *ps;
   struct pl_member *m;
@@ -42,8 +42,8 @@ static inline u32 send_from(struct bpf_sock_addr *ctx, const struct pl_addr *dst
     k.port = port;
     return dials.lookup(&k) ? PL_R_PROXY_DIAL : PL_R_DIAL_DENIED;
   }
-  creator = creators.sk_storage_get(sk, 0, 0);
-  if (creator && creator->cgroup != cgroup)
+  conn = conns.sk_storage_get(sk, 0, 0);
+  if (conn && conn->cgroup && conn->cgroup != cgroup)
     return PL_R_FOREIGN_SOCKET;
   ps = peers.sk_storage_get(sk, 0, 0);
   /* send() on an IPv6 socket connected to a v4-mapped address comes by here, with what connect() made of it */

@@ -5,16 +5,16 @@ static inline u32 tcp_out(struct pl_config *c, struct pl_member *owner, struct b
 {
   if (sk->state == TCP_STATE_LISTEN) /* answers a SYN that ingress.c let in */
     return (p->flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK) ? PASS : PL_R_EGRESS_NO_CONNECT;
-  return conn ? reconsider(c, owner, conn) : PL_R_EGRESS_NO_CONNECT;
+  return conn && conn->kind ? reconsider(c, owner, conn) : PL_R_EGRESS_NO_CONNECT;
 }
 
-static inline u32 udp_out(struct pl_config *c, struct pl_member *owner, struct bpf_sock *sk, const struct packet *p)
+static inline u32 udp_out(struct pl_config *c, struct pl_member *owner, struct bpf_sock *sk, struct pl_conn *conn, const struct packet *p)
 {
   struct pl_peers *ps = peers.sk_storage_get(sk, 0, 0);
   struct pl_datagram sent = {}, *d;
   struct pl_flow f = {};
   struct pl_peer *peer;
-  u64 netns = netns_of(sk);
+  u64 netns = netns_of(conn);
   u32 reason;
 
   if (!ps)
@@ -49,24 +49,21 @@ static inline u32 udp_out(struct pl_config *c, struct pl_member *owner, struct b
   return datagram_allowed(owner, d, p->sport) ? PASS : PL_R_POLICY_DENIED;
 }
 
-int on_egress(struct __sk_buff *skb)
+/* A workload's listener answers a SYN: all it may send */
+static inline bool answers(struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn, struct __sk_buff *skb)
 {
-  struct pl_config *c = configuration();
-  struct bpf_sock *sk = skb->sk;
+  struct packet p = {};
+
+  return heard(c, sk, conn) && parse(skb, &p) && p.proto == IPPROTO_TCP && (p.flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK);
+}
+
+static inline int judge_out(struct __sk_buff *skb, struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn)
+{
   struct pl_member *owner;
   struct packet p = {};
-  struct pl_conn *conn;
   struct tale t = {};
   u32 reason;
 
-  if (!c || !sk)
-    return 0;
-  sk = bpf_sk_fullsock(sk);
-  if (!sk)
-    return 0;
-  conn = conns.sk_storage_get(sk, 0, 0);
-  if (admitted(c, sk, conn))
-    return 1;
   owner = owner_member(c, skb);
   if (owner && owner->role != PL_ROLE_WORKLOAD) {
     reason = trust(generation_of(c), sk, conn);
@@ -80,7 +77,7 @@ int on_egress(struct __sk_buff *skb)
   } else if (c->schema != PL_SCHEMA) {
     reason = PL_R_SCHEMA;
   } else {
-    reason = p.proto == IPPROTO_TCP ? tcp_out(c, owner, sk, conn, &p) : udp_out(c, owner, sk, &p);
+    reason = p.proto == IPPROTO_TCP ? tcp_out(c, owner, sk, conn, &p) : udp_out(c, owner, sk, conn, &p);
   }
   if (reason == PASS)
     return 1;
@@ -92,4 +89,16 @@ int on_egress(struct __sk_buff *skb)
   t.hook = PL_HOOK_EGRESS;
   tell(reason, &t);
   return 0;
+}
+
+int on_egress(struct __sk_buff *skb)
+{
+  struct pl_config *c = configuration();
+  struct bpf_sock *sk = skb->sk;
+  struct pl_conn *conn;
+
+  if (!c || !sk) /* never less than a full socket: those have no cgroup to run us */
+    return 0;
+  conn = conns.sk_storage_get(sk, 0, 0);
+  return admitted(c, sk, conn) || answers(c, sk, conn, skb) ? 1 : judge_out(skb, c, sk, conn);
 }

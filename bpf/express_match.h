@@ -37,6 +37,7 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
   KEEP_LOOP
   for (u64 i = 0; i < PL_X_HEAD_BYTES; i++) {
     u64 byte, edge, from = state;
+    u16 *row = rows + from * 256;
     u8 *at;
 
     asm volatile("" : "+r"(nought));
@@ -48,7 +49,8 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root)
     if (at + 1 > end)
       break;
     byte = *at;
-    edge = rows[from * 256 + byte];
+    asm volatile("" : "+r"(row)); /* else one sum of both is made with OR, after which Linux 6.1 knows no bounds */
+    edge = row[byte];
     state = edge & (PL_X_STATES - 1);
     loops = edge & LOOP;
     if (edge & ACT) {

@@ -1,6 +1,22 @@
 /* What reaches a workload's sockets: connections this kernel knows the caller of, answers, and what policy lets in
  * from outside. Callers are known by record alone, never by address. */
 
+/* connect.c asked the policy this very question, under this generation: the listener is of the workload it was asked for. Never
+ * written here: the record may be another connection's by then. */
+static inline bool agreed(struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn, struct __sk_buff *skb)
+{
+  u64 owner = heard(c, sk, conn);
+  struct packet p = {};
+  struct pl_arrival *a;
+  struct pl_flow f;
+
+  if (!owner || !parse(skb, &p) || p.proto != IPPROTO_TCP)
+    return false;
+  set_flow(&f, conn->netns, &p.src, p.sport, &p.dst, p.dport);
+  a = arriving.lookup(&f);
+  return a && *(volatile u64 *)&a->agreed == owner;
+}
+
 static inline u32 tcp_in(struct pl_config *c, struct pl_member *owner, struct bpf_sock *sk, struct pl_conn *conn, const struct packet *p,
                          struct tale *t)
 {
@@ -9,8 +25,8 @@ static inline u32 tcp_in(struct pl_config *c, struct pl_member *owner, struct bp
   u32 verdict;
 
   if (sk->state != TCP_STATE_LISTEN)
-    return conn ? reconsider(c, owner, conn) : PL_R_INGRESS_NO_RECORD;
-  set_flow(&f, netns_of(sk), &p->src, p->sport, &p->dst, p->dport);
+    return conn && conn->kind ? reconsider(c, owner, conn) : PL_R_INGRESS_NO_RECORD;
+  set_flow(&f, netns_of(conn), &p->src, p->sport, &p->dst, p->dport);
   a = arriving.lookup(&f);
   if (a) {
     t->identity = a->origin.identity;
@@ -33,7 +49,8 @@ static inline u32 tcp_in(struct pl_config *c, struct pl_member *owner, struct bp
   return p->flags & TCP_SYN ? PL_R_INGRESS_ALLOWED : PASS;
 }
 
-static inline u32 udp_in(struct pl_config *c, struct pl_member *owner, struct bpf_sock *sk, const struct packet *p, struct tale *t)
+static inline u32 udp_in(struct pl_config *c, struct pl_member *owner, struct bpf_sock *sk, struct pl_conn *conn, const struct packet *p,
+                         struct tale *t)
 {
   struct pl_peers *ps = peers.sk_storage_get(sk, 0, 0);
   u32 generation = generation_of(c);
@@ -46,7 +63,7 @@ static inline u32 udp_in(struct pl_config *c, struct pl_member *owner, struct bp
     if (peer)
       return reconsider_peer(c, owner, peer, p->dport);
   }
-  set_flow(&f, netns_of(sk), &p->src, p->sport, &p->dst, p->dport);
+  set_flow(&f, netns_of(conn), &p->src, p->sport, &p->dst, p->dport);
   d = datagrams.lookup(&f);
   if (!d && (is_loopback(&p->src) || is_loopback(&p->dst)))
     return PL_R_INGRESS_NO_RECORD;
@@ -68,7 +85,7 @@ static inline u32 udp_in(struct pl_config *c, struct pl_member *owner, struct bp
   if (d)
     return PASS;
   peer = next_peer(ps); /* so that it can be answered */
-  drop_datagram(netns_of(sk), peer);
+  drop_datagram(netns_of(conn), peer);
   peer->asked = p->src;
   peer->asked_port = p->sport;
   peer->to = p->src;
@@ -80,27 +97,16 @@ static inline u32 udp_in(struct pl_config *c, struct pl_member *owner, struct bp
   return PL_R_INGRESS_ALLOWED;
 }
 
-int on_ingress(struct __sk_buff *skb)
+static inline int judge_in(struct __sk_buff *skb, struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn)
 {
-  struct pl_config *c = configuration();
-  struct bpf_sock *sk = skb->sk;
+  u32 generation = generation_of(c), reason;
   struct pl_member *owner;
   struct packet p = {};
-  struct pl_conn *conn;
   struct tale t = {};
-  u32 reason;
 
-  if (!c || !sk)
-    return 0;
-  sk = bpf_sk_fullsock(sk);
-  if (!sk)
-    return 0;
-  conn = conns.sk_storage_get(sk, 0, 0);
-  if (admitted(c, sk, conn))
-    return 1;
   owner = owner_member(c, skb);
   if (owner && owner->role != PL_ROLE_WORKLOAD)
-    return trust(generation_of(c), sk, conn) == PASS;
+    return trust(generation, sk, conn) == PASS;
   if (!parse(skb, &p)) {
     reason = PL_R_SOCKET_TYPE;
   } else if (!owner) {
@@ -109,7 +115,9 @@ int on_ingress(struct __sk_buff *skb)
     reason = PL_R_SCHEMA;
   } else {
     t.dst_workload = owner->workload;
-    reason = p.proto == IPPROTO_TCP ? tcp_in(c, owner, sk, conn, &p, &t) : udp_in(c, owner, sk, &p, &t);
+    if (conn && sk->state == TCP_STATE_LISTEN)
+      *(volatile u64 *)&conn->heard = (u64)owner->workload << 32 | generation;
+    reason = p.proto == IPPROTO_TCP ? tcp_in(c, owner, sk, conn, &p, &t) : udp_in(c, owner, sk, conn, &p, &t);
   }
   if (reason == PASS)
     return 1;
@@ -117,4 +125,16 @@ int on_ingress(struct __sk_buff *skb)
   t.hook = PL_HOOK_INGRESS;
   tell(reason, &t);
   return reason <= PL_R_ALLOWED_MAX;
+}
+
+int on_ingress(struct __sk_buff *skb)
+{
+  struct pl_config *c = configuration();
+  struct bpf_sock *sk = skb->sk;
+  struct pl_conn *conn;
+
+  if (!c || !sk) /* never less than a full socket: those have no cgroup to run us */
+    return 0;
+  conn = conns.sk_storage_get(sk, 0, 0);
+  return admitted(c, sk, conn) || agreed(c, sk, conn, skb) ? 1 : judge_in(skb, c, sk, conn);
 }

@@ -45,7 +45,6 @@ PL_MAP("lpm_trie", egress, struct pl_egress_key, struct pl_egress, 16384, PL_SPA
 PL_MAP("hash", arriving, struct pl_flow, struct pl_arrival, 16384, 0);
 PL_MAP("hash", usage, u32, struct pl_usage, 65536, PL_SPARSE);
 PL_MAP("hash", datagrams, struct pl_flow, struct pl_datagram, 65536, PL_SPARSE);
-PL_SK_STORAGE(creators, struct pl_creator);
 PL_SK_STORAGE(origins, struct pl_origin);
 PL_SK_STORAGE(callers, struct pl_caller);
 PL_SK_STORAGE(conns, struct pl_conn);

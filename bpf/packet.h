@@ -62,6 +62,17 @@ static inline bool admitted(struct pl_config *c, struct bpf_sock *sk, struct pl_
          (conn->kind == PL_CONN_TRUSTED || sk->state != TCP_STATE_LISTEN);
 }
 
+/* A listener's owner was looked up under this generation: who, as in pl_arrival's `agreed`, or 0 */
+static inline u64 heard(struct pl_config *c, struct bpf_sock *sk, struct pl_conn *conn)
+{
+  u64 owner;
+
+  if (!conn || sk->state != TCP_STATE_LISTEN)
+    return 0;
+  owner = *(volatile u64 *)&conn->heard;
+  return (u32)owner && (u32)owner == generation_of(c) ? owner : 0;
+}
+
 /* A socket of the agent's: looked up once for each generation. PASS, or why not. */
 static inline u32 trust(u32 generation, struct bpf_sock *sk, struct pl_conn *conn)
 {
@@ -73,8 +84,11 @@ static inline u32 trust(u32 generation, struct bpf_sock *sk, struct pl_conn *con
     trusted.kind = PL_CONN_TRUSTED;
     conn = conns.sk_storage_get(sk, &trusted, BPF_SK_STORAGE_GET_F_CREATE);
   }
-  if (conn)
+  if (conn) {
+    if (!conn->kind)
+      conn->kind = PL_CONN_TRUSTED;
     conn->generation = generation;
+  }
   return PASS;
 }
 
@@ -142,11 +156,9 @@ static inline bool datagram_allowed(struct pl_member *owner, struct pl_datagram 
   return verdict_of(owner->workload, d->identity, port, IPPROTO_UDP, &rule) == PL_ALLOW;
 }
 
-static inline u64 netns_of(struct bpf_sock *sk)
+static inline u64 netns_of(struct pl_conn *conn)
 {
-  struct pl_creator *creator = creators.sk_storage_get(sk, 0, 0);
-
-  return creator ? creator->netns : 0;
+  return conn ? conn->netns : 0;
 }
 
 static inline void describe(struct tale *t, const struct packet *p)

@@ -85,7 +85,7 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
   struct pl_addr shown;
   int give_up = GIVE_UP_MS;
 
-  if (!conn)
+  if (!conn || !conn->kind)
     return;
   a.kind = conn->kind;
   flow_of(s, true, &f);
@@ -101,6 +101,8 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
     a.origin.client_port = f.sport;
     a.origin.workload = conn->source;
     a.origin.identity = conn->identity;
+    if (conn->kind == PL_ARRIVAL_NATIVE && conn->generation) /* connect.c asked what ingress.c would */
+      a.agreed = (u64)conn->workload << 32 | conn->generation;
   } else if (conn->kind == PL_ARRIVAL_CAPTURED) {
     o = origins.sk_storage_get(sk, 0, 0);
     if (!o)
@@ -138,7 +140,7 @@ unrecorded:
 
 static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
 {
-  struct pl_conn conn = {}; /* generation 0: the first packet is evaluated, by who owns the socket */
+  struct pl_conn conn = {}; /* generation 0: the next packet is evaluated, by who owns the socket */
   struct pl_flow f = {};
   struct pl_arrival *a;
 
@@ -151,6 +153,7 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
     conn.kind = a->kind;
     conn.identity = a->origin.identity;
     conn.workload = conn.source = a->origin.workload;
+    conn.generation = (u32)a->agreed; /* ingress.c, too, just let in what made this socket, to its listener's owner */
     if (a->kind == PL_ARRIVAL_CAPTURED)
       origins.sk_storage_get(sk, &a->origin, BPF_SK_STORAGE_GET_F_CREATE);
     if (a->kind == PL_ARRIVAL_PROXY) {
@@ -166,15 +169,11 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
 
 static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
 {
-  struct pl_creator none = {}, *creator;
-
   /* a client's socket that was disconnected and listens now must not carry its old admission */
-  conns.sk_storage_delete(sk);
-  origins.sk_storage_delete(sk);
-  leave_express(sk);
-  creator = creators.sk_storage_get(sk, &none, BPF_SK_STORAGE_GET_F_CREATE); /* an MPTCP listener has none */
-  if (creator)
-    creator->netns = netns_cookie(s);
+  struct pl_conn *conn = blank(sk);
+
+  if (conn)
+    conn->netns = netns_cookie(s); /* an MPTCP listener has none yet */
 }
 
 /* A client's socket leaves a state: its record goes with its end. Mostly the server's socket has taken the record when the
@@ -199,17 +198,23 @@ static inline void moved_on(struct bpf_sock_ops *s, struct bpf_sock *sk)
 
 int on_sockops(struct bpf_sock_ops *s)
 {
-  struct bpf_sock *sk = s->sk; /* read once: each read is a new maybe-null to the verifier */
+  u32 op = s->op;
+  struct bpf_sock *sk;
 
+  /* The kernel asks for much that is not ours to answer */
+  if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_TCP_LISTEN_CB &&
+      op != BPF_SOCK_OPS_STATE_CB)
+    return 1;
+  sk = s->sk; /* read once: each read is a new maybe-null to the verifier */
   if (!sk)
     return 1;
-  if (s->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+  if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
     connecting(s, sk);
-  else if (s->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+  else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
     accepted(s, sk);
-  else if (s->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+  else if (op == BPF_SOCK_OPS_TCP_LISTEN_CB)
     listening(s, sk);
-  else if (s->op == BPF_SOCK_OPS_STATE_CB)
+  else
     moved_on(s, sk);
   return 1;
 }

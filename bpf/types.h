@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 3 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 4 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -80,15 +80,19 @@ enum pl_arrival_kind {
   PL_CONN_TRUSTED = 7,    /* a socket of the agent's, looked up once for each generation */
   PL_CONN_DNS = 8         /* datagrams to the mesh's resolver */
 };
-struct pl_arrival { u32 kind, pad; struct pl_origin origin; };
+/* agreed: destination workload << 32 | generation under which connect() found a native connection allowed, or 0 */
+struct pl_arrival { u32 kind, pad; u64 agreed; struct pl_origin origin; };
 
 /* usage: HASH u32 identity -> its entries in `arriving`, so that nobody fills that for the others; and what it was told
  * in the present window of `tolds`, over all CPUs. Identities are never reused; entries are few. */
 #define PL_CONNECTS_MAX 2048
 struct pl_usage { u32 arriving, told; u64 window; };
 
-/* conns: SK_STORAGE on both ends of admitted connections: what a new generation re-evaluates */
+/* conns: SK_STORAGE on every inet socket made under the hooks, and on accepted ones. Who made it; with a kind, as what it
+ * was admitted: what a new generation re-evaluates. One storage for both, since each costs two allocations. */
 struct pl_conn {
+  u64 cgroup, netns;                  /* the member that made it, and where; 0: accepted, or older than the hooks */
+  u64 heard;                          /* of a listener: its owner's workload << 32 | generation, as in pl_arrival */
   u32 generation, workload, identity; /* destination workload, source identity */
   u16 port; u8 proto, kind;           /* pl_arrival_kind */
   struct pl_addr peer; u16 peer_port; u16 flags; /* peer: what the application sees */
@@ -128,9 +132,6 @@ enum pl_hook {
   PL_HOOK_EGRESS, PL_HOOK_SOCKOPT
 };
 
-/* creators: SK_STORAGE on every inet socket made under the hooks. cgroup: the member that made it */
-struct pl_creator { u64 cgroup, netns; };
-
 /* sources: HASH u32 workload id -> the addresses a server shall see; without an entry, the socket's own */
 struct pl_source { struct pl_addr v4, v6; };
 
@@ -151,6 +152,11 @@ struct pl_datagram { u32 workload, identity, kind, pad; };
 /* veths: HASH; see veth.c. flags: PL_MEMBER_PERMISSIVE */
 struct pl_veth_key { u32 ifindex; struct pl_addr addr; };
 struct pl_veth { u64 netns; u32 flags, pad; };
+
+/* ways: ARRAY[PL_WAYS]. The keys of `veths` again, each in the place that way_of() gives it, if no other was first: asked
+ * before `veths` is, which alone is complete. taken 0: an empty place */
+#define PL_WAYS 4096
+struct pl_way { struct pl_veth_key key; u32 taken; };
 
 /* ---- express: requests carried from socket to socket, see express.c. TCP sequence numbers are compared for equality alone */
 
@@ -273,9 +279,9 @@ _Static_assert(sizeof(struct pl_policy_key) == 12 && sizeof(struct pl_policy) ==
 _Static_assert(sizeof(struct pl_dial_key) == 32, "pl_dial_key");
 _Static_assert(sizeof(struct pl_egress_key) == 20 && sizeof(struct pl_egress) == 24, "pl_egress");
 _Static_assert(sizeof(struct pl_origin) == 64 && sizeof(struct pl_caller) == 24, "pl_origin, pl_caller");
-_Static_assert(sizeof(struct pl_flow) == 48 && sizeof(struct pl_arrival) == 72, "pl_flow, pl_arrival");
+_Static_assert(sizeof(struct pl_flow) == 48 && sizeof(struct pl_arrival) == 80, "pl_flow, pl_arrival");
 _Static_assert(sizeof(struct pl_usage) == 16, "pl_usage");
-_Static_assert(sizeof(struct pl_conn) == 40, "pl_conn");
+_Static_assert(sizeof(struct pl_conn) == 64, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");

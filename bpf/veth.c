@@ -18,6 +18,7 @@
 
 /* veths: HASH. Own addresses of the workload behind a host-side interface; ifindex 0: an address of any on this node */
 PL_MAP("hash", veths, struct pl_veth_key, struct pl_veth, 32768, PL_SPARSE);
+PL_MAP("array", ways, u32, struct pl_way, PL_WAYS, 0);
 
 static inline int drop(u32 reason)
 {
@@ -45,6 +46,22 @@ static inline int to_neighbour(struct __sk_buff *skb, const struct pl_addr *src,
   return flags & TCP_ACK_OR_RST || arriving.lookup(&f) ? TC_OK : drop(PL_R_EGRESS_NO_CONNECT);
 }
 
+/* As Ways in nodeagent/tc.py has it */
+static inline u32 way_of(const struct pl_veth_key *k)
+{
+  return ((k->addr.w[0] ^ k->addr.w[1] ^ k->addr.w[2] ^ k->addr.w[3] ^ k->ifindex) * 0x9e3779b1u) >> 20;
+}
+
+static inline bool guarded(struct pl_veth_key *k)
+{
+  u32 at = way_of(k);
+  struct pl_way *way = ways.lookup(&at);
+
+  if (way && way->taken && way->key.ifindex == k->ifindex && same_addr(&way->key.addr, &k->addr))
+    return true;
+  return veths.lookup(k) != NULL;
+}
+
 /* Most packets: a whole segment to a workload of this node that opens nothing. False: ask the rest of this file. */
 static inline bool carries_on4(struct __sk_buff *skb)
 {
@@ -58,7 +75,7 @@ static inline bool carries_on4(struct __sk_buff *skb)
   own.ifindex = skb->ifindex;
   set_v4(&own.addr, *(u32 *)(h + 12));
   set_v4(&local.addr, *(u32 *)(h + 16));
-  return veths.lookup(&own) && veths.lookup(&local);
+  return guarded(&own) && guarded(&local);
 }
 
 static inline bool carries_on6(struct __sk_buff *skb)
@@ -73,7 +90,7 @@ static inline bool carries_on6(struct __sk_buff *skb)
   own.ifindex = skb->ifindex;
   own.addr = *(struct pl_addr *)(h + 8);
   local.addr = *(struct pl_addr *)(h + 24);
-  return veths.lookup(&own) && veths.lookup(&local);
+  return guarded(&own) && guarded(&local);
 }
 
 /* l4: where the transport header starts; fragment: it does not start in this packet */

@@ -246,24 +246,41 @@ begin() {
         if [ "$(systemctl is-enabled "$unit" 2>/dev/null)" != enabled ]; then systemctl -q enable "$unit"; did "enabled $unit"; fi
     done
     [ $start = yes ] || return 0
+    started=''
     for unit in $wanted; do
-        fresh=$new_code$new_settings
-        [ "$unit" = pillion-proxy.service ] && fresh=$new_code$new_proxy
-        case " $new_units " in *" $unit "*) fresh=${fresh}yes ;; esac
-        if needs_start "$unit"; then
-            # The agent is not ready before the node has joined: its start is not waited for here
-            systemctl start --no-block "$unit"
-            did "started $unit"
-        elif [ -n "$fresh" ]; then
-            systemctl restart --no-block "$unit"
-            did "restarted $unit"
-        fi
+        needs_start "$unit" || continue
+        # The agent is not ready before the node has joined: its start is not waited for here
+        systemctl start --no-block "$unit"
+        started="$started $unit"
+        did "started $unit"
+    done
+    # One after the other: while the agent is away the proxy goes on with what it has, and a new proxy gets all from an agent.
+    # The other role of this host runs from the same environment, whose predecessor goes: it moves to the new one as well.
+    for unit in pillion-controller.service pillion-agent.service pillion-proxy.service; do
+        case " $started " in *" $unit "*) continue ;; esac
+        case " $wanted " in
+        *" $unit "*)
+            fresh=$new_code$new_settings
+            [ "$unit" = pillion-proxy.service ] && fresh=$new_code$new_proxy
+            case " $new_units " in *" $unit "*) fresh=${fresh}yes ;; esac ;;
+        *) fresh=$new_code; [ -e "$units/$unit" ] && ! needs_start "$unit" || fresh='' ;;
+        esac
+        if [ -n "$fresh" ]; then restarted "$unit"; fi
     done
     settled "$wanted"
 }
 
+restarted() { # restarted UNIT: until it is ready, if it was before
+    case $(systemctl is-active "$1") in
+    active) timeout "${PILLION_INSTALL_WAIT_S:-120}" systemctl restart "$1" || : ;; # `settled` says why not
+    *) systemctl restart --no-block "$1" ;;
+    esac
+    did "restarted $1"
+}
+
 settled() { # settled UNITS: until each is ready, or is known to wait for something
-    deadline=$(($(date +%s) + 120))
+    wait=${PILLION_INSTALL_WAIT_S:-120} # more for a machine in emulation
+    deadline=$(($(date +%s) + wait))
     for unit in $1; do
         while [ "$(systemctl is-active "$unit")" != active ]; do
             status=$(systemctl show -P StatusText "$unit")
@@ -271,8 +288,8 @@ settled() { # settled UNITS: until each is ready, or is known to wait for someth
                 say "the node has not joined yet: on the controller run \`pillion node token ${name:-NAME}\`, here \`$0 node --token FILE\`"
                 return 0
             fi
-            [ "$(date +%s)" -lt $deadline ] || die "$unit is not ready after 120 s: ${status:-no reason given}" "see: journalctl -u $unit"
-            sleep 0.2
+            [ "$(date +%s)" -lt $deadline ] || die "$unit is not ready after $wait s: ${status:-no reason given}" "see: journalctl -u $unit"
+            sleep 1
         done
     done
 }
@@ -297,7 +314,7 @@ install() {
     environment
     settings_$role
     install_units
-    touch $record/$role
+    [ -e $record/$role ] || touch $record/$role
     begin
     old_environments
     [ $changed = yes ] && say "done: $role" || say "nothing to do: $role is installed and runs as it should"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from l7proxy.budget import Account
@@ -10,7 +11,13 @@ if TYPE_CHECKING:
     from l7proxy.worker import Worker
 
 PARKED_S = 0.1  # how long a connection is not read after a 429
+READ_BYTES = 256_000  # what the loop reads at once, and keeps until its last byte is written
 LOST_S = 0.00001  # of the worker's time, about: what the loop does to end a connection
+
+
+def waiting(full: asyncio.Transport) -> int:
+    """Bytes that are kept for a transport which takes no more for now."""
+    return max(full.get_write_buffer_size(), READ_BYTES)
 
 
 class Budgeted:

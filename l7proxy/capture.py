@@ -14,6 +14,7 @@ from l7proxy.learn import Learner
 from l7proxy.opaque import Relay
 from l7proxy.session import HttpRefusal, HttpSession
 from l7proxy.target import Caller
+from l7proxy.transport import SocketTransport
 from l7proxy.upstream import RESET
 from mesh.link import Listener
 from mesh.model import Protocol
@@ -31,8 +32,8 @@ class Capture:
 
     def __init__(self, worker: Worker, listener: Listener, sock: socket.socket) -> None:
         self.worker, self.listener = worker, listener
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted has it too
         self._acceptor = Acceptor(worker, sock, listener.id, self._begin)
-        self._tasks: set[asyncio.Task[object]] = set()
 
     def close(self) -> None:
         """Accepts no more; open connections stay."""
@@ -49,16 +50,12 @@ class Capture:
         if session is None:
             refuse(sock)
             return worker.budgets.accounts.get(origin.identity)
-        task: asyncio.Task[object] = worker.loop.create_task(worker.loop.connect_accepted_socket(lambda: session, sock))
-        self._tasks.add(task)
-        task.add_done_callback(lambda done: self._begun(done, session))
-        return session.account
-
-    def _begun(self, task: asyncio.Task[object], session: HttpSession | Relay) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self.worker.metrics.count("accept_failed")  # the client left meanwhile
+        try:
+            SocketTransport(worker.loop, sock, session)
+        except BaseException:
             session.ended()
+            raise
+        return session.account
 
 
 def refuse(sock: socket.socket) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
+from collections import deque
+from itertools import islice
 from socket import (
     IPPROTO_TCP,
     SO_KEEPALIVE,
@@ -27,6 +29,7 @@ from l7proxy.budget import Account
 
 READ_BYTES = 256 << 10
 RECORD_BYTES_MAX = 16 << 10  # TLS plaintext record
+WIRE_BYTES_MAX = RECORD_BYTES_MAX + 261  # the same encrypted (RFC 8446, 5.2)
 # A node that vanished is noticed within 30 s, busy or idle.
 _OPTIONS = (
     (IPPROTO_TCP, TCP_NODELAY, 1),
@@ -36,7 +39,9 @@ _OPTIONS = (
     (IPPROTO_TCP, TCP_KEEPCNT, 3),
     (IPPROTO_TCP, TCP_USER_TIMEOUT, 30_000),
 )
-ALONE_BYTES = 64 << 10  # a piece this large is encrypted where it is
+CHUNK_BYTES = 64 << 10  # goes through TLS at once: its buffers keep the size of the largest; a piece this large is not copied
+FEED_BYTES = CHUNK_BYTES - RECORD_BYTES_MAX  # what is left in there is less than a record
+PIECES_MAX = 256  # for one system call
 PIECE_BYTES_MIN = 512  # of what one read brought, handed on between two looks at the clock
 
 
@@ -57,6 +62,9 @@ class ChannelHandler(Protocol):
 
     def channel_data(self, data: memoryview) -> None:
         """Plaintext; the view is valid during the call only."""
+
+    def channel_held(self, size: int) -> bool:
+        """So many encrypted bytes more (negative: fewer) wait for the kernel. False: too many, the channel is ended."""
 
     def channel_drained(self) -> None:
         """What `send` could not hand to the kernel has gone."""
@@ -91,12 +99,14 @@ class TlsChannel:
         self.open = False
         self.blocked = False  # the kernel's buffer is full; `channel_drained` follows
         self.closed = False
-        self._closing = False
+        self._closing = self._aborted = False
         self._reading = False
         self._since = 0.0  # what was read since then is not on the meter yet
         self._piece = PIECE_BYTES_MIN  # while another identity is at work
         self._more = False  # what was read is not all handed on: its meter's turn was over
-        self._rest = memoryview(b"")
+        self._unfed = memoryview(b"")  # read, and not yet given to TLS
+        self._rest: deque[bytes | memoryview] = deque()  # encrypted, and not yet taken by the kernel
+        self.kept = 0  # bytes in it
         for level, option, value in _OPTIONS:
             sock.setsockopt(level, option, value)
         self.resume()
@@ -165,20 +175,38 @@ class TlsChannel:
         if size == 0:
             self._lose(None if self.open else ConnectionResetError("the peer closed during the TLS handshake"))
             return
-        self._in.write(self._cipher[:size])
-        if not self.open:
-            self._handshake()
-            if not self.open:
+        self._unfed = self._cipher[:size]
+        while not self.open:
+            if self.closed or not self._feed():
                 return
+            self._handshake()
         self._decrypt()
+        if self._unfed:  # put off; the buffer is everybody's
+            self._unfed = memoryview(bytes(self._unfed))
+
+    def _feed(self) -> bool:
+        """The next of what was read goes to TLS. False: there is no more."""
+        unfed = self._unfed
+        if not unfed:
+            return False
+        self._in.write(unfed[:FEED_BYTES])
+        self._unfed = unfed[FEED_BYTES:]
+        return True
 
     def _decrypt(self) -> None:
         tls, incoming, plain, meter = self.tls, self._in, self._plain, self.meter
         filled, ended = 0, False
         most = self._piece if meter is not None and meter.crowded else READ_BYTES
         try:
-            while not ended and not self.closed:
-                got = tls.read(min(most - filled, RECORD_BYTES_MAX), plain[filled:])
+            while not ended and not self.closed and not self._aborted:
+                if self._unfed and incoming.pending < WIRE_BYTES_MAX:  # or a record's end is missing, and that costs an exception
+                    self._feed()
+                try:
+                    got = tls.read(min(most - filled, RECORD_BYTES_MAX), plain[filled:])
+                except ssl.SSLWantReadError:
+                    if self._feed():
+                        continue
+                    break
                 if not got:
                     ended = True
                 filled += int(got)  # an int when a buffer is given
@@ -191,10 +219,8 @@ class TlsChannel:
                             self._wait(meter)
                             break
                         most = self._piece
-                if not incoming.pending and not tls.pending():
+                if not incoming.pending and not tls.pending() and not self._feed():
                     break
-        except ssl.SSLWantReadError:
-            pass
         except ssl.SSLZeroReturnError:
             ended = True
         except (ssl.SSLError, OSError) as error:
@@ -202,9 +228,11 @@ class TlsChannel:
                 self._handler.channel_data(plain[:filled])
             self._lose(error)
             return
+        if self._aborted:  # the reason follows
+            return
         if filled and not self.closed:
             self._handler.channel_data(plain[:filled])
-        if ended:
+        if ended and not self._aborted:
             self._lose(None)
         elif self._out.pending:
             self._push()  # a key update's answer
@@ -224,8 +252,6 @@ class TlsChannel:
         self.open = True
         self._handler.channel_open()  # its first bytes leave with the handshake's last
         self._push()
-        if self._in.pending and not self.closed:
-            self._decrypt()
 
     # ---- writing
 
@@ -236,53 +262,88 @@ class TlsChannel:
         """
         if self.closed or self._closing:
             return
-        write = self.tls.write
         try:
-            start = 0
-            for at, piece in enumerate(pieces):
-                if len(piece) >= ALONE_BYTES:
-                    if at > start:
-                        write(b"".join(pieces[start:at]))
-                    write(piece)
-                    start = at + 1
-            rest = pieces[start:] if start else pieces
-            if rest and (data := b"".join(rest)):
-                write(data)
+            sealed = self._seal(pieces)
         except (ssl.SSLError, OSError) as error:
             self._loop.call_soon(self._lose, error)
             return
-        self._push()
+        self._give(sealed)
+
+    def _seal(self, pieces: list[bytes | memoryview]) -> list[bytes]:
+        write, read = self.tls.write, self._out.read
+        sealed: list[bytes] = []
+        small: list[bytes | memoryview] = []
+        size = 0  # of them
+        for piece in pieces:
+            if len(piece) < CHUNK_BYTES:
+                if size + len(piece) > CHUNK_BYTES:
+                    write(b"".join(small))
+                    sealed.append(read())
+                    small, size = [], 0
+                small.append(piece)
+                size += len(piece)
+                continue
+            if size:
+                write(b"".join(small))
+                small, size = [], 0
+            view = memoryview(piece)
+            for at in range(0, len(view), CHUNK_BYTES):
+                write(view[at : at + CHUNK_BYTES])
+                sealed.append(read())
+        if size:
+            write(b"".join(small))
+            sealed.append(read())
+        return sealed
 
     def _push(self) -> None:
-        data = self._out.read()
-        if not data or self.closed:
+        """What TLS has to say for itself."""
+        if data := self._out.read():
+            self._give([data])
+
+    def _give(self, sealed: list[bytes]) -> None:
+        """To the kernel, as far as it takes it."""
+        if self.closed or not sealed:
             return
-        if self.blocked:
-            self._rest = memoryview(bytes(self._rest) + data)
-            return
-        try:
-            sent = self._sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as error:
-            self._loop.call_soon(self._lose, error)
-            return
-        if sent < len(data):
-            self._rest = memoryview(data)[sent:]
+        total, sent = sum(map(len, sealed)), 0
+        if not self.blocked:
+            try:
+                sent = self._sock.send(sealed[0]) if len(sealed) == 1 else self._sock.sendmsg(sealed[:PIECES_MAX])
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self._loop.call_soon(self._lose, error)
+                return
+            if sent == total:
+                return
             self.blocked = True
             self._loop.add_writer(self._fd, self._writable)
+        self._rest += sealed
+        self.kept += total
+        self._took(sent)
+        if not self._handler.channel_held(total - sent):
+            self.abort(ConnectionAbortedError("too much waits for a peer that does not read"))
+
+    def _took(self, sent: int) -> None:
+        rest = self._rest
+        self.kept -= sent
+        while sent:
+            first = rest.popleft()
+            if sent < len(first):
+                rest.appendleft(memoryview(first)[sent:])
+                break
+            sent -= len(first)
 
     def _writable(self) -> None:
         try:
-            sent = self._sock.send(self._rest)
+            sent = self._sock.sendmsg(islice(self._rest, PIECES_MAX))
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self._lose(error)
             return
-        self._rest = self._rest[sent:]
+        self._took(sent)
+        self._handler.channel_held(-sent)
         if not self._rest:
-            self._rest = memoryview(b"")
             self.blocked = False
             self._loop.remove_writer(self._fd)
             if self._closing:
@@ -309,6 +370,7 @@ class TlsChannel:
 
     def abort(self, error: Exception | None = None) -> None:
         """Close now, dropping what is kept. `channel_lost` follows."""
+        self._aborted = True
         self._loop.call_soon(self._lose, error)
 
     def _lose(self, error: Exception | None) -> None:
@@ -318,6 +380,11 @@ class TlsChannel:
         self.pause()
         if self.blocked:
             self._loop.remove_writer(self._fd)
-        self._rest = memoryview(b"")
+        self._rest.clear()
+        if self.kept:
+            self._handler.channel_held(-self.kept)
+            self.kept = 0
         self._sock.close()
-        self._handler.channel_lost(error)
+        handler = self._handler
+        del self._handler  # each knows the other: else TLS and its buffers would stay until the collector comes, all at once
+        handler.channel_lost(error)

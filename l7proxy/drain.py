@@ -1,5 +1,6 @@
 """The end of a worker's service. New connections wait in the backlogs of listeners the agent holds, for a successor;
-the next answer on each HTTP connection says that it is the last; one that stays idle is closed; the rest is cut in time."""
+the next answer on each HTTP connection says that it is the last; one that stays idle is closed; the rest is cut in time. Those
+that the kernel carries are left to a successor where one comes, see `express_session.Pair.bequeath`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ ARM, HOLD, TAKE = 1, 2, 3  # enum pl_xarm_op
 NO_SLOT = 0xFFFFFFFF  # PL_X_NO_SLOT: the client's part alone
 RESTS, REQUEST_BODY, RESPONSE_HEAD, RESPONSE_BODY = range(4)  # enum pl_xphase
 FUTILE_MAX = 64  # requests in a row that are not for this path
-FUTILE = frozenset(("head", "body", "verdict", "no_slot"))  # reasons of the request's, which pass with nothing but the request
+FUTILE = frozenset(
+    ("head", "head_long", "head_part", "body", "verdict", "no_slot")
+)  # reasons of the request's, which pass with nothing but the request
 FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path can not keep
 
 

@@ -32,8 +32,8 @@ class Asking(asyncio.Protocol):
 
     __slots__ = (
         "armed", "complete", "consumed", "delay", "desk", "dialling", "done", "ends", "futility", "held", "kept", "kept_eof",
-        "limbo", "more", "number", "recorded", "rested", "sent", "session", "sock", "state", "timer", "tries", "used", "wanted",
-        "watch",
+        "leaving", "limbo", "more", "number", "recorded", "rested", "sent", "session", "sock", "state", "timer", "tries",
+        "used", "wanted", "watch",
     )  # fmt: skip
 
     def __init__(self, desk: Desk, session: HttpSession) -> None:
@@ -49,6 +49,7 @@ class Asking(asyncio.Protocol):
         self.kept, self.kept_eof = b"", False  # came while the kernel was busy
         self.armed = self.held = self.done = False
         self.more = False  # to be paired anew, with all ends it has by now
+        self.leaving = False  # the worker ends: to be left to the next one as soon as it rests
         self.dialling = self.tries = 0
         self.wanted: set[PairEnd] = set()  # dialled once
         self.rested = 0.0
@@ -75,6 +76,9 @@ class Asking(asyncio.Protocol):
         raise NotImplementedError
 
     def _look_in(self, delay: float) -> None:
+        raise NotImplementedError
+
+    def _leave_behind(self) -> None:
         raise NotImplementedError
 
     # ---- the kernel
@@ -144,6 +148,8 @@ class Asking(asyncio.Protocol):
                 self.again()
             else:
                 self._arm(self.used)
+                if self.leaving:
+                    self._leave_behind()
         elif self.state == PLANNED:
             self.ask()
 
@@ -263,9 +269,12 @@ class Asking(asyncio.Protocol):
                 end.part()
         self.desk.count("express_paired")
         self._arm(list(self.ends))
+        if self.leaving:
+            self._leave_behind()
         if self.state == PAIRED:
             self._read_on()
-            self._fill(message.missing)
+            if not self.leaving:
+                self._fill(message.missing)
 
     def _read_on(self) -> None:
         session = self.session
@@ -353,6 +362,9 @@ class Asking(asyncio.Protocol):
             self._hear_kept()
         else:
             self._read_on()
+        if self.leaving:
+            self.leaving = False
+            session.end()
 
     def lost(self) -> None:
         """The client's connection is no more."""

@@ -43,6 +43,7 @@ class Desk:
         self._first = self._number = worker.index << 48 | random.getrandbits(40) << 7  # a former life used others
         self._looked: deque[Asking] = deque()
         self._names: set[str] = set()
+        self._left: set[int] = set()  # numbers of pairs that wait for the next worker
         self._takeovers: set[asyncio.Task[None]] = set()
         worker.on_sweep.append(self.sweep)
         worker.metrics.gauge("pillion_express_pairs", "Client connections that the kernel carries", self._paired)
@@ -180,6 +181,13 @@ class Desk:
             self.worker.send(link.Unpair(pair.number))
         pair.number = 0
 
+    def left(self, pair: Asking) -> None:
+        """To the next worker, with all that is the agent's by now: nobody is told of an end."""
+        self.pairs.pop(pair.number, None)
+        self._left.add(pair.number)
+        self.worker.sessions.discard(pair.session)
+        self.count("express_left")
+
     def relinked(self) -> None:
         """Perhaps another agent: it is told of every pair, when that rests."""
         for pair in list(self.pairs.values()):
@@ -204,7 +212,7 @@ class Desk:
         if self._first < message.session <= self._number or message.session in self.pairs:
             for fd in fds:
                 os.close(fd)
-            if message.session not in self.pairs:
+            if message.session not in self.pairs and message.session not in self._left:
                 self.worker.send(link.Unpair(message.session))
             return
         socks: list[socket.socket] = []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from l7proxy.session import HttpSession
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
+LEAVE_LOOK_S = 0.01  # whether all is written
 LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges, or that old when one ends, is paired
 UNUSED_S = 300.0  # a pair without an exchange for this long goes apart
 
@@ -243,6 +244,37 @@ class Pair(Asking):
             desk.worker.loop.call_soon(self._look)
         return True
 
+    # ---- left to the next worker
+
+    def bequeath(self) -> bool:
+        """This worker ends, and another comes: whether it goes on with this pair, as soon as nothing of it is here."""
+        worker = self.desk.worker
+        if not worker.succeeded or worker.agent.connection is None or self.state not in (PAIRED, ASKING):
+            return False  # it ends for good, or nobody is there who would keep the sockets
+        self.leaving = True
+        self._leave_behind()
+        return True
+
+    def _leave_behind(self) -> None:
+        """Where it stands where it was armed last: the agent has its sockets, and the next worker what comes to them."""
+        session, loop = self.session, self.desk.worker.loop
+        if self.state != PAIRED or not self.armed or not self.complete or self.more or self.kept or self.kept_eof:
+            return
+        if not session.unread or any(not end.idle or end.connection.late is not None for end in self.ends):
+            return
+        transports = (session.transport, *(end.connection.transport for end in self.ends))
+        if any(transport.is_closing() for transport in transports):
+            return
+        if any(transport.get_write_buffer_size() for transport in transports):
+            loop.call_later(LEAVE_LOOK_S, self._leave_behind)
+            return
+        for transport in transports:
+            transport.pause_reading()
+            transport.set_protocol(asyncio.Protocol())
+        self._stop_timer()
+        self.state = OVER
+        self.desk.left(self)
+
     # ---- from the worker
 
     @property
@@ -326,7 +358,7 @@ class Newcomer:
         if session.exchanges == 1:
             session.since = self.desk.now()
         lasts = session.exchanges >= LASTING_EXCHANGES or self.desk.now() - session.since > LASTING_S
-        if lasts and self.desk.open(session):
+        if lasts and self.desk.open(session) and self.desk.carries(session, connection.pool.endpoint):
             pair = session.pair = Pair(self.desk, session)
             session.rest = pair.rest
             pair.keep(session, connection)
@@ -334,6 +366,9 @@ class Newcomer:
             connection.upstreams.keep(connection)
 
     quiet = True
+
+    def bequeath(self) -> bool:
+        return False
 
     def lost(self) -> None: ...
     def refuse_more(self) -> None: ...

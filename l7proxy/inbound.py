@@ -15,7 +15,8 @@ from l7proxy.accept import Acceptor
 from l7proxy.admission import Connect, Refusal, admit, check_source, parse_connect
 from l7proxy.budget import Account
 from l7proxy.hbone.stream import BULK, HboneError, Headers, Limits, Stream
-from l7proxy.streams import StreamTransport, Tunnel
+from l7proxy.stream_transport import StreamTransport
+from l7proxy.streams import Tunnel
 from l7proxy.tls import Contexts, PeerRefused, ServerSide, check_peer, check_times, refusal_of, revoked_serials
 from l7proxy.upstream import RESET
 from mesh.link import Listener
@@ -28,6 +29,7 @@ HANDSHAKES_MAX = 1024  # of all sources, before a peer is known
 HANDSHAKES_PER_SOURCE_MAX = 64
 HANDSHAKE_TIMEOUT_S = 10.0
 IDLE_TUNNEL_S = 300.0
+LOGGED_PER_S_MAX = 50  # refusals; all are counted
 # A peer may open either kind of tunnel; windows grow only for a stream that is alone on its connection.
 LIMITS = Limits(connection_window_bytes=BULK.connection_window_bytes, frame_bytes_max=BULK.frame_bytes_max)
 
@@ -66,6 +68,8 @@ class DestinationTunnel(Tunnel):
             )
         if account.descriptors >= account.budget.descriptors:
             raise Refusal(account.refuse("budget_descriptors"), f"{peer.spiffe} has {account.descriptors} sockets here", 429)
+        self.account.held -= self.held
+        account.held += self.held
         self.peer, self.account, self.channel.meter = peer, account, account
         inbound.handshaken(self)
         if inbound.worker.draining:  # what it asked for with its handshake is served, the rest by our successor
@@ -147,7 +151,8 @@ class DestinationTunnel(Tunnel):
         account.held += size
         if size < 0 or not account.overfull:
             return True
-        self.inbound.refused(Refusal(account.refuse("budget_bytes"), "its readers do not read"), self.peer.spiffe, self.source)
+        spiffe = self.peer.spiffe if self.peer is not None else ""
+        self.inbound.refused(Refusal(account.refuse("budget_bytes"), "its readers do not read"), spiffe, self.source)
         return False
 
     def on_idle(self) -> None:
@@ -210,16 +215,16 @@ class HboneListener:
             self._context, self._bundle = self.inbound.contexts.front(self._identities), bundle
         return self._context
 
-    def _begin(self, sock: socket.socket, source: str) -> Account | None:
+    def _begin(self, sock: socket.socket, source: str) -> Account:
         inbound = self.inbound
         source = source.removeprefix("::ffff:")
-        if len(inbound.handshakes) >= HANDSHAKES_MAX or inbound.handshakes_from[source] >= HANDSHAKES_PER_SOURCE_MAX:
-            sock.close()
-            inbound.refused(Refusal("handshake_flood", "too many unfinished handshakes"), "", source)
-            return None
         config, budgets = inbound.worker.config, inbound.worker.budgets
         spiffe = next((workload.spiffe for workload in config.by_address.get(source, ())), None)
         account = budgets.of(config.identity(spiffe), spiffe)
+        if len(inbound.handshakes) >= HANDSHAKES_MAX or inbound.handshakes_from[source] >= HANDSHAKES_PER_SOURCE_MAX:
+            sock.close()
+            inbound.refused(Refusal("handshake_flood", "too many unfinished handshakes"), "", source)
+            return account
         if not account.handshake():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
@@ -249,6 +254,7 @@ class Inbound:
         self.handshakes: set[DestinationTunnel] = set()
         self.handshakes_from: Counter[str] = Counter()
         self._by_peer: dict[str, set[DestinationTunnel]] = {}
+        self._logged = 0  # refusals in this second
         worker.handlers["hbone"] = self.listen
         worker.budgets.streams_of = self.streams_of
         worker.on_config.append(self._configured)
@@ -274,7 +280,11 @@ class Inbound:
             direction="inbound",
             path="",
         )
-        self.worker.log.info("inbound tunnel refused", reason=refusal.reason, detail=refusal.detail, source=peer, address=address)
+        self._logged += 1
+        if self._logged <= LOGGED_PER_S_MAX:  # a line costs more than a refusal
+            self.worker.log.info(
+                "inbound tunnel refused", reason=refusal.reason, detail=refusal.detail, source=peer, address=address
+            )
 
     def handshaken(self, tunnel: DestinationTunnel) -> None:
         self._leave_handshakes(tunnel)
@@ -317,6 +327,9 @@ class Inbound:
                 tunnel.abort(PeerRefused("no_svid", f"the certificate of {spiffe} was withdrawn"))
 
     def _sweep(self, now: float) -> None:
+        if self._logged > LOGGED_PER_S_MAX:
+            self.worker.log.info("inbound tunnels refused, not told of each", more=self._logged - LOGGED_PER_S_MAX)
+        self._logged = 0
         for tunnel in [t for t in self.handshakes if now - t.since > HANDSHAKE_TIMEOUT_S]:
             tunnel.abort(Refusal("handshake_timeout", f"no handshake within {HANDSHAKE_TIMEOUT_S:.0f} s"))
         wall = time.time()

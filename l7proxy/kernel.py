@@ -6,14 +6,19 @@ import ipaddress
 import socket
 import struct
 import time
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
+
+import msgspec
 
 from l7proxy.express import FLAG_OFF, View
 from l7proxy.target import Caller
 from mesh.link import Hello
 
 _PEERCRED = struct.Struct("iII")
+_ORIGIN = ("dst", "dst_port", "client", "client_port", "netns", "workload", "identity", "service")  # as in `Origin`
+_CALLER = ("addr", "identity", "port")
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # an IPv4 address in 16 bytes
 _U32 = 0xFFFFFFFF
 _HEAD_BYTES = 1024  # PL_X_HEAD_BYTES; as much as Python's getsockopt takes
 _VIEW = {
@@ -40,8 +45,7 @@ class SocketLike(Protocol):
     def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True, gc=False):
     """What the application dialled, and who it is: a fact of the kernel, not of the packet."""
 
     address: str
@@ -60,6 +64,8 @@ class Kernel:
     def __init__(self) -> None:
         self._hello: Hello | None = None
         self._origin = self._caller = self._view = self._arm = struct.Struct("")
+        self._origin_at: tuple[int, ...] = ()  # where the fields above stand
+        self._caller_at: tuple[int, ...] = ()
         self.express = False  # this node's kernel carries exchanges by itself
         self._view_at: dict[str, int] = {}
         self._blank: dict[str, int | bytes] = {}  # pl_xarm, in order
@@ -67,14 +73,15 @@ class Kernel:
     def learn(self, hello: Hello) -> None:
         """Takes the layouts of the programs that are loaded now. Raises ValueError when they lack a field."""
         origin, caller = struct.Struct(hello.origin_format), struct.Struct(hello.caller_format)
-        wanted = {"dst", "client", "netns", "workload", "identity", "service", "dst_port", "client_port"}
-        if missing := wanted - set(hello.origin_fields) | {"addr", "identity", "port"} - set(hello.caller_fields):
+        if missing := set(_ORIGIN) - set(hello.origin_fields) | set(_CALLER) - set(hello.caller_fields):
             raise ValueError(f"the agent's layouts lack {', '.join(sorted(missing))}")
         self._view, self._arm = struct.Struct(hello.xview_format), struct.Struct(hello.xarm_format)
         self._view_at = {name: index for index, name in enumerate(hello.xview_fields)}
         self._blank = dict(zip(hello.xarm_fields, self._arm.unpack(bytes(self._arm.size)), strict=True))
         self.express = set(hello.xview_fields) >= _VIEW and set(hello.xarm_fields) >= _ARM
         self._hello, self._origin, self._caller = hello, origin, caller
+        self._origin_at = tuple(hello.origin_fields.index(name) for name in _ORIGIN)
+        self._caller_at = tuple(_CALLER.index(name) if name in _CALLER else len(_CALLER) for name in hello.caller_fields)
 
     def origin(self, sock: SocketLike) -> Origin | None:
         """None when the socket was not captured: close it."""
@@ -83,27 +90,19 @@ class Kernel:
             return None
         try:
             raw = sock.getsockopt(hello.origin_level, hello.origin_opt, self._origin.size)
-            values = dict(zip(hello.origin_fields, self._origin.unpack(raw), strict=False))
+            values = self._origin.unpack(raw)
         except (OSError, struct.error):
             return None
-        return Origin(
-            address_text(values["dst"]),
-            values["dst_port"],
-            address_text(values["client"]),
-            values["client_port"],
-            values["netns"],
-            values["workload"],
-            values["identity"],
-            values["service"],
-        )
+        dst, dst_port, client, client_port, *numbers = [values[at] for at in self._origin_at]
+        return Origin(address_text(dst), dst_port, address_text(client), client_port, *numbers)
 
     def set_caller(self, sock: SocketLike, caller: Caller) -> None:
         """Before connect(): whom the server shall see. Raises OSError when no program answers."""
         hello = self._hello
         if hello is None:
             raise OSError("no layouts yet")
-        values = {"addr": address_bytes(caller.address), "identity": caller.identity, "port": caller.port}
-        packed = self._caller.pack(*(values.get(name, 0) for name in hello.caller_fields))
+        values = (address_bytes(caller.address), caller.identity, caller.port, 0)
+        packed = self._caller.pack(*[values[at] for at in self._caller_at])
         sock.setsockopt(hello.origin_level, hello.caller_opt, packed)
 
     def express_view(self, sock: SocketLike) -> View | None:
@@ -165,11 +164,14 @@ class Kernel:
 
 def address_text(raw: bytes) -> str:
     """16 bytes, IPv4 as v4-mapped, to canonical text."""
-    address = ipaddress.IPv6Address(raw)
-    return str(address.ipv4_mapped or address)
+    return socket.inet_ntoa(raw[12:]) if raw.startswith(_MAPPED) else _v6_text(raw)
+
+
+@lru_cache(4096)  # slow to make, and there are as many as workloads
+def _v6_text(raw: bytes) -> str:
+    return str(ipaddress.IPv6Address(raw))
 
 
 def address_bytes(text: str) -> bytes:
-    """The reverse of `address_text`."""
-    address = ipaddress.ip_address(text)
-    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+    """The reverse of `address_text`. Raises OSError for what is no address."""
+    return socket.inet_pton(socket.AF_INET6, text) if ":" in text else _MAPPED + socket.inet_pton(socket.AF_INET, text)

@@ -7,7 +7,7 @@ import asyncio
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from l7proxy.budgeted import Budgeted
+from l7proxy.budgeted import Budgeted, waiting
 from l7proxy.config import Endpoint
 from l7proxy.errors import REASONS
 from l7proxy.http1.exchange import NEVER
@@ -114,9 +114,9 @@ class Relay(Budgeted, asyncio.Protocol):
         size = len(self.early)
         far = self.far
         if self.paused_far and not self.closed:
-            size += self.near.get_write_buffer_size()
+            size += waiting(self.near)
         if self.paused_near and far is not None and not far.lost:
-            size += far.transport.get_write_buffer_size()
+            size += waiting(far.transport)
         self.hold(size)
 
     def eof_received(self) -> bool:
@@ -129,8 +129,10 @@ class Relay(Budgeted, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._over()
-        if self.far is not None and not self.far.lost:
-            if exc is not None:
+        if self.far is not None:
+            if self.far.lost:
+                self.far = None
+            elif exc is not None:
                 reset(self.far.transport)
             else:
                 self.far.transport.close()
@@ -210,11 +212,11 @@ class Relay(Budgeted, asyncio.Protocol):
         if self.opened is not None:
             opened, self.opened = self.opened, None
             opened(200, "")
+        was_paused, self.paused_near = self.paused_near, False
         if self.early:
             data, self.early = self.early, b""
             self.data_received(data)
-        if self.paused_near:
-            self.paused_near = False
+        if was_paused and not self.paused_near:  # else the server reads slowly, and says when it goes on
             self.near.resume_reading()
         if self.early_eof:
             far.end()
@@ -293,7 +295,9 @@ class Far(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
-        if not self.relay.closed:
+        if self.relay.closed:
+            self.relay.far = None  # else they would wait for the collector
+        else:
             if exc is not None:
                 reset(self.relay.near)
             else:

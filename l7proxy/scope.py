@@ -25,13 +25,14 @@ NO_FIELDS = L7Fields()
 class Candidate:
     """A plan's verdict about one endpoint. ``error``: what to answer instead of dialling."""
 
-    __slots__ = ("add_headers", "audits", "endpoint", "error", "pool", "rule", "series")
+    __slots__ = ("add_headers", "audits", "endpoint", "error", "plain", "pool", "rule", "series")
 
     def __init__(
         self, endpoint: Endpoint, pool: Pool, series: Series, verdict: Verdict, error: Reply | None, add_headers: tuple[str, ...]
     ) -> None:
         self.endpoint, self.pool, self.series, self.error, self.add_headers = endpoint, pool, series, error, add_headers
         self.rule, self.audits = verdict.rule, verdict.audits
+        self.plain = error is None and not add_headers and not verdict.audits
 
 
 class Plan:

@@ -8,13 +8,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from l7proxy.budget import Account
-from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted
+from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted, waiting
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
 from l7proxy.http1.added import with_headers
-from l7proxy.http1.cycle import Cycle
 from l7proxy.http1.exchange import CLOSED, IDLE, RAW
 from l7proxy.http1.head import RequestHead
+from l7proxy.http1.request_side import RequestSide
+from l7proxy.quick import Quick
 from l7proxy.scope import Candidate, Plan, Scope
 from l7proxy.target import Caller, DialError
 from l7proxy.upstream import UpstreamConnection, reset
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 TRIES_MAX = 5  # endpoints tried for one request
 
 
-class HttpSession(Cycle, Budgeted, asyncio.Protocol):
+class HttpSession(Quick, Budgeted, asyncio.Protocol):
     """One client connection that carries HTTP. ``source_netns``: see `Target`."""
 
     __slots__ = (
@@ -121,9 +122,9 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         """Rarely: only a connection on which something waits."""
         size = len(self.pending) + (len(self.late) if self.late is not None else 0)
         if not self.lost and self.client_full:
-            size += self.transport.get_write_buffer_size()
+            size += waiting(self.transport)
         if self.upstream is not None and self.client_paused and self.upstream.transport is not None:
-            size += self.upstream.transport.get_write_buffer_size()
+            size += waiting(self.upstream.transport)
         self.hold(size)
 
     def eof_received(self) -> bool:
@@ -258,7 +259,7 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         if connection is not None:
             self.upstream = None
             connection.pool.health.outstanding -= 1
-            if reusable:
+            if reusable and not connection.full:  # nobody would tell the next one that the server does not read
                 if self.pair is None:
                     self.worker.upstreams.keep(connection)
                 else:
@@ -346,6 +347,8 @@ class HttpSession(Cycle, Budgeted, asyncio.Protocol):
         return super().idle and (self.pair is None or self.pair.quiet)
 
     def end(self) -> None:
+        if self.pair is not None and self.pair.bequeath():
+            return
         super().end()
         if self.pair is not None:
             self.pair.refuse_more()
@@ -382,6 +385,8 @@ class HttpRefusal(HttpSession):
     """A connection that came after the policy's lease: whatever it asks is refused."""
 
     __slots__ = ()
+
+    client_data = RequestSide.client_data  # by way of `decide`
 
     def decide(self, head: RequestHead) -> None:  # noqa: ARG002  # the cycle's signature
         self.started = perf_counter()

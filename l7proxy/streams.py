@@ -1,193 +1,21 @@
-"""A connection of HBONE streams on a TLS channel, written once per loop turn, and a stream that looks like an
-asyncio transport to the protocol above it. Both ends of a tunnel are made of this.
-"""
+"""A connection of HBONE streams on a TLS channel, written once per loop turn. Both ends of a tunnel are made of this."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import deque
 from socket import socket
-from typing import Any, cast
+from typing import Any
 
 from l7proxy.channel import TlsChannel
 from l7proxy.hbone.core import Core
-from l7proxy.hbone.stream import CANCEL, ENHANCE_YOUR_CALM, Event, HboneError, Headers, Kind, Limits, Stream
+from l7proxy.hbone.stream import CANCEL, Event, HboneError, Headers, Kind, Limits, Stream
+from l7proxy.stream_transport import StreamTransport
 
 HELD_BYTES_MAX = 64 << 20  # of one tunnel, for readers that do not read
+TAKES_PER_TURN_MAX = 4
 LINGER_S = 60.0  # as the kernel's FIN_WAIT2
-
-
-class StreamTransport(asyncio.Transport):
-    """One HBONE stream. Callbacks never come from within a call of its own; `connection_lost` comes once, last."""
-
-    __slots__ = ("_closing", "_ended", "_eof", "_lost", "_paused", "_received", "core", "protocol", "stream", "tunnel")
-
-    def __init__(self, tunnel: Tunnel, stream: Stream) -> None:
-        self.tunnel = tunnel
-        self.core = tunnel.core
-        self.stream = stream
-        stream.user = self
-        self.protocol: asyncio.Protocol | None = None
-        self._received: deque[bytes] = deque()  # while paused, or before there is a protocol
-        self._paused = False
-        self._eof = False  # the peer ended, to be told after `_received`
-        self._ended = False  # told
-        self._closing = False
-        self._lost = False
-
-    # ---- the protocol's side
-
-    def start(self, protocol: asyncio.Protocol) -> None:
-        """Deliver to this protocol from now on; what came early follows on the next turn."""
-        self.protocol = protocol
-        if self._received or self._eof:
-            self.tunnel.loop.call_soon(self._deliver)
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self.protocol = cast("asyncio.Protocol", protocol)
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        return cast("asyncio.BaseProtocol", self.protocol)
-
-    @property
-    def retired(self) -> bool:
-        """The tunnel takes no more work (rotation, GOAWAY): do not reuse this stream for another request."""
-        return self.tunnel.retired
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        if name == "peer_certificate":
-            return self.tunnel.peer
-        return default
-
-    def is_closing(self) -> bool:
-        return self._closing or self._lost
-
-    def is_reading(self) -> bool:
-        return not self._paused and not self._closing
-
-    def get_write_buffer_size(self) -> int:
-        return self.stream.queued
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._closing or self._lost or not data:
-            return
-        stream = self.stream
-        was_full = stream.full
-        self.core.send(stream, data if type(data) is bytes else bytes(data))
-        tunnel = self.tunnel
-        if not tunnel.armed:
-            tunnel.arm()
-        if stream.full and not was_full:
-            tunnel.loop.call_soon(self._pause_writing)
-
-    def write_eof(self) -> None:
-        if not self._closing and not self._lost:
-            self.core.end(self.stream)
-            self.tunnel.arm()
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def pause_reading(self) -> None:
-        self._paused = True
-
-    def resume_reading(self) -> None:
-        if self._paused:
-            self._paused = False
-            if self._received or self._eof:
-                self.tunnel.loop.call_soon(self._deliver)
-
-    def close(self) -> None:
-        """Send what is queued and END_STREAM. Bytes that still come are answered as TCP does: by a reset."""
-        if self._closing or self._lost:
-            return
-        self._closing = True
-        self._drop_received()
-        self.core.end(self.stream)
-        self.tunnel.arm()
-        self.tunnel.closing.add(self)
-        if self.tunnel.lost:
-            self.tunnel.loop.call_soon(self.lose, None)
-
-    def abort(self) -> None:
-        if not self._lost:
-            self._closing = True
-            self._drop_received()
-            self.core.reset(self.stream, CANCEL)
-            self.tunnel.arm()
-            self.tunnel.loop.call_soon(self.lose, None)
-
-    # ---- the tunnel's side
-
-    def discard(self) -> None:
-        """The stream is being refused: whatever still comes is not for anyone. `connection_lost` follows."""
-        if not self._lost:
-            self._closing = True
-            self._drop_received()
-            self.tunnel.loop.call_soon(self.lose, None)
-
-    def _pause_writing(self) -> None:
-        if self.stream.full and not self._lost and self.protocol is not None:
-            self.protocol.pause_writing()
-
-    def on_writable(self) -> None:
-        if not self._lost and self.protocol is not None:
-            self.protocol.resume_writing()
-
-    def on_data(self, data: bytes) -> None:
-        if self._closing:
-            self.core.reset(self.stream, CANCEL)
-            self.tunnel.loop.call_soon(self.lose, None)
-        elif self._paused or self.protocol is None or self._received:
-            self._received.append(data)
-            if not self.tunnel.hold(len(data)):
-                self.core.reset(self.stream, ENHANCE_YOUR_CALM)
-                self.tunnel.loop.call_soon(self.lose, ConnectionAbortedError("too much was held for readers that do not read"))
-        else:
-            self.core.consumed(self.stream, len(data))
-            self.protocol.data_received(data)
-
-    def on_end(self) -> None:
-        self._eof = True
-        if not self._received and not self._paused:
-            self._tell_end()
-
-    def _tell_end(self) -> None:
-        if self.protocol is not None and not self._ended and not self._closing:
-            self._ended = True
-            if not self.protocol.eof_received():
-                self.close()
-
-    def _deliver(self) -> None:
-        while self._received and not self._paused and not self._closing and self.protocol is not None:
-            data = self._received.popleft()
-            self.tunnel.hold(-len(data))
-            self.core.consumed(self.stream, len(data))
-            self.protocol.data_received(data)
-        if self._eof and not self._received and not self._paused:
-            self._tell_end()
-        self.tunnel.arm()
-
-    def _drop_received(self) -> None:
-        if self._received:
-            self.tunnel.hold(-sum(map(len, self._received)))
-            self._received.clear()
-
-    @property
-    def is_lost(self) -> bool:
-        return self._lost
-
-    def lose(self, error: Exception | None) -> None:
-        if self._lost:
-            return
-        self._lost = True
-        self._closing = True
-        self._drop_received()
-        self.tunnel.closing.discard(self)
-        protocol, self.protocol = self.protocol, None
-        if protocol is not None:
-            protocol.connection_lost(error)
+_DATA = Kind.DATA
 
 
 class Tunnel:
@@ -238,7 +66,8 @@ class Tunnel:
         """The last stream went."""
 
     def hold(self, size: int) -> bool:
-        """Bytes received and not taken by their reader: more, or (negative) fewer. False: it is too much."""
+        """Bytes received and not taken by their reader, or encrypted and not taken by the peer: more, or (negative) fewer.
+        False: it is too much."""
         self.held += size
         return size < 0 or self.held <= HELD_BYTES_MAX
 
@@ -249,15 +78,27 @@ class Tunnel:
             self.armed = True
             self.loop.call_soon(self._flush)
 
+    def hurry(self) -> None:
+        """In the midst of a turn, from a `write`: nobody is called back."""
+        channel = self.channel
+        if channel.open and not channel.blocked and not self.lost:
+            channel.send(self.core.take_said())
+
     def _flush(self) -> None:
         self.armed = False
         channel = self.channel
         if self.lost or channel.blocked or not channel.open:
             return
-        core = self.core
-        data, writable = core.take()
-        if data:
-            channel.send(data)
+        core, writable = self.core, []
+        for _ in range(TAKES_PER_TURN_MAX):  # what the kernel does not take of one is all that is kept encrypted
+            data, ready = core.take()
+            if data:
+                channel.send(data)
+            if ready:
+                writable += ready
+            more = core.wants_write and not channel.blocked
+            if not more:
+                break
         if core.failed:  # GOAWAY with an error is on its way
             self.close()
             return
@@ -268,7 +109,7 @@ class Tunnel:
             for transport in [t for t in self.closing if t.stream.local_ended]:
                 self.closing.discard(transport)
                 self._parted(transport)
-        if core.wants_write and not channel.blocked:
+        if more:
             self.arm()
         if not core.streams:
             self.on_idle()
@@ -310,7 +151,7 @@ class Tunnel:
                 self.retired = True
                 continue
             transport = stream.user
-            if kind is Kind.DATA:
+            if kind is _DATA:
                 if transport is not None:
                     transport.on_data(payload)
             elif kind is Kind.END:
@@ -325,6 +166,9 @@ class Tunnel:
                 self.on_request(stream, payload)
             elif kind is Kind.RESPONSE:
                 self.on_response(stream, payload)
+
+    def channel_held(self, size: int) -> bool:
+        return self.hold(size)
 
     def channel_drained(self) -> None:
         self._flush()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from mesh.model import Workload
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True, gc=False):
     """The application whose bytes these are. ``workload``: its item key when it runs on this node."""
 
     spiffe: str | None
@@ -18,8 +17,7 @@ class Caller:
     workload: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """One dial. ``source_netns``: cookie of the caller's netns, 0 at the destination; ``opaque``: a TLS connection of its own."""
 
     workload: Workload

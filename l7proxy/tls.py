@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Protocol
 
 from cryptography import x509
@@ -21,6 +22,7 @@ from mesh.identity import SpiffeId
 
 ALPN = "h2"
 SAN_URIS_MAX = 1  # SPIFFE: exactly one URI
+CERTIFICATES_MAX = 1024  # read ones that are remembered
 _VERIFY_REASONS = {9: "cert_not_yet_valid", 10: "cert_expired", 26: "cert_eku"}  # X509_V_ERR_*
 
 
@@ -85,6 +87,7 @@ def _unix(certificate: x509.Certificate, name: str) -> float:
     return float(aware.timestamp())
 
 
+@lru_cache(CERTIFICATES_MAX)  # a peer shows the same one again and again; verified before, so it is of this mesh
 def read_certificate(der: bytes | None) -> tuple[PeerCertificate, frozenset[str]]:
     """The certificate's facts and its extended key usages (dotted). Raises PeerRefused when it is no SVID."""
     if not der:

@@ -11,7 +11,8 @@ from socket import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from l7proxy.hbone.stream import BULK, CONNECT_ERROR, REFUSED_STREAM, HboneError, Headers, Limits, Stream
-from l7proxy.streams import StreamTransport, Tunnel
+from l7proxy.stream_transport import StreamTransport
+from l7proxy.streams import Tunnel
 from l7proxy.target import DialError, Target
 from l7proxy.tls import PeerRefused, check_peer, refusal_of
 from mesh.identity import SpiffeId
@@ -89,6 +90,7 @@ class SourceTunnel(Tunnel):
         self.since = self.idle_since = time.perf_counter()
         name = SpiffeId.parse(key.peer).sni()
         super().__init__(pool.worker.loop, sock, context, client=True, limits=limits, server_name=name)
+        self.channel.meter = self.account  # of the handshake; what passes is metered where it comes from
 
     @property
     def free(self) -> bool:
@@ -139,12 +141,16 @@ class SourceTunnel(Tunnel):
         if peer.spiffe != self.key.peer:
             raise PeerRefused("peer_identity", f"{self.key.address} showed {peer.spiffe}, expected {self.key.peer}")
         self.peer = peer
+        self.loop.call_soon(self._unmeter)
         waiting, self.waiting = self.waiting, []
         for dial in waiting:
             if self.core.can_open:
                 self._open(dial)
             else:
                 self.pool.again(dial)
+
+    def _unmeter(self) -> None:
+        self.channel.meter = None
 
     def hold(self, size: int) -> bool:
         fits, account = super().hold(size), self.account

@@ -20,13 +20,14 @@ from l7proxy.local_dial import LocalDial
 from l7proxy.target import Caller, DialError, Target
 
 if TYPE_CHECKING:
+    from l7proxy.streams import Tunnel
     from l7proxy.worker import Worker
 
 IDLE_PER_POOL_MAX = 128
 OPEN_PER_POOL_MAX = 4096
 IDLE_S = 60.0
 FAILED_FIRST_S, FAILED_MAX_S = 1.0, 30.0  # an endpoint that refused is left alone for this long, doubling
-DIAL_S = 0.0002  # of the worker's time, about; it comes in pieces that nobody measures
+DIAL_S = 0.0002  # of the worker's time, about, to another node; it comes in pieces that nobody measures
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 PoolKey = tuple[str | None, str, Endpoint]
@@ -78,7 +79,7 @@ class Pool:
         """The connection used last, or None."""
         while self.idle:
             connection = self.idle.pop()
-            if getattr(connection.transport, "retired", False):  # its tunnel takes no more work: rotation, or a node that leaves
+            if connection.retired:
                 connection.close()
             elif not connection.lost:
                 return connection
@@ -91,6 +92,7 @@ class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
         "counted",
         "dial",
+        "full",
         "idle_since",
         "late",
         "late_eof",
@@ -99,6 +101,7 @@ class UpstreamConnection(asyncio.Protocol):
         "reader_paused",
         "sink",
         "transport",
+        "tunnel",
         "upstreams",
         "write",
     )
@@ -107,18 +110,26 @@ class UpstreamConnection(asyncio.Protocol):
         self.upstreams, self.pool = upstreams, pool
         self.sink: Sink | None = sink
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.tunnel: Tunnel | None = None
         self.write: Callable[[bytes], None] = _unconnected
         self.dial: Dial | None = None
         self.lost = self.reader_paused = self.late_eof = False
+        self.full = False  # the server reads slowly
         self.late: bytes | None = None  # came when the caller's turn was over
         self.idle_since = 0.0
         self.counted = True
         pool.open += 1
         pool.account.descriptors += 1
 
+    @property
+    def retired(self) -> bool:
+        """Its tunnel takes no more work: rotation, or a node that leaves."""
+        return self.tunnel is not None and self.tunnel.retired
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.dial = None
         self.transport = cast(asyncio.Transport, transport)
+        self.tunnel = getattr(transport, "tunnel", None)
         if self.lost:  # given up while it was being made
             self.transport.abort()
             return
@@ -201,10 +212,12 @@ class UpstreamConnection(asyncio.Protocol):
             sink.upstream_lost(exc)
 
     def pause_writing(self) -> None:
+        self.full = True
         if self.sink is not None:
             self.sink.upstream_full()
 
     def resume_writing(self) -> None:
+        self.full = False
         if self.sink is not None:
             self.sink.upstream_drained()
 
@@ -313,11 +326,11 @@ class Upstreams:
         workload = worker.config.workloads.get(endpoint.key)
         if workload is None:
             return worker.loop.call_soon(failed, DialError("no_endpoints", f"{endpoint.key} is gone"))
-        worker.budgets.of(caller.identity, caller.spiffe).spent += DIAL_S
         target = Target(workload, endpoint.address, endpoint.port, caller, source_netns, opaque)
-        if not endpoint.local:
-            return worker.dial_remote(target, protocol, failed)
-        return LocalDial(worker, target, protocol, failed)
+        if endpoint.local:
+            return LocalDial(worker, target, protocol, failed)
+        worker.budgets.of(caller.identity, caller.spiffe).spent += DIAL_S
+        return worker.dial_remote(target, protocol, failed)
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Back to its pool."""

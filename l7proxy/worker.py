@@ -92,12 +92,12 @@ class Worker:
         self.on_sweep: list[Callable[[float], None]] = []
         self.on_drain: list[Callable[[float], None]] = []
         self.busy: list[Callable[[], bool]] = []  # whether something still has bytes to send, asked while draining
-        self.draining = False
+        self.draining = self.succeeded = False  # succeeded: another worker comes in our place
         self.access: AccessLog | None = None
         self.flow_budget, self.denied_budget = FLOWS_ALLOWED_PER_S, FLOWS_DENIED_PER_S
         self._scopes: dict[tuple[object, ...], Scope] = {}
         self.express = Desk(self)
-        self._link = LinkServer(self, listen)
+        self.agent = LinkServer(self, listen)
         self._stopped: asyncio.Event | None = None
         self._recheck: asyncio.Task[None] | None = None
         self.metrics.register(BudgetCollector(self.budgets, lambda spiffe: self.config.label(spiffe)))
@@ -115,11 +115,11 @@ class Worker:
             self.loop.add_signal_handler(signal.SIGTERM, self.stop)
         except (RuntimeError, ValueError):
             pass  # not the main thread: a test, which calls stop()
-        self._link.start()
+        self.agent.start()
         sweep = self.loop.create_task(self._sweep_forever())
         await self._stopped.wait()
         sweep.cancel()
-        self._link.close()
+        self.agent.close()
         for listener in self.listeners.values():
             listener.close()
         for session in list(self.sessions):
@@ -130,7 +130,8 @@ class Worker:
             self.access.flush()
 
     def stop(self) -> None:
-        """Polite: what runs may end within a few seconds."""
+        """Polite: what runs may end within a few seconds, and who comes after us goes on with what the kernel carries."""
+        self.succeeded = self.send(link.Leaving())
         self.drain(STOP_S)
 
     def drain(self, seconds: float) -> None:
@@ -174,7 +175,7 @@ class Worker:
 
     def send(self, message: link.Message, fds: Sequence[int] = ()) -> bool:
         """To the agent, with duplicates of ``fds``; dropped while there is none (False)."""
-        return self._link.send(message, fds)
+        return self.agent.send(message, fds)
 
     def linked(self) -> None:
         """The agent has dialled."""

@@ -68,7 +68,8 @@ def run(
     check: bool = False,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end and collect output as text. Raises subprocess.TimeoutExpired, and CalledProcessError with `check`."""
+    """Run to the end and collect output as text. Raises subprocess.TimeoutExpired (of seconds of this machine: lab.pace), and
+    CalledProcessError with `check`."""
     text = input.decode() if isinstance(input, bytes) else input
     return subprocess.run(
         place.argv(command, user),
@@ -77,7 +78,7 @@ def run(
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=timeout,
+        timeout=None if timeout is None else timeout * SLOW,
         env=environment(env),
         check=check,
         cwd=cwd,

@@ -89,7 +89,11 @@ def why(
             raise ExplainError(f"{key} declares no port {target}; it has {', '.join(map(str, item.ports)) or 'none'}")
         ask = Request(target, method, path or "/" if method else path, host, dict(headers or {}))
         endpoint = _endpoint(policies, state, key, peer, ask, http=True)
-        return _conclude(evidence, key, target, "", DestKind.PROXY.value, "", [endpoint], revision)
+        found = _conclude(evidence, key, target, "", DestKind.PROXY.value, "", [endpoint], revision)
+        if method is None or not evidence.workload:
+            return found
+        sent = Request(target, method, ask.path, host or _host_of(item), ask.headers)
+        return replace(found, express=express.why(state, RouteTable(state), policies, peer, key, sent, caller=evidence.workload))
     spec = _port(key, item, port)
     request = Request(spec.port, method, path or ("/" if method else ""), host or _own_name(item), dict(headers or {}))
     table = RouteTable(state)
@@ -117,6 +121,12 @@ def why(
     if method is None or kind == DestKind.NATIVE.value or not evidence.workload:
         return found
     return replace(found, express=express.why(state, table, policies, peer, key, request, caller=evidence.workload))
+
+
+def _host_of(workload: Workload) -> str:
+    """What a client writes that dials it by its own address."""
+    address = next(iter(workload.addresses), "")
+    return f"[{address}]" if ":" in address else address
 
 
 def _routes(table: RouteTable, key: str, spec: ServicePort, request: Request) -> tuple[list[Decision], NoRoute | None]:

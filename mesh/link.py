@@ -188,6 +188,11 @@ class Unpair(Base, frozen=True, tag="unpair"):
     session: int
 
 
+class Leaving(Base, frozen=True, tag="leaving"):
+    """The worker ends by plan, and another comes in its place: what it has paired it leaves to that one, without a word about
+    each. The agent, which has the sockets, stays until then."""
+
+
 class Metrics(Base, frozen=True, tag="metrics"):
     worker: int
     text: str  # Prometheus exposition
@@ -216,7 +221,7 @@ class Flow(Base, frozen=True, tag="flow"):
 
 Message = (
     Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Scrape | Drain
-    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Metrics | Flow
+    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Leaving | Metrics | Flow
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

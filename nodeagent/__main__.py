@@ -90,8 +90,14 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     loop = asyncio.get_running_loop()
+    stopping: set[asyncio.Task[None]] = set()
+
+    async def stop() -> None:
+        await agent.express.handed_over()
+        agent.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
+        loop.add_signal_handler(number, lambda: stopping.add(asyncio.create_task(stop())))
     notify = Notify()
     runner = await serve(agent, arguments.run_dir / "agent.sock")
     following = asyncio.create_task(follow(agent, notify), name="notify")

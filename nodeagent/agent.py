@@ -6,7 +6,6 @@ Blocking work has threads of its own: one for the data path, so that its calls k
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -17,9 +16,11 @@ import structlog
 
 from mesh import link, snapshot
 from mesh.model import CONFIG_KEY, Config
+from nodeagent import optional
 from nodeagent import reconcile_events as ev
 from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express import Express
+from nodeagent.files import many_descriptors
 from nodeagent.flows import FlowRing
 from nodeagent.kernel_work import KernelWork, Result, frames
 from nodeagent.lease import Lease
@@ -81,7 +82,7 @@ class Agent:
             ev.EquipWorker: lambda command: self.fleet.equip(command.worker),
             ev.DropWorker: self._do_drop,
             ev.WantSvids: lambda command: self.svids.want(command.spiffes),
-            ev.Revoke: lambda command: self.svids.revoke(command.serials),
+            ev.Revoke: lambda command: self.express.revoked(self.svids.revoke(command.serials)),
             ev.TrustRoots: lambda command: self.membership.trust(command.roots),
         }
 
@@ -89,8 +90,7 @@ class Agent:
 
     async def run(self) -> None:
         """Serves until `stop` is called; the programs in the kernel carry on afterwards."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 20)), hard))
+        many_descriptors()
         self.core.roster.stale |= self.workloads.load()
         await asyncio.to_thread(self._restore)
         tasks = [
@@ -392,6 +392,9 @@ class Agent:
     def older_ended(self) -> int:
         """Connections ended because they were older than the enrolment of who held them."""
         return self._work.older_ended
+
+    def off(self) -> dict[str, str]:  # what the kernel of this node lacks, and why
+        return optional.off(self._datapath, self.express.why)
 
     def kernel_metrics(self) -> str:
         return self._datapath.metrics_text() if self.core.programs else ""

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from nodeagent.agent import Agent
 from nodeagent.exposition import merge
 from nodeagent.flows import RING_FLOWS_MAX, TooManyFollowers
+from nodeagent.optional import INSTEAD, report
 from nodeagent.reconcile import Reconciler
 from nodeagent.top import top
 from nodeagent.workloads import WorkloadsError, check
@@ -128,6 +129,7 @@ class LocalApi:
                     for name, why in core.workers.lagging.items()
                 ],
                 "programs": dict(core.programs),
+                "optional": report(agent.off()),
             }
         )
 
@@ -304,6 +306,9 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
         flows = CounterMetricFamily("pillion_agent_flows", "Flows seen, by verdict.", labels=["verdict"])
         for verdict, value in sorted(agent.ring.seen.items()):
             flows.add_metric([verdict], value)
+        parts = GaugeMetricFamily("pillion_agent_optional_on", "1: this node has this optional part.", labels=["part"])
+        for part in INSTEAD:
+            parts.add_metric([part], int(part not in agent.off()))
         age = agent.lease.age_s()
         gauges = {
             "pillion_agent_ready": (int(core.readiness.ready), "1 when the node enforces and serves everything it should."),
@@ -319,6 +324,7 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
             total,
             refusals,
             flows,
+            parts,
             *(GaugeMetricFamily(name, text, value=value) for name, (value, text) in gauges.items()),
         ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from ipaddress import ip_network
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ Contents = dict[str, Content]  # by map name
 
 PLANNED = ("dests", "backends", "policy", "egress", "dials")  # the maps a plan fills, nobody else writes them
 PROTOCOLS = {"tcp": 6, "udp": 17}
+FORMER_AGENTS_MAX = 1024  # in members, of its 16384; past FORMER_AGENTS_KEPT those without a socket are forgotten
+FORMER_AGENTS_KEPT = 64
 _EGRESS_PORTS = struct.Struct("=8H")
 
 
@@ -144,6 +146,11 @@ class Codec:
         """Whether a members entry is a workload's."""
         return bool(self.layouts["pl_member"].unpack(member)["role"] == self._roles[Role.WORKLOAD])
 
+    def agents(self, content: Content) -> list[int]:
+        """The cgroups that are an agent's by what the map members holds."""
+        layout, agent = self.layouts["pl_member"], self._roles[Role.AGENT]
+        return [struct.unpack("=Q", key)[0] for key, value in content.items() if layout.unpack(value)["role"] == agent]
+
     def openness(self, name: str, value: bytes | None) -> int:
         """How much an entry lets pass, to compare entries of one key; 0 for none."""
         if value is None:
@@ -156,6 +163,22 @@ class Codec:
 
 
 DIAL_VALUE = struct.pack("=I", 1)
+
+
+def former_agents(known: Iterable[int], own: Container[int], living: Container[int]) -> tuple[int, ...]:
+    """Cgroups of agents that ran here before: the proxy has listeners, connections and fresh sockets of theirs, and a socket
+    keeps the cgroup it was made in. Pure.
+
+    ``known``: what the pinned map has, so they are trusted for as long as the programs stand, and no longer than the kernel
+    runs. That lets nobody new in: a cgroup that was removed can not be entered, so no socket is made in it any more, and
+    its id is never another's (64 bits, counted up by the kernel; the low half may come round, the high half then moves).
+    One that still lives is left out: who is in there now is not known.
+    """
+    former = sorted(each for each in known if each not in own and each not in living)
+    if len(former) > FORMER_AGENTS_MAX:  # the oldest made the listeners, the newest may have made sockets since
+        former = former[: FORMER_AGENTS_MAX // 2] + former[-FORMER_AGENTS_MAX // 2 :]
+    return tuple(former)
+
 
 # Stages of an apply. A destination's removal is not a closing: the address then is outside the mesh.
 _PUT_STAGE = {"backends": 2, "policy": 3, "egress": 4, "dials": 4, "dests": 5}

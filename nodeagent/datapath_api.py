@@ -86,6 +86,9 @@ class DatapathApi(Protocol):
         Raises DatapathError (loader failed: its last line of stderr inside), SchemaMismatch.
         """
 
+    def off(self) -> dict[str, str]:
+        """Optional parts that this kernel has not, as `load` saw: part of nodeagent/optional.py -> why. Never waits."""
+
     def adopt(self, netns: Path | None) -> int:
         """Remember a netns (None: the agent's own) and return its cookie. Again: the same cookie. Raises OSError."""
 
@@ -126,7 +129,8 @@ class DatapathApi(Protocol):
         """Read the maps, put back what differs from the last applied plan and members. Returns how many entries differed."""
 
     def end_denied(self, plan: NodePlan) -> int:
-        """Destroy (RST both ends) established native connections the plan denies, idle ones too. Returns how many."""
+        """Destroy (RST both ends) established native connections the plan denies, idle ones too. Returns how many; none
+        where that part is off: the programs drop their packets since the plan was applied."""
 
     def enrol(self, netns: int, cgroup: Path | None = None) -> EnrolReport:
         """End sockets of this netns that predate the programs or came from outside them. In the node's own netns

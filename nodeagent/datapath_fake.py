@@ -33,12 +33,16 @@ class FakeDatapath:
         self.ended = 0
         self.repairs = 0
         self.unguarded: tuple[str, ...] = ()
+        self.lacking: dict[str, str] = {}
         self._netns: dict[Path | None, int] = {}
         self._open: dict[str, tuple[OpenListener, socket.socket]] = {}
         self._flows: asyncio.Queue[Flow] = asyncio.Queue(maxsize=4096)
 
     def load(self) -> dict[str, bool]:
         return dict.fromkeys(PROGRAMS, True)
+
+    def off(self) -> dict[str, str]:
+        return dict(self.lacking)
 
     def adopt(self, netns: Path | None) -> int:
         return self._netns.setdefault(netns, 4096 + len(self._netns))

@@ -6,27 +6,32 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyroute2.netlink.exceptions import NetlinkError
+
 from mesh.dataplane import NodePlan
 from mesh.link import Flow
-from nodeagent import cgroups, counters, tc
+from nodeagent import cgroups, counters, optional, tc
 from nodeagent import netns as spaces  # the API's parameters are called netns
-from nodeagent.datapath import PLANNED, Codec, Contents, digest
+from nodeagent.datapath import FORMER_AGENTS_KEPT, PLANNED, Codec, Contents, digest, former_agents
 from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener, Role
 from nodeagent.denied import denied, owners
-from nodeagent.enrol import enrol
+from nodeagent.enrol import PROTOCOLS, enrol
 from nodeagent.express_path import ExpressPath
 from nodeagent.layouts import Layouts, address
 from nodeagent.loading import run_loader, unload
 from nodeagent.map_set import MapSet
 from nodeagent.places import Place, Places
 from nodeagent.ring import FlowReader, Names
-from nodeagent.sockdiag import OPEN_STATES, destroy_where
+from nodeagent.sockdiag import ANY_STATE, OPEN_STATES, destroy_where
 
 LEVELS_MAX = 16  # as in bpf/common.h: how far apart level_lo and level_hi may be
+VETHS_RETRY_S = 60.0  # a try compiles
+WHY_CHARS_MAX = 400
 LEVELS_BELOW = 4  # how deep below the attached cgroup a member may lie
 _KEY0, _ONE, _U64 = struct.pack("=I", 0), struct.pack("=I", 1), struct.Struct("=Q")
 
@@ -44,12 +49,15 @@ class Datapath:
         self._maps = MapSet()
         self._places = Places(proxy_cgroup or cgroup / "proxy")
         self._members: tuple[Member, ...] = ()
+        self._agents: tuple[int, ...] = ()  # cgroups: our own, then those of former agents
         self._plan: NodePlan | None = None
         self._desired: Contents = {}
         self._config: dict[str, int] = {}
         self._names = Names()
         self._reader: FlowReader | None = None
         self._veths: tc.VethGuard | None = None
+        self._veths_tried = 0.0
+        self._off: dict[str, str] = {}
         self._guarded: dict[str, tuple[tuple[str, ...], bool]] = {}  # by veth: addresses, permissive
         self._cpus = counters.possible_cpus()
         self._own = {"map_ops": 0, "repaired": 0, "map_full": 0, "apply_failed": 0, "connections_ended": 0, "flows_lost": 0}
@@ -65,11 +73,24 @@ class Datapath:
         status = run_loader(self.cgroup, self.bpf_dir, self.run_dir / "layouts.json")
         self.open()
         with self._lock:
-            if self._veths is not None:
-                self._veths.close()
+            self._load_veths()
+            self._off = {**self._off, **({optional.ENDING: why} if (why := optional.ending()) else {})}
+            return {**status, **({} if self._veths is None else {"veth": True})}
+
+    def _load_veths(self) -> None:
+        """The filter of pods; without it there are none here, until a later try."""
+        if self._veths is not None:
+            self._veths.close()
+        self._veths, self._veths_tried = None, time.monotonic()
+        try:
             self._veths = tc.VethGuard(self.bpf_dir, self.run_dir)
             self._veths.sweep()
-        return {**status, "veth": True}
+            self._off = {part: why for part, why in self._off.items() if part != optional.PODS}
+        except (DatapathError, NetlinkError, OSError) as error:
+            self._off = {**self._off, optional.PODS: str(error)[-WHY_CHARS_MAX:] or type(error).__name__}
+
+    def off(self) -> dict[str, str]:
+        return self._off  # never changed, only replaced
 
     def open(self) -> None:
         """Use what is pinned already. Raises DatapathError, SchemaMismatch."""
@@ -80,9 +101,12 @@ class Datapath:
             self._names.reasons = self._layouts.reasons
             found = self._layouts["pl_config"].unpack(self._maps["config"].get(_KEY0) or bytes(self._layouts["pl_config"].size))
             level = cgroups.level(self.cgroup)
-            # The agent's own sockets need it to be a member before anything else can be set up
-            self._me = Member(cgroups.cgroup_id(cgroups.agent_path()), Role.AGENT)
-            self._members = (self._me,)
+            # The agent's own sockets need it to be a member before anything else can be set up; by the cgroup that outlives it,
+            # and by its very own: that one's id is on its sockets when it is gone
+            own = (cgroups.cgroup_id(cgroups.agent_path()), cgroups.own_cgroup())
+            known = self._codec.agents(self._maps.observed["members"])
+            self._agents = (*dict.fromkeys(own), *former_agents(known, own, cgroups.lineages(self.cgroup)))
+            self._members = self._agent_members()
             self._maps.put("members", self._codec.members(None, self._members))
             self._config = {
                 **found,
@@ -141,8 +165,8 @@ class Datapath:
 
     def enrol(self, netns: int, cgroup: Path | None = None) -> EnrolReport:
         with self._lock:
-            seen_by = {self._maps[name].id: self._maps[name].fd for name in ("creators", "conns", "origins")}
-            return enrol(self._place(netns).diag, seen_by, self.cgroup, cgroup)
+            seen_by = {self._maps[name].id: self._maps[name].fd for name in ("conns", "origins")}
+            return enrol(self._place(netns).diag, seen_by, frozenset(cgroups.lineages(self.cgroup)).union(self._agents), cgroup)
 
     def _place(self, netns: int) -> Place:
         with self._lock:
@@ -156,15 +180,16 @@ class Datapath:
     def _guard(self, veth: str) -> None:
         addresses, permissive = self._guarded[veth]
         if self._veths is None:
-            raise DatapathError("the programs are not loaded")
+            raise DatapathError(self._off.get(optional.PODS) or "the programs are not loaded")
         flags = self._layouts.enums["PL_MEMBER_PERMISSIVE"] if permissive else 0
         self._veths.guard(veth, addresses, self._places.whose(addresses), flags)
 
     def set_unguarded(self, addresses: Sequence[str]) -> None:
         with self._lock:
-            if self._veths is None:
+            if self._veths is not None:
+                self._veths.set_unguarded(addresses)
+            elif optional.PODS not in self._off:  # else there is no filter to let anything through
                 raise DatapathError("the programs are not loaded")
-            self._veths.set_unguarded(addresses)
 
     def unguard_veth(self, veth: str) -> None:
         with self._lock:
@@ -193,7 +218,7 @@ class Datapath:
     def set_members(self, members: Iterable[Member]) -> None:
         with self._lock:
             before = {member.cgroup for member in self._members}
-            self._members = (self._me, *members)  # whatever is listed, we do not lock ourselves out
+            self._members = (*self._agent_members(), *members)  # whatever is listed, we do not lock ourselves out
             wanted = self._codec.members(self._plan, self._members)
             # A restarted agent has no plan yet: workloads of its former run stay who they were
             for key, value in self._maps.observed["members"].items():
@@ -258,6 +283,8 @@ class Datapath:
 
     def repair(self) -> int:
         with self._lock:
+            if optional.PODS in self._off and time.monotonic() - self._veths_tried > VETHS_RETRY_S:
+                self._load_veths()
             self._maps.observe()
             wanted = dict(self._desired)
             if self._plan is not None:
@@ -303,6 +330,8 @@ class Datapath:
 
     def end_denied(self, plan: NodePlan) -> int:
         with self._lock:
+            if optional.ENDING in self._off:
+                return 0
             conns = self._maps["conns"]
             lineages = cgroups.lineages(self.cgroup)
             trusted = {member.cgroup for member in self._members if member.role != Role.WORKLOAD}
@@ -317,7 +346,22 @@ class Datapath:
             for place in self._places:
                 ended += len(destroy_where(place.diag, place.diag.dump(OPEN_STATES, storage_fds=(conns.fd,)), refuse))
             self._own["connections_ended"] += ended
+            self._forget_agents()
             return ended
+
+    def _agent_members(self) -> tuple[Member, ...]:
+        return tuple(Member(each, Role.AGENT) for each in self._agents)
+
+    def _forget_agents(self) -> None:
+        """Those of whom no socket is left, once there are many."""
+        if len(self._agents) <= FORMER_AGENTS_KEPT:
+            return
+        used = {sock.cgroup for place in self._places for sock in place.diag.dump(ANY_STATE, PROTOCOLS)}
+        kept = (*self._agents[-FORMER_AGENTS_KEPT // 2 :], cgroups.own_cgroup(), cgroups.cgroup_id(cgroups.agent_path()))
+        gone = [each for each in self._agents if each not in used and each not in kept]
+        self._agents = tuple(each for each in self._agents if each not in gone)
+        self._members = tuple(member for member in self._members if member.cgroup not in gone)
+        self._settle({"members": self._codec.members(self._plan, self._members)})
 
     # ---- telling
 

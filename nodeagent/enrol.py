@@ -37,7 +37,7 @@ def foreign(sock: Sock, seen_ids: frozenset[int], cgroup_ids: frozenset[int]) ->
     """Whether no program saw this socket being made. Pure.
 
     ``seen_ids``: ids of the sk_storage maps of which one has an entry for every socket made, connected or accepted under
-    the programs; ``cgroup_ids``: the attached cgroup and all below it.
+    the programs; ``cgroup_ids``: the attached cgroup and all below it, and those that former agents had there.
     """
     if sock.state in (State.TIME_WAIT, State.SYN_RECV):  # no socket yet or any more: nothing is stored on it
         return False
@@ -61,11 +61,10 @@ def plan(
     return destroy, listeners
 
 
-def enrol(diag: SockDiag, seen_by: Mapping[int, int], ancestor: Path, held_by: Path | None) -> EnrolReport:
-    """End what is foreign in the netns of ``diag``. ``seen_by``: id -> descriptor of the maps `foreign` tells of;
-    ``held_by``: only what processes of this cgroup hold. A second run finds nothing: safe to repeat, also after a
-    restart. Raises OSError."""
-    ids = frozenset(cgroups.lineages(ancestor))
+def enrol(diag: SockDiag, seen_by: Mapping[int, int], ids: frozenset[int], held_by: Path | None) -> EnrolReport:
+    """End what is foreign in the netns of ``diag``. ``seen_by``: id -> descriptor of the maps that `foreign` tells of, and
+    ``ids`` its cgroups; ``held_by``: only what processes of this cgroup hold. A second run finds nothing: safe to repeat,
+    also after a restart. Raises OSError."""
     ended: list[str] = []
     listeners: dict[str, None] = {}  # in the order seen; ending connections may end their owner
     rest: list[Sock] = []

@@ -19,13 +19,16 @@ from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express_pairs import Pairs
 from nodeagent.express_path import ExpressPath
 from nodeagent.express_programs import Program, Programs, View
-from nodeagent.express_report import metrics_text, top
+from nodeagent.express_report import label_of, metrics_text, top
 from nodeagent.proxy_link import ProxyFleet
 from nodeagent.worker_link import close_all
 
 log = structlog.get_logger()
 
 REAP_EVERY_S = 1.0
+# An agent that is to end waits so long for the successor of a worker that ends too; one that was told to at the same moment
+# has said so by then, and a successor has its first sockets so long after what was left to it
+HAND_OVER_S, TOLD_S = 5.0, 0.2
 FORMER_S = 30.0  # a former agent's pairs are told to a new one within this time
 QUEUE_MAX = 4096  # questions of workers that wait
 
@@ -40,6 +43,8 @@ class Express:
         self._waiting = 0
         self._reaped = 0.0
         self._reaping = False
+        self._awaited: set[str] = set()  # workers that leave, or left, what they had to the next
+        self._came = asyncio.Event()  # ... which has it
         self._former: list[int] = []
         self._started = 0.0
         self.path: ExpressPath | None = None
@@ -114,6 +119,11 @@ class Express:
         programs.move(view)
         pairs.review(view)
 
+    def revoked(self, spiffes: frozenset[str]) -> None:
+        """Identities whose certificate was taken back: what is paired for them, or with them, is so no more."""
+        if spiffes and self._pairs is not None:
+            self._submit(self._pairs.revoked, spiffes)
+
     def tick(self) -> None:
         now = time.monotonic()
         if self.on and now - self._reaped >= REAP_EVERY_S:
@@ -153,9 +163,13 @@ class Express:
 
     # ---- from the workers
 
-    def message(self, worker: str, message: link.Pair | link.Unpair, fds: list[int]) -> None:
+    def message(self, worker: str, message: link.Pair | link.Unpair | link.Leaving, fds: list[int]) -> None:
         """``fds`` are owned here from now on."""
-        if isinstance(message, link.Unpair):
+        if isinstance(message, link.Leaving):
+            if self._pairs is not None and any(owner == worker for owner, _ in list(self._pairs.all)):
+                self._awaited.add(worker)
+                self._came.clear()
+        elif isinstance(message, link.Unpair):
             self._submit(self._unpair, worker, message.session)
         elif not self.on or self._waiting >= QUEUE_MAX:
             close_all(fds)
@@ -202,6 +216,25 @@ class Express:
         if self._pairs is not None:
             for message, fds in self._pairs.hand_over(worker):
                 self._soon(self._take_over, worker, message, [os.dup(fd) for fd in fds])
+            self._soon(self._has_come)
+
+    def _has_come(self) -> None:
+        self._awaited.clear()
+        self._came.set()
+
+    async def handed_over(self) -> None:
+        """Before an end by plan: our duplicates are all there is of what a worker has left to the next one."""
+        if self._pairs is not None and self._pairs.all:
+            await asyncio.sleep(TOLD_S)
+        if not self._awaited:
+            return
+        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                while self._awaited:
+                    await self._came.wait()
+            await asyncio.sleep(TOLD_S)
+        except TimeoutError:
+            log.warning("pairs_not_handed_over", workers=sorted(self._awaited))
 
     def _take_over(self, worker: str, message: Takeover, fds: list[int]) -> None:
         self._fleet.tell(worker, message, fds)
@@ -263,6 +296,12 @@ class Express:
 
 
 def _program(program: Program) -> dict[str, Any]:
-    _, service, port = program.key
-    name = service.partition("/")[2]
-    return {"service": name, "port": port, "source": program.source, "states": program.states, "reason": program.reason}
+    key = program.key
+    return {
+        "service": label_of(key.service),
+        "port": key.port,
+        "source": program.source,
+        "address": key.address,
+        "states": program.states,
+        "reason": program.reason,
+    }

@@ -3,17 +3,12 @@ them to the sockhashes, write the layouts, exit. Uses the node's own maps by the
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from nodeagent import btf
-from nodeagent.loader import attach, headers, source
+from nodeagent.loader import attach, child, source
 from nodeagent.loader.layouts import nested
 from nodeagent.loader.run import types_of
 from nodeagent.maps import MAPPABLE, BpfMap, MapType
@@ -36,18 +31,10 @@ DESCRIBED = ("xrecords", "xends", "xprograms", "xverdicts", "xstats", "shapes")
 _libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
 
 
-def join(folder: Path, pins: Path) -> str:
-    """The programs with the maps they share, as one text."""
-    parts = ["#include <uapi/linux/bpf.h>\n", f'#define PL_PINS "{pins}/"\n']
-    for name in FILES:
-        parts += [f'#line 1 "bpf/{name}"\n', (folder / name).read_text()]
-    return "".join(parts)
-
-
 def flags() -> list[str]:
     """What the C text takes from the running kernel. Raises btf.NoTypes."""
     found = {**btf.offsets(), "WOKEN_WAKE": btf.symbol("woken_wake_function")}
-    return ["-Wno-macro-redefined", "-Wno-unused-function", *(f"-D{name}={value:#x}" for name, value in found.items())]
+    return [f"-D{name}={value:#x}" for name, value in found.items()]
 
 
 def describe(module: Any, types: str) -> dict[str, Any]:
@@ -77,46 +64,24 @@ def make_tables(pins: Path, constants: dict[str, int]) -> None:
 
 def load(bpf_dir: Path, folder: Path, layouts: Path) -> None:
     """Raises what BCC raises, LoadError and NoTypes; what was attached before then still is."""
-    with tempfile.TemporaryDirectory(prefix="pillion-headers-") as tree:
-        os.environ["BCC_KERNEL_SOURCE"] = str(headers.make_tree(Path(tree)))
-        make_tables(bpf_dir / "maps", source.constants((folder / "types.h").read_text()))
-        from bcc import BPF, lib  # here, so that importing this module costs no LLVM
-
-        home = Path.cwd()
-        module = BPF(text=join(folder, bpf_dir / "maps"), cflags=flags())
-        os.chdir(home)
+    make_tables(bpf_dir / "maps", source.constants((folder / "types.h").read_text()))
+    with child.compiled(child.join(folder, bpf_dir / "maps", FILES), flags()) as module:
         fds = {
             "express": module.load_func("express", SK_MSG).fd,
             "probe": module.load_func("express_probe", SK_MSG).fd,
             "read": module.load_func("express_read", SK_SKB).fd,
             "control": module.load_func("express_control", SCHED_CLS).fd,
         }
-    described = describe(module, (folder / "types.h").read_text())
-    fresh = layouts.with_name(layouts.name + ".new")
-    fresh.write_text(json.dumps(described))
-    os.replace(fresh, layouts)
-    for name, program, kind in ATTACHED:
-        table = lib.bpf_table_fd(module.module, name.encode())
-        attach.check(_libbpf.bpf_prog_attach(fds[program], table, kind, 0), f"attach {program} to {name}")
-    (bpf_dir / "express").mkdir(mode=0o700, exist_ok=True)
-    for name, fd in fds.items():
-        attach.pin(fd, bpf_dir / "express" / name)
+        child.write_layouts(layouts, describe(module, (folder / "types.h").read_text()))
+        from bcc import lib  # loaded by now
 
-
-def main() -> int:
-    """The exit code."""
-    parser = argparse.ArgumentParser(prog="nodeagent.express_load", description=__doc__)
-    parser.add_argument("--bpf-dir", type=Path, required=True)
-    parser.add_argument("--src", type=Path, required=True)
-    parser.add_argument("--layouts", type=Path, required=True)
-    args = parser.parse_args()
-    try:
-        load(args.bpf_dir, args.src, args.layouts)
-    except Exception as error:  # BCC raises bare Exception
-        print(f"express does not load here: {error}", file=sys.stderr)
-        return 1
-    return 0
+        for name, program, kind in ATTACHED:
+            table = lib.bpf_table_fd(module.module, name.encode())
+            attach.check(_libbpf.bpf_prog_attach(fds[program], table, kind, 0), f"attach {program} to {name}")
+        (bpf_dir / "express").mkdir(mode=0o700, exist_ok=True)
+        for name, fd in fds.items():
+            attach.pin(fd, bpf_dir / "express" / name)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(child.main("nodeagent.express_load", __doc__, load, "express"))

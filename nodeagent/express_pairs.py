@@ -17,7 +17,7 @@ from mesh.link import Pair as Ask
 from mesh.link import Paired, PairEnd, Takeover
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_path import OK, Enrolment, ends
-from nodeagent.express_programs import Program, Programs, View
+from nodeagent.express_programs import Key, Program, Programs, View
 from nodeagent.layouts import text_address
 
 log = structlog.get_logger()
@@ -25,8 +25,9 @@ log = structlog.get_logger()
 PAIRS_MAX = 16_384  # of a node; as xrecords in bpf
 ORPHANED_S = 10.0  # how long the pairs of a worker that is gone wait for another one
 RESET = struct.pack("ii", 1, 0)
+NO_PROGRAM = 0  # is never valid: what it would judge goes to user space, what runs is handed over
 
-Key = tuple[str, int]  # worker, session
+Owner = tuple[str, int]  # worker, session
 
 
 class Kernel(Protocol):
@@ -34,6 +35,7 @@ class Kernel(Protocol):
 
     def create_record(self, program: int, identity: int) -> int: ...
     def forget_record(self, record: int) -> None: ...
+    def set_program(self, record: int, program: int) -> str: ...
     def enrol_all(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]: ...
     def check(self, netns_fd: int, enrolment: Enrolment) -> str: ...
 
@@ -56,6 +58,7 @@ class Pair:
     fds: list[int]  # ours: the accepted socket, then the upstreams
     slots: tuple[int, ...]
     enrolled: list[tuple[int, Enrolment]] = field(default_factory=list)  # netns cookie
+    spiffes: frozenset[str] = frozenset()  # of both sides
     orphaned: float = 0.0  # since when nobody's
 
 
@@ -72,7 +75,7 @@ class Pairs:
 
     def __init__(self, kernel: Kernel, sockets: Sockets, wish: Callable[[str, Paired], None]) -> None:
         self._kernel, self._sockets, self._wish = kernel, sockets, wish
-        self.all: dict[Key, Pair] = {}
+        self.all: dict[Owner, Pair] = {}
         self.counts: dict[str, int] = {}
 
     def close(self) -> None:
@@ -127,17 +130,19 @@ class Pairs:
         if origin is None:
             raise Refused("not_captured")
         caller = view.workload(ask.caller)
-        service = view.services.get(origin["service"])
         known = view.workloads.get(origin["workload"])
         if caller is None or known != ask.caller or caller.identity != origin["identity"] or ask.caller not in view.local:
             raise Refused("not_the_caller")
         if view.local[ask.caller] != origin["netns"]:
             raise Refused("not_the_caller")
-        if not service or service != ask.service or origin["dst_port"] != ask.port:
-            raise Refused("no_service", lasting=not ask.service)
+        dialled = view.dialled(text_address(origin["dst"]), origin["dst_port"], origin["service"])
+        if not dialled or origin["dst_port"] != ask.port:
+            raise Refused("no_service", lasting=True)
+        if dialled.startswith("Service/") and dialled != ask.service:
+            raise Refused("no_service")
         if caller.express == "off":
             raise Refused("caller_off", lasting=True)
-        program = programs.get((caller.identity, service, ask.port))
+        program = programs.of(Key(caller.identity, dialled, ask.port), text_address(origin["client"]))
         if program is None:
             raise Refused("too_many_programs")
         if program.reason:
@@ -165,6 +170,8 @@ class Pairs:
         if not taken:
             raise Refused(f"server_{results[1]}" if len(results) > 1 else "no_endpoint")
         pair.slots = tuple(taken.get((view.number(end.workload), end.port), -1) if view else -1 for end in pair.ask.endpoints)
+        sides = [view.workload(key) for key in (pair.ask.caller, *(end.workload for end in pair.ask.endpoints))] if view else []
+        pair.spiffes = frozenset(side.spiffe for side in sides if side is not None)
 
     def _server(
         self, pair: Pair, view: View | None, origin: dict[str, Any], fd: int, end: PairEnd
@@ -194,10 +201,23 @@ class Pairs:
         """A new state, after its programs."""
         for (worker, session), pair in list(self.all.items()):
             caller = view.workload(pair.ask.caller)
-            if caller is None or pair.ask.caller not in view.local or caller.express == "off" or pair.program.reason:
+            if caller is None or pair.ask.caller not in view.local or caller.identity != pair.program.key.identity:
+                self._wish(worker, Paired(session, False, reason="caller_gone"))
+            elif caller.express == "off" or pair.program.reason:
                 self._wish(worker, Paired(session, False, reason="not_expressible"))
+            elif _astray(pair):
+                self._wish(worker, Paired(session, False, reason="endpoint_gone"))
             elif missing := _missing(pair):
                 self._wish(worker, Paired(session, True, pair.slots, missing))
+
+    def revoked(self, spiffes: frozenset[str]) -> None:
+        """Certificates of these were taken back. From now on their requests go to user space; whether they may be paired
+        again is seen there, by who they are then."""
+        for (worker, session), pair in list(self.all.items()):
+            if not pair.spiffes.isdisjoint(spiffes):
+                self._kernel.set_program(pair.record, NO_PROGRAM)
+                self._count("certificate_revoked")
+                self._wish(worker, Paired(session, False, reason="certificate_revoked"))
 
     # ---- workers that go and come
 
@@ -247,6 +267,12 @@ class Pairs:
 def _missing(pair: Pair) -> tuple[PairEnd, ...]:
     have = {slot for slot in pair.slots if slot >= 0}
     return tuple(PairEnd(*end) for end in pair.program.current if pair.program.place(end) not in have)
+
+
+def _astray(pair: Pair) -> bool:
+    """Whether the program leads no more to one of its endpoints, or from another place."""
+    slots = zip(pair.ask.endpoints, pair.slots, strict=True)
+    return any(slot >= 0 and pair.program.place((end.workload, end.port)) != slot for end, slot in slots)
 
 
 def _close(fds: list[int]) -> None:

@@ -39,8 +39,8 @@ class Four:
 
     def __init__(self, maps: dict[str, BpfMap], end: Layout) -> None:
         self._maps, self._end = maps, end
-        self.client, self.accepted = _connection()
-        self.upstream, self.server = _connection()
+        self.client, self.accepted = connection()
+        self.upstream, self.server = connection()
 
     def redirect(self) -> None:
         for sock, own, other in ((self.client, CLIENT, SERVER), (self.server, SERVER, CLIENT)):
@@ -56,7 +56,7 @@ class Four:
             sock.close()
 
 
-def _connection() -> tuple[socket.socket, socket.socket]:
+def connection() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname(), WAIT_S)
         far, _ = listener.accept()
@@ -189,7 +189,7 @@ def run(directory: Path, end: Layout, make: Callable[[dict[str, BpfMap], Layout]
             found[name] = _one(probe, lambda: make(maps, end))
 
     try:
-        _alone(try_all)
+        alone(try_all)
     finally:
         close_all(maps)
     return found
@@ -207,7 +207,7 @@ def _one(probe: Callable[[Four], None], make: Callable[[], Four]) -> str:
     return "ok"
 
 
-def _alone(work: Callable[[], object]) -> None:
+def alone(work: Callable[[], object]) -> None:
     """In a network namespace that ends with the call. Raises DatapathError."""
     failure: list[BaseException] = []
 

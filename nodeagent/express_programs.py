@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
 from mesh.budgets import Budget, BudgetTable
 from mesh.express.dfa import Table
+from mesh.express.program import IP_CONDITION, Refusal, compile_program
 from mesh.express.program import Program as Compiled
-from mesh.express.program import Refusal, compile_program
 from mesh.express.response import RESPONSE
 from mesh.model import CONFIG_KEY, Config, Identity, IdentityBudget, Service, State, Workload
 from mesh.policy import Peer, PolicySet
@@ -24,9 +24,9 @@ log = structlog.get_logger()
 
 PROGRAMS_MAX = 4095  # PL_X_PROGRAMS less the first
 ENDPOINTS_MAX = 8  # PL_X_SLOTS
+ADDRESSED_MAX = 1024  # of them for a single address: these come and go with workloads, and numbers are not given again
 NAMES_MAX = 65_535  # of one program: u16
 
-Key = tuple[int, str, int]  # caller's identity, service key, port as dialled
 Endpoint = tuple[str, int]  # workload key, port
 
 
@@ -51,6 +51,16 @@ class Kernel(Protocol):
     def set_verdicts(self, index: int, verdicts: Mapping[tuple[int, int], Verdict]) -> None: ...
 
 
+class Key(NamedTuple):
+    """Who asks whom. ``service``: an item's key, of a workload where that is dialled by its own address; ``port``: as dialled;
+    ``address``: the caller's, where rules read it, else "": whichever the identity has."""
+
+    identity: int
+    service: str
+    port: int
+    address: str = ""
+
+
 class View:
     """One state, with the tables that deciding needs."""
 
@@ -63,12 +73,14 @@ class View:
         named = (item for item in state.values() if isinstance(item, IdentityBudget))
         self.budgets = BudgetTable(self.config.budgets, self.config.root_namespace, named)
         self.services: dict[int, str] = {}
+        self.vips: dict[str, str] = {}
         self.workloads: dict[int, str] = {}
         self.spiffe: dict[int, str] = {}
         self.by_address: dict[tuple[str, int], list[str]] = {}
         for key, item in state.items():
             if isinstance(item, Service):
                 self.services[item.id] = key
+                self.vips.update(dict.fromkeys(item.vips, key))
             elif isinstance(item, Identity):
                 self.spiffe[item.id] = item.spiffe
             elif isinstance(item, Workload):
@@ -86,6 +98,14 @@ class View:
         not burden; one that an operator named is meant."""
         rate = self.budgets.of(spiffe).requests_per_s
         return rate if rate != Budget().requests_per_s else 0
+
+    def dialled(self, address: str, port: int, service: int) -> str:
+        """The key of what an application asked for, "": nothing here. ``service``: as the kernel noted then."""
+        found = self.vips.get(address, "")
+        if found:
+            return found if found == self.services.get(service) else ""
+        here = self.by_address.get((address, port), ())
+        return here[0] if len(here) == 1 else ""
 
     def number(self, key: str) -> int:
         """The workload's id, 0 if it is gone."""
@@ -107,6 +127,7 @@ class Program:
     states: int = 0
     digest: str = ""  # of its table, "": it has none
     base: int = 0
+    by_address: bool = False  # rules read the caller's address: each has a program of its own
 
     def place(self, endpoint: Endpoint) -> int:
         """Of an endpoint it leads to now, -1 otherwise."""
@@ -121,18 +142,27 @@ class Programs:
         self._kernel, self._moved = kernel, moved
         self._numbers = (number for number in range(1, PROGRAMS_MAX + 1) if number not in taken)
         self.all: dict[Key, Program] = {}
+        self._addressed = 0
         self.view: View | None = None
         self._shared: dict[str, tuple[int, int]] = {}  # digest of a table -> where it stands, how many use it
         self._response = RESPONSE.root_at(kernel.install(RESPONSE))
+
+    def of(self, key: Key, address: str) -> Program | None:
+        """The one for a caller at this address. None: as `get`."""
+        found = self.get(key)
+        return self.get(key._replace(address=address)) if found is not None and found.by_address else found
 
     def get(self, key: Key) -> Program | None:
         """Known or made now; None: there are too many, or no state yet."""
         found = self.all.get(key)
         if found is None and self.view is not None:
+            if key.address and self._addressed >= ADDRESSED_MAX:
+                return None
             number = next(self._numbers, 0)
             if not number:
                 return None
-            found = self.all[key] = Program(number, key, self.view.spiffe.get(key[0], "unknown"))
+            self._addressed += bool(key.address)
+            found = self.all[key] = Program(number, key, self.view.spiffe.get(key.identity, "unknown"))
             self._compile(found, self.view)
         return found
 
@@ -143,19 +173,21 @@ class Programs:
             self._compile(program, view)
 
     def _compile(self, program: Program, view: View) -> None:
-        identity, service_key, port = program.key
+        identity, service_key, port, address = program.key
         service = view.state.get(service_key)
+        program.by_address = False
         try:
             compiled = compile_program(
                 view.state,
                 view.routes,
                 view.policies,
-                peer=Peer(view.spiffe.get(identity), identity, ""),
+                peer=Peer(view.spiffe.get(identity), identity, address),
                 service_key=service_key,
                 port=port,
                 local=view.local,
             )
             if isinstance(compiled, Refusal):
+                program.by_address = compiled.code == IP_CONDITION
                 self._refuse(program, compiled.reason)
             else:
                 self._put(program, compiled, view, service.id if isinstance(service, Service) else 0)

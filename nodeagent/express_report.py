@@ -34,6 +34,12 @@ def quantile_us(buckets: Sequence[int], share: float) -> float:
     return 0.0
 
 
+def label_of(destination: str) -> str:
+    """For people, of a program's destination: a service, or a workload that is dialled by its own address."""
+    kind, _, name = destination.partition("/")
+    return name if kind == "Service" else f"{name} (by address)"
+
+
 def _labelled(programs: Sequence[Program], stats: Stats) -> list[tuple[Program, str, str, int, Stat]]:
     """(program, rule, destination's label, status, stat) of what is still known."""
     by_index = {program.index: program for program in programs}
@@ -117,7 +123,7 @@ def top(programs: Sequence[Program], stats: Stats) -> list[dict[str, Any]]:
     """By source, service and rule; the busiest first."""
     rows: dict[tuple[str, str, str], tuple[int, list[int]]] = {}
     for program, rule, _, _, stat in _labelled(programs, stats):
-        key = identity_label(program.source), program.key[1].partition("/")[2], rule
+        key = identity_label(program.source), label_of(program.key.service), rule
         count, buckets = rows.get(key, (0, [0] * len(stat.buckets)))
         rows[key] = count + stat.requests, [a + b for a, b in zip(buckets, stat.buckets, strict=True)]
     return [

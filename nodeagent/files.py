@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 from pathlib import Path
+
+DESCRIPTORS_MAX = 1 << 20
 
 _numbers = itertools.count()  # writers in several threads must not share a temporary file
 
@@ -40,3 +43,9 @@ def private_directory(path: Path) -> Path:
     for leftover in path.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     return path
+
+
+def many_descriptors() -> None:
+    """As many as this process may have open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS_MAX)), hard))

@@ -12,11 +12,12 @@ import structlog
 from mesh import link
 from mesh.dataplane import NodePlan, plan_node
 from mesh.model import Identity, Service, TlsMode, Workload
-from nodeagent import cgroups
+from nodeagent import cgroups, optional
 from nodeagent import reconcile_events as ev
 from nodeagent.blame import Blame
 from nodeagent.datapath_api import DatapathApi, DatapathError, Member, OpenListener, Role
 from nodeagent.forwarders import families_of
+from nodeagent.roster import PODS_OFF
 from nodeagent.workloads import Spec
 
 log = structlog.get_logger()
@@ -97,20 +98,30 @@ class KernelWork:
 
     def apply(self, order: ev.ApplyKernel) -> Result:
         """Raises DatapathError, SnapshotError, ValueError, OSError: the maps' former content is then in force."""
-        local = [link.LocalWorkload(entry.spec.key, entry.netns, entry.cgroup) for entry in order.enrolled]
-        plan = plan_node(order.state, self._node, local)
-        self._datapath.set_members((*self._roles(), *(_member(entry) for entry in order.enrolled)))
         result = Result("")
-        self._listen(order.enrolled, result)
+        enrolled = self._possible(order.enrolled, result)
+        local = [link.LocalWorkload(entry.spec.key, entry.netns, entry.cgroup) for entry in enrolled]
+        plan = plan_node(order.state, self._node, local)
+        self._datapath.set_members((*self._roles(), *(_member(entry) for entry in enrolled)))
+        self._listen(enrolled, result)
         result.forward = families_of(plan.dials)
         self._name(order, plan)
         result.digest = self._datapath.apply(plan, order.generation)
         self._plan = plan
-        self._guard(order.enrolled, result)
-        self._enrol(order.enrolled, result)
-        self._forget(order.enrolled)
-        result.serving = frozenset(entry.spec.key for entry in order.enrolled if entry.spec.key not in result.errors)
+        self._guard(enrolled, result)
+        self._enrol(enrolled, result)
+        self._forget(enrolled)
+        result.serving = frozenset(entry.spec.key for entry in enrolled if entry.spec.key not in result.errors)
         return result
+
+    def _possible(self, enrolled: tuple[ev.Enrolled, ...], result: Result) -> tuple[ev.Enrolled, ...]:
+        """Without pods where their packets can not be filtered: nobody's then, so denied everything."""
+        why = self._datapath.off().get(optional.PODS)
+        if why is None:
+            return enrolled
+        pods = {entry.spec.key for entry in enrolled if entry.spec.veth is not None}
+        result.errors.update(dict.fromkeys(pods, f"{PODS_OFF}: {why}"))
+        return tuple(entry for entry in enrolled if entry.spec.key not in pods)
 
     def _roles(self) -> list[Member]:
         """The agent and the proxy; a cgroup that is not there yet has no members."""

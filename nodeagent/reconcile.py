@@ -17,7 +17,7 @@ from mesh.snapshot import Versioned
 from nodeagent import reconcile_events as ev
 from nodeagent.readiness import Facts, Readiness, assess
 from nodeagent.rollout import Counts, Rollout
-from nodeagent.roster import UNGRANTED, Roster
+from nodeagent.roster import PODS_OFF, UNGRANTED, Roster
 from nodeagent.states import Intake, generation_changes
 from nodeagent.worker_views import WORKER_ACK_S, Workers
 
@@ -60,9 +60,8 @@ class Reconciler:
         self._acked: tuple[int, str] | None = None
         self._nacked = ""
         self._told: Readiness | None = None
-        self._repair_at = 0.0
+        self._repair_at = self._retry_at = 0.0
         self._repairing = False
-        self._retry_at = 0.0
         self._now = 0.0
 
     # ---- the entrance
@@ -102,6 +101,12 @@ class Reconciler:
         if enrolled.item.spiffe not in self._svids:
             return f"no certificate: {self._svid_errors.get(enrolled.item.spiffe, 'not issued yet')}"
         return ""
+
+    def unserved(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Workload -> what it lacks: those that will be served, and those that can not be here, which hold up nothing."""
+        lacking = {key: text for key in self.roster.placed if (text := self.lacks(key))}
+        refused = {key: text for key, text in lacking.items() if text.startswith((UNGRANTED, PODS_OFF))}
+        return {key: text for key, text in lacking.items() if key not in refused}, refused
 
     def enrolled_as(self, key: str) -> ev.Enrolled | None:
         """The workload as it is enforced now."""
@@ -347,8 +352,7 @@ class Reconciler:
         served = bool(self.workers.views) and not self.workers.lagging
         if served and rollout is not None and self.readiness.ready and self._now - rollout.started_at < ROLLOUT_S:
             return  # an ordinary change makes no node unready
-        placed = {key: self.lacks(key) for key in self.roster.placed}
-        refused = {key: text for key, text in placed.items() if text.startswith(UNGRANTED)}
+        waiting, refused = self.unserved()
         self.readiness = assess(
             Facts(
                 programs=self.programs,
@@ -361,7 +365,7 @@ class Reconciler:
                 specs_error=self.roster.error,
                 workers={name: self.workers.holds(name) for name in self.workers.views},
                 lagging=tuple(sorted(self.workers.lagging)),
-                waiting={key: text for key, text in placed.items() if text and key not in refused},
+                waiting=waiting,
                 refused=refused,
             )
         )

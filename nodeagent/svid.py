@@ -128,16 +128,17 @@ class Svids:
         if self.held.pop(spiffe, None) is not None:
             self._on_gone(spiffe)
 
-    def revoke(self, revoked: frozenset[str]) -> None:
-        """Serials (hex) that may not be used any more: dropped at once, a new key is made."""
+    def revoke(self, revoked: frozenset[str]) -> frozenset[str]:
+        """Serials (hex) that may not be used any more: dropped at once, a new key is made. The identities that had one."""
         self._revoked = revoked
-        for spiffe, held in list(self.held.items()):
-            if held.leaf.serial in revoked:
-                self.counts["revoked"] += 1
-                log.warning("svid_revoked", spiffe=spiffe, serial=held.leaf.serial)
-                self._directory.delete(spiffe)
-                self._drop(spiffe)
-                self._now[spiffe].set()
+        hit = frozenset(spiffe for spiffe, held in self.held.items() if held.leaf.serial in revoked)
+        for spiffe in hit:
+            self.counts["revoked"] += 1
+            log.warning("svid_revoked", spiffe=spiffe, serial=self.held[spiffe].leaf.serial)
+            self._directory.delete(spiffe)
+            self._drop(spiffe)
+            self._now[spiffe].set()
+        return hit
 
     def rotate(self) -> int:
         """Rotate all now; returns how many. The old ones serve until the new ones are there."""

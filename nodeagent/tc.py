@@ -4,7 +4,10 @@ the workload sends, whatever socket made it. One program for all; the map `veths
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import xor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,46 @@ from nodeagent.maps import BpfMap, _check, _libbpf
 CLSACT_HANDLE, INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF2
 NAME, PREFERENCE = "pillion-veth", 1
 ETH_P_ALL = 0x0003
+TAKEN = struct.pack("=I", 1)
+_U32, _KEY = struct.Struct("=I"), struct.Struct("=5I")
 ALREADY, GONE = 17, (2, 19, 22)  # EEXIST; ENOENT, ENODEV, EINVAL
+
+
+class Ways:
+    """The array `ways`: keys of the map `veths` once more, where the program finds most of them without hashing. A key is taken
+    out here before it is there, and one whose place is another's is only there."""
+
+    def __init__(self, ways: BpfMap, layout: Layout) -> None:
+        ways.expect(_U32.size, layout.size)
+        self._map, self._empty = ways, layout.pack()
+
+    def close(self) -> None:
+        self._map.close()
+
+    def put(self, key: bytes) -> None:
+        place = self._place(key)
+        if self._map.get(place) == self._empty:
+            self._map.put(place, key + TAKEN)
+
+    def delete(self, key: bytes) -> None:
+        place = self._place(key)
+        if self._map.get(place) == key + TAKEN:
+            self._map.put(place, self._empty)
+
+    def restore(self, known: set[bytes]) -> None:
+        """Mend what an agent that was killed in between has left. ``known``: the keys of `veths`."""
+        for index in range(self._map.entries_max):
+            place = _U32.pack(index)
+            value = self._map.get(place) or self._empty
+            if value != self._empty and value.removesuffix(TAKEN) not in known:
+                self._map.put(place, self._empty)
+        for key in known:
+            self.put(key)
+
+    def _place(self, key: bytes) -> bytes:
+        """As way_of() in bpf/veth.c."""
+        mixed = reduce(xor, _KEY.unpack(key))
+        return _U32.pack((mixed * 0x9E3779B1 & 0xFFFFFFFF) >> 20)
 
 
 class VethGuard:
@@ -36,9 +78,15 @@ class VethGuard:
         self._leaf = Layout("pl_veth", leaf["format"], tuple(field[0] for field in leaf["fields"]))
         self._map = BpfMap.open(bpf_dir / "maps" / "veths")
         self._map.expect(self._key.size, self._leaf.size)
+        way = structs["pl_way"]
+        ways = BpfMap.open(bpf_dir / "maps" / "ways")
+        layout = Layout("pl_way", way["format"], tuple(field[0] for field in way["fields"]))
+        self._ways = Ways(ways, layout)
+        self._ways.restore(set(self._map))
         self._unguarded: frozenset[bytes] = frozenset()  # node-wide keys without an interface
 
     def close(self) -> None:
+        self._ways.close()
         self._map.close()
 
     def guard(self, veth: str, addresses: Sequence[str], netns: int, flags: int) -> None:
@@ -52,6 +100,7 @@ class VethGuard:
         stale = [key for key in self._of(index) if key not in wanted]
         for key in sorted(wanted):
             self._map.put(key, value)
+            self._ways.put(key)
         self._forget(stale)
 
     def bare(self, veths: Iterable[str]) -> list[str]:
@@ -69,6 +118,7 @@ class VethGuard:
         for key in self._unguarded:
             if self._map.get(key) is None:  # one that an interface has as well stays that one's
                 self._map.put(key, self._leaf.pack())
+                self._ways.put(key)
         self._forget(self._of(0))
 
     def unguard(self, veth: str) -> None:
@@ -102,11 +152,15 @@ class VethGuard:
         own = [self._key.unpack(key) for key in keys]
         for key, fields in zip(keys, own, strict=True):
             if fields["ifindex"]:
-                self._map.delete(key)
+                self._delete(key)
         remaining = {self._key.unpack(key)["addr"] for key in self._map if self._key.unpack(key)["ifindex"]}
         for key in {self._key.pack(ifindex=0, addr=fields["addr"]) for fields in own if fields["addr"] not in remaining}:
             if key not in self._unguarded:
-                self._map.delete(key)
+                self._delete(key)
+
+    def _delete(self, key: bytes) -> None:
+        self._ways.delete(key)
+        self._map.delete(key)
 
     def _index(self, route: IPRoute, veth: str) -> int:
         found = route.link_lookup(ifname=veth)

@@ -60,6 +60,18 @@ def facts(unit: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
 
+def sockets_of(unit: str, known: dict[str, str]) -> list[str]:
+    """The .socket units that make the service's listeners. TriggeredBy= alone knows those that systemd has loaded so far."""
+    found = {each for each in known.get("TriggeredBy", "").split() if each.endswith(".socket")}
+    files = systemctl("list-unit-files", "--type=socket", "--plain", "--no-legend")
+    there = [line.split()[0] for line in files.splitlines() if line.split() and "@." not in line.split()[0]]
+    for text in systemctl("show", "--property=Id,Triggers", *there).split("\n\n") if there else ():
+        shown = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        if unit in shown.get("Triggers", "").split():
+            found.add(shown["Id"])
+    return sorted(found)
+
+
 def escape(text: str) -> str:
     """As systemd-escape does: what a slice's name can not hold. `-` would make a slice below another."""
     plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_."
@@ -292,7 +304,7 @@ def enrol(
     client = Client(chosen.endpoints().agent_of(None))
     node = str(client.get("/v1/status")["node"])
     name = name or label(f"{unit.removesuffix('.service')}-{node}")
-    sockets = [each for each in known.get("TriggeredBy", "").split() if each.endswith(".socket")]
+    sockets = sockets_of(unit, known)
     as_root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
     entry = {
         "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,

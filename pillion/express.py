@@ -73,13 +73,19 @@ def status(node: NodeOption = None, form: FormatOption = Format.TABLE) -> None:
         print()
         output.table(("NODE", "PROBE THAT FAILED", "SEEN"), failed)
     programs = [
-        (name, each["service"], each["port"], each["source"], each["states"], each.get("reason") or "kernel")
+        (name, each["service"], each["port"], _source(each), each["states"], each.get("reason") or "kernel")
         for name, report in reports.items()
         for each in report.get("programs", ())
     ]
     if programs:
         print()
         output.table(PROGRAMS, programs)
+
+
+def _source(program: dict[str, Any]) -> str:
+    """With the caller's address where rules read it."""
+    address = program.get("address")
+    return f"{program['source']} at {address}" if address else str(program["source"])
 
 
 def usage(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], seconds: float) -> list[dict[str, Any]]:

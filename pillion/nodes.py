@@ -81,6 +81,15 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
     if rows:
         print()
         output.table(("NODE", "WORKLOAD", "IDENTITY", "CERTIFICATE", "FOR"), rows)
+    lacking = [
+        (agent["node"], part, output.printable(state["why"]), state["instead"])
+        for agent in report["agents"].values()
+        for part, state in agent.get("optional", {}).items()
+        if not state["on"]
+    ]
+    if lacking:
+        print()
+        output.table(("NODE", "OFF", "WHY", "INSTEAD"), lacking)
     for agent in report["agents"].values():
         off = [name for name, there in agent.get("programs", {}).items() if not there]
         if off:

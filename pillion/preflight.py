@@ -336,7 +336,7 @@ NODE: dict[str, tuple[Check, str]] = {
     "maps": (maps, KERNEL),
     "bpffs": (bpffs, "use a kernel with CONFIG_BPF_SYSCALL, and leave mount() to root"),
     "btf": (btf, ""),
-    "ending connections": (destroy, "use a kernel with CONFIG_INET_DIAG_DESTROY; apt install iproute2"),
+    "ending connections": (destroy, "without it what is denied falls silent and times out: CONFIG_INET_DIAG_DESTROY; iproute2"),
     "namespace cookies": (cookies, KERNEL),
     "listeners' takeover": (takeover, "allow pidfd_getfd: a container's or security module's policy refuses it"),
     "seccomp": (seccomp, ""),
@@ -347,7 +347,7 @@ NODE: dict[str, tuple[Check, str]] = {
     "pods (veth, tc)": (pods, "only workloads with a namespace of their own need it: modprobe sch_ingress cls_bpf veth"),
     "express (sockmap)": (express, "without it every request goes through the proxy: CONFIG_BPF_STREAM_PARSER"),
 }
-OPTIONAL = ("pods (veth, tc)", "express (sockmap)")
+OPTIONAL = ("pods (veth, tc)", "express (sockmap)", "ending connections")  # as nodeagent/optional.py goes on without
 
 
 def examine(role: str) -> dict[str, Seen]:

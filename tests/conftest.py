@@ -21,6 +21,8 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "gw0", …, or there is bu
 MARK = "PILLION_TEST_RUN"  # in the environment of every process this run starts
 LOCK = Path("/run/lock/pillion-tests")
 
+SHARED_ADDRESSES = ("tests/l7proxy/",)  # their servers listen on :15008 of the same loopback addresses
+
 LabFactory = Callable[..., Lab]
 
 
@@ -50,10 +52,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share its fixtures, so one worker runs them all; who shares more has said so (tests/attacks)."""
-    if WORKER:
-        for item in items:
-            if item.get_closest_marker("xdist_group") is None:
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if not WORKER:
+        return
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            file = item.nodeid.partition("::")[0]
+            shared = next((folder for folder in SHARED_ADDRESSES if file.startswith(folder)), file)
+            item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.hookimpl(optionalhook=True)

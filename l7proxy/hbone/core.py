@@ -33,6 +33,9 @@ from l7proxy.hbone.stream import (
 _PREFACE_BYTES = 24
 _HEADERS, _PUSH, _CONTINUATION = 1, 5, 9
 _END_STREAM, _END_HEADERS, _PADDED = 1, 4, 8
+_COPY_BYTES_MAX = 16384
+_unpack = FRAME.unpack_from
+_EVENT_DATA = Kind.DATA  # a member looked up costs more than the rest of an event
 
 
 class Core(Sender):
@@ -58,17 +61,20 @@ class Core(Sender):
             error.events = events
             raise
         if self._asked:  # what libnghttp2 resets by itself (malformed heads) shows only once it has said so
-            self._said.append(self._pull())
+            self.said.append(self._pull())
         if self._lost:
             events += [(Kind.RESET, stream, code) for stream, code in self._lost]
             self._lost.clear()
         return events
 
-    def _read(self, data: memoryview, events: list[Event]) -> None:
+    def _read(self, data: memoryview | bytes, events: list[Event]) -> None:
         if self._cut:
             data, self._cut = memoryview(self._cut + bytes(data)), b""
         at, size = 0, len(data)
-        streams = self.streams
+        copied = size <= _COPY_BYTES_MAX
+        if copied:  # pieces of bytes cost less than pieces of a view
+            data = bytes(data)
+        streams, longest = self.streams, self.limits.frame_bytes_max
         while at < size:
             if self._data_left:
                 take = min(self._data_left, size - at)
@@ -84,7 +90,7 @@ class Core(Sender):
             if size - at < 9:
                 self._cut = bytes(data[at:])
                 break
-            word, flags, number = FRAME.unpack_from(data, at)
+            word, flags, number = _unpack(data, at)
             at += 9
             kind, length = word & 0xFF, word >> 8
             if kind == DATA and not self._in_headers:
@@ -92,13 +98,16 @@ class Core(Sender):
                 end = at + length
                 if stream is not None and end <= size and length > 0 and flags <= 1 and not stream.remote_ended:
                     # the whole frame is here, without padding: nearly always
-                    if length > self.limits.frame_bytes_max:
+                    if length > longest:
                         self._fail(FRAME_SIZE_ERROR, "a DATA frame is too long")
-                    self._account(stream, length)
-                    if number in streams:
-                        events.append((Kind.DATA, stream, bytes(data[at:end])))
-                        if flags:
-                            self._remote_end(stream, events)
+                    self._receive_window = window = self._receive_window - length
+                    stream.receive_window = left = stream.receive_window - length
+                    self._credit += length
+                    if window < 0 or left < 0:
+                        self._overrun(stream)
+                    events.append((_EVENT_DATA, stream, data[at:end] if copied else bytes(data[at:end])))
+                    if flags:
+                        self._remote_end(stream, events)
                     at = end
                 else:
                     self._begin_data(length, flags, number, events)
@@ -143,7 +152,7 @@ class Core(Sender):
         self._data_stream = stream
         self._account(stream, length)
 
-    def _data(self, piece: memoryview, events: list[Event]) -> None:
+    def _data(self, piece: memoryview | bytes, events: list[Event]) -> None:
         """A part of a DATA frame that is cut, padded, or for a stream that is gone."""
         stream = self._data_stream
         if stream is not None and stream.id not in self.streams:
@@ -169,12 +178,15 @@ class Core(Sender):
     def _account(self, stream: Stream | None, length: int) -> None:
         self._receive_window -= length
         self._credit += length
-        if self._receive_window < 0:
-            self._fail(FLOW_CONTROL_ERROR, "the peer overran the connection's window")
         if stream is not None:
             stream.receive_window -= length
-            if stream.receive_window < 0:
-                self._fail(FLOW_CONTROL_ERROR, f"the peer overran the window of stream {stream.id}")
+        self._overrun(stream)
+
+    def _overrun(self, stream: Stream | None) -> None:
+        if self._receive_window < 0:
+            self._fail(FLOW_CONTROL_ERROR, "the peer overran the connection's window")
+        if stream is not None and stream.receive_window < 0:
+            self._fail(FLOW_CONTROL_ERROR, f"the peer overran the window of stream {stream.id}")
 
     def _remote_end(self, stream: Stream, events: list[Event]) -> None:
         stream.remote_ended = True

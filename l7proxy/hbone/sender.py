@@ -24,6 +24,7 @@ FRAME = struct.Struct("!IBI")  # length << 8 | type, flags, stream
 DATA, WINDOW_UPDATE = 0, 8
 _UPDATE = struct.Struct("!IBII")
 _WINDOW_DEFAULT = 65535
+QUICK_BYTES_MAX = 16384  # framed as they come, between two `take`s: about a TLS record, and a frame that any peer takes
 
 
 class Sender:
@@ -58,7 +59,8 @@ class Sender:
             settings[ngh2.Setting.ENABLE_PUSH] = 0
         self._ngh2.initiate_connection(settings)
         self._asked = True  # ngh2 has something to say
-        self._said: list[bytes] = []  # pulled from it already
+        self.said: list[bytes | memoryview] = []  # goes out next, in this order
+        self._room = QUICK_BYTES_MAX
         self._lost: list[tuple[Stream, int]] = []  # streams it has reset by itself, and with which code
         self._send_window = _WINDOW_DEFAULT
         self._peer_stream_window = _WINDOW_DEFAULT
@@ -109,17 +111,29 @@ class Sender:
             else:
                 self._ends.append(stream)  # RST_STREAM(NO_ERROR) after the head: the rest is not wanted
 
-    def send(self, stream: Stream, data: bytes | memoryview) -> None:
-        """Queue bytes. ``stream.full`` tells when to stop; WRITABLE follows."""
+    def send(self, stream: Stream, data: bytes | memoryview) -> bool:
+        """Frame bytes, or queue them. True: its queue is full from now on; `take` tells when it is no more."""
         if stream.end_asked or stream.id not in self.streams:
-            return
+            return False
+        size = len(data)
+        if size <= self._room and not stream.queue and size <= stream.send_window and size <= self._send_window:
+            # nearly always: a frame at once, for the next `take`
+            if self._asked:  # the head of its stream comes first
+                self.said.append(self._pull())
+                if stream.id not in self.streams:
+                    return False
+            self._room -= size
+            stream.send_window -= size
+            self._send_window -= size
+            self.said += (FRAME.pack(size << 8, 0, stream.id), data)
+            return False
         stream.queue.append(data)
-        stream.queued += len(data)
-        if stream.queued > HIGH_WATER_BYTES:
-            stream.full = True
+        stream.queued += size
         if not stream.dirty:
             stream.dirty = True
             self._dirty.append(stream)
+        was_full, stream.full = stream.full, stream.queued > HIGH_WATER_BYTES or stream.full
+        return stream.full and not was_full
 
     def end(self, stream: Stream) -> None:
         """END_STREAM after what is queued."""
@@ -140,9 +154,12 @@ class Sender:
 
     def consumed(self, stream: Stream, size: int) -> None:
         """The consumer has taken bytes of a DATA event: the peer may send as many again."""
-        before = stream.credit
-        stream.credit = before + size
-        if before < stream.window >> 1 <= stream.credit and not stream.remote_ended:
+        stream.credit += size
+        self.credited(stream, size)
+
+    def credited(self, stream: Stream, size: int) -> None:
+        """The latter half of `consumed`: ``stream.credit`` has grown by this. Needs no call below half of its window."""
+        if stream.credit - size < stream.window >> 1 <= stream.credit and not stream.remote_ended:
             self._credits.append(stream)
 
     def goaway(self, code: int = NO_ERROR) -> None:
@@ -153,11 +170,17 @@ class Sender:
 
     # ---- bytes out
 
+    def take_said(self) -> list[bytes | memoryview]:
+        """Ahead of `take`: what is framed already, at most QUICK_BYTES_MAX and heads."""
+        out, self.said = self.said, []
+        self._room = QUICK_BYTES_MAX
+        return out
+
     @property
     def wants_write(self) -> bool:
         return bool(
             self._asked
-            or self._said
+            or self.said
             or self._dirty
             or self._credits
             or self._updates
@@ -167,10 +190,8 @@ class Sender:
 
     def take(self) -> tuple[list[bytes | memoryview], list[Stream]]:
         """Bytes to send now, in pieces (at most about ``turn_bytes_max``), and the streams that became writable again."""
-        out: list[bytes | memoryview] = []
+        out = self.take_said()
         writable: list[Stream] = []
-        out += self._said
-        self._said.clear()
         if self._asked:
             out.append(self._pull())
         if not self._greeted:

@@ -12,6 +12,9 @@ CANCEL, NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED = 8, 0, 1, 3
 FRAME_SIZE_ERROR, REFUSED_STREAM, CONNECT_ERROR, ENHANCE_YOUR_CALM = 6, 7, 10, 11
 HIGH_WATER_BYTES, LOW_WATER_BYTES = 64 << 10, 16 << 10  # queued for a stream: pause and resume its writer
 WINDOW_MAX = (1 << 31) - 1
+# With frames' heads and TLS's just below two packets as the kernel makes them of what is sent at once (45 segments of 1,448
+# bytes each). A little more, and every take ends in a third packet of a few hundred bytes, which costs as much as the others.
+TAKE_BYTES = 126 << 10
 
 
 class HboneError(Exception):
@@ -50,18 +53,17 @@ class Limits:
     resets_burst: int = 1000  # rapid reset: this many at once, then resets_per_s
     resets_per_s: int = 100
     empty_frames_max: int = 1000  # DATA without bytes or end
-    turn_bytes_max: int = 512 << 10  # output of one `take`
-    stream_turn_bytes_max: int = 128 << 10  # of which one stream may fill
+    turn_bytes_max: int = TAKE_BYTES  # output of one `take`
+    stream_turn_bytes_max: int = TAKE_BYTES  # of which one stream may fill
 
 
 # One opaque connection: one stream on its own TLS connection. A server knows one by its announced window.
 BULK = Limits(
     streams_max=1,
-    stream_window_bytes=1 << 20,
+    stream_window_bytes=512 << 10,
     stream_window_bytes_max=8 << 20,
     connection_window_bytes=16 << 20,
     frame_bytes_max=1 << 20,
-    stream_turn_bytes_max=512 << 10,
 )
 
 

@@ -42,7 +42,7 @@ class RequestHead:
 
     __slots__ = (
         "close", "expect", "fields", "framing", "header", "host", "keep", "memo", "method", "path",
-        "path_fault", "raw", "safe", "target", "underscores", "version", "websocket",
+        "path_fault", "plain", "raw", "safe", "target", "underscores", "version", "websocket",
     )  # fmt: skip
 
     raw: bytes
@@ -59,6 +59,7 @@ class RequestHead:
     expect: bool
     websocket: bool
     safe: bool  # idempotent and without a body: may be sent again
+    plain: bool  # neither its own version, method nor fields change how an answer ends, and the connection lives on
     path_fault: str  # why the path is not canonical, or ""
     underscores: frozenset[str]  # field names with "_", in their "-" spelling
     memo: bool
@@ -67,7 +68,7 @@ class RequestHead:
 class ResponseHead:
     """One accepted response head."""
 
-    __slots__ = ("close", "framing", "keep_alive", "length", "raw", "status", "version", "websocket")
+    __slots__ = ("close", "framing", "keep_alive", "length", "plain", "raw", "status", "version", "websocket")
 
     raw: bytes
     status: int
@@ -77,13 +78,14 @@ class ResponseHead:
     close: bool
     keep_alive: bool  # said so
     websocket: bool
+    plain: bool  # final, of a length it says, and the connection lives on
 
     @classmethod
     def carried(cls, status: int, length: int) -> ResponseHead:
         """Of a response whose head was sent on elsewhere: HTTP/1.1, keep-alive, its length known."""
         head = cls()
         head.raw, head.status, head.version, head.framing, head.length = b"", status, 11, length, length
-        head.close, head.keep_alive, head.websocket = False, True, False
+        head.close, head.keep_alive, head.websocket, head.plain = False, True, False, False
         return head
 
 
@@ -225,6 +227,7 @@ def parse_request(raw: bytes) -> RequestHead:
     ):
         raise _bad("Upgrade other than a plain websocket handshake")
     head.safe = head.framing == NO_BODY and method in (b"GET", b"HEAD", b"OPTIONS", b"TRACE") and not upgrade
+    head.plain = head.keep and head.version == 11 and method != b"HEAD" and not upgrade
     head.underscores = frozenset(name.replace("_", "-") for name in header if "_" in name)
     return head
 
@@ -288,6 +291,7 @@ def parse_response(raw: bytes) -> ResponseHead:
     head.keep_alive = b"keep-alive" in connection
     head.close = b"close" in connection or (head.version == 10 and not head.keep_alive)
     head.websocket = upgrade == [b"websocket"] and b"upgrade" in connection
+    head.plain = head.status >= 200 and head.status not in (204, 304) and head.framing >= 0 and not head.close
     return head
 
 

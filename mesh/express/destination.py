@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mesh.express.atoms import Reads
 from mesh.express.machine import WINDOW_BYTES
-from mesh.model import CONFIG_KEY, Config, Protocol, Service, State, Workload
+from mesh.model import CONFIG_KEY, Config, Protocol, Service, ServicePort, State, Workload
 from mesh.policy import Peer, PolicySet, Request, authorize, l7_fields, port_needs_l7
 from mesh.routing import Choice, Decision, Outcome, RouteTable
 
@@ -69,18 +69,21 @@ class Destination:
         self._verdicts: dict[tuple[int, int], str | Refusal] = {}  # of one request: the rule that allows, by what decides
         self._targets: dict[tuple[str, int], tuple[tuple[str, int, Workload], ...]] = {}
 
+    @property
+    def name(self) -> str:
+        return self.key.partition("/")[2]
+
     def refusal(self) -> Refusal | None:
         """Why no request to it is for the kernel, whatever it asks."""
         facts = self.facts
-        service = facts.service(self.key)
-        name = self.key.partition("/")[2]
-        table = facts.routes.port(self.key, self.port)
-        if service is None or table is None:
-            return Refusal("unknown_service", f"there is no service {name} with port {self.port}")
+        claims = self._claims()
+        if claims is None:
+            return self._unknown()
         if facts.config.express == "off":
             return Refusal("off", "express is off in MeshConfig")
-        if service.express == "off":
-            return Refusal("off", f"express is off for service {name}")
+        for key, service, _ in claims:
+            if service.express == "off":
+                return Refusal("off", f"express is off for service {key.partition('/')[2]}")
         caller = facts.workload(self.caller) if self.caller else None
         if caller is not None and caller.express == "off":
             return Refusal("off", f"express is off for workload {self.caller.partition('/')[2]}")
@@ -88,17 +91,31 @@ class Destination:
             return Refusal("access_log", "MeshConfig asks for a full access log, which user space writes")
         if facts.config.head_bytes_max < WINDOW_BYTES:
             return Refusal("head_limit", f"MeshConfig.headBytesMax is below the kernel's window of {WINDOW_BYTES} bytes")
-        if service.add_headers:
-            return Refusal("add_headers", f"service {name} has headers added to its requests: {', '.join(service.add_headers)}")
-        if not self._http(service):
-            return Refusal("not_http", f"port {self.port} of service {name} is not known to carry HTTP: set appProtocol: http")
+        for key, service, _ in claims:
+            if service.add_headers:
+                added = ", ".join(service.add_headers)
+                return Refusal("add_headers", f"service {key.partition('/')[2]} has headers added to its requests: {added}")
+        if not any(self._http(*claim) for claim in claims):
+            return self._not_http()
         return None
 
-    def _http(self, service: Service) -> bool:
-        spec = next(spec for spec in service.ports if spec.port == self.port)
-        if spec.protocol is Protocol.HTTP or self.facts.routes.routed(self.key, self.port):
+    def _claims(self) -> tuple[tuple[str, Service, ServicePort], ...] | None:
+        """The service with the port as it says of it; None: there is no such port."""
+        service = self.facts.service(self.key)
+        if service is None or self.facts.routes.port(self.key, self.port) is None:
+            return None
+        return ((self.key, service, next(spec for spec in service.ports if spec.port == self.port)),)
+
+    def _unknown(self) -> Refusal:
+        return Refusal("unknown_service", f"there is no service {self.name} with port {self.port}")
+
+    def _not_http(self) -> Refusal:
+        return Refusal("not_http", f"port {self.port} of service {self.name} is not known to carry HTTP: set appProtocol: http")
+
+    def _http(self, key: str, service: Service, spec: ServicePort) -> bool:
+        if spec.protocol is Protocol.HTTP or self.facts.routes.routed(key, spec.port):
             return True
-        return any(port_needs_l7(self.facts.policies, key, spec.target_port) for key in service.endpoints)
+        return any(port_needs_l7(self.facts.policies, end, spec.target_port) for end in service.endpoints)
 
     def reads(self) -> tuple[Reads, bool]:
         """What routes and policies read of requests, and whether a name with "_" could be taken for a header they read."""
@@ -115,12 +132,16 @@ class Destination:
             decisions = [outcome for choice in choices for outcome in choice.outcomes] or decisions
         for decision in dict.fromkeys(decisions):
             for key, port, _ in self.targets(decision) if isinstance(decision, Decision) else ():
-                names = names or bool(l7_fields(self.facts.policies, key, port).headers)
-                view = self.facts.policies.view(key, self.peer.spiffe, port)
-                if view is not None and view.simple is None:
-                    for clause in view.clauses():
-                        reads.clause(clause)
+                names = self._policies(reads, key, port) or names
         return reads, names
+
+    def _policies(self, reads: Reads, key: str, port: int) -> bool:
+        """Adds what an endpoint's policies read; whether they read headers."""
+        view = self.facts.policies.view(key, self.peer.spiffe, port)
+        if view is not None and view.simple is None:
+            for clause in view.clauses():
+                reads.clause(clause)
+        return bool(l7_fields(self.facts.policies, key, port).headers)
 
     def targets(self, decision: Decision) -> tuple[tuple[str, int, Workload], ...]:
         """The endpoints of a backend: workload key, port and the workload."""
@@ -197,3 +218,48 @@ class Destination:
                 answer = verdict.rule
             self._verdicts[group] = answer
         return answer if isinstance(answer, Refusal) else (answer, workload.spiffe)
+
+
+class Direct(Destination):
+    """A workload's port, asked for by the workload's own address: no route has a say, and nobody else answers."""
+
+    def _claims(self) -> tuple[tuple[str, Service, ServicePort], ...] | None:
+        """The services that lead there, each with the port by which it does."""
+        workload = self.facts.workload(self.key)
+        if workload is None or self.port not in workload.ports:
+            return None
+        return tuple(self._leading())
+
+    def _leading(self) -> Iterable[tuple[str, Service, ServicePort]]:
+        for key, item in self.facts.state.items():
+            if isinstance(item, Service) and self.key in item.endpoints:
+                for spec in item.ports:
+                    if spec.target_port == self.port and spec.protocol is not Protocol.UDP:
+                        yield key, item, spec
+
+    def _unknown(self) -> Refusal:
+        return Refusal("unknown_workload", f"there is no workload {self.name} with port {self.port}")
+
+    def _not_http(self) -> Refusal:
+        return Refusal("not_http", f"port {self.port} of workload {self.name} is not known to carry HTTP: set appProtocol: http")
+
+    def reads(self) -> tuple[Reads, bool]:
+        reads = Reads()
+        return reads, self._policies(reads, self.key, self.port)
+
+    def decide(self, request: Request) -> Verdict | Refusal:
+        workload = self.facts.workload(self.key)
+        if workload is None:
+            return self._unknown()
+        self._verdicts.clear()
+        answer = self._ask(self.key, self.port, workload, request)
+        if isinstance(answer, Refusal):
+            return answer
+        rule, spiffe = answer
+        return Verdict(rule, "", spiffe, ((1, 1 << self.endpoints.setdefault((self.key, self.port), 0)),))
+
+
+def destination_of(facts: Facts, peer: Peer, key: str, port: int, *, local: Collection[str], caller: str = "") -> Destination:
+    """``key``: a service's, or that of a workload which is dialled by its own address."""
+    kind = Direct if key.startswith("Workload/") else Destination
+    return kind(facts, peer, key, port, local=local, caller=caller)

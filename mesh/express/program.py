@@ -19,7 +19,15 @@ from math import prod
 from mesh.express import request as heads
 from mesh.express.atoms import Atom, Disagreement, Test, walk
 from mesh.express.automata import Grammar, Walk
-from mesh.express.destination import ENDPOINTS_MAX, Destination, Facts, Refusal, Verdict, too_many_endpoints
+from mesh.express.destination import (
+    ENDPOINTS_MAX,
+    Destination,
+    Facts,
+    Refusal,
+    Verdict,
+    destination_of,
+    too_many_endpoints,
+)
 from mesh.express.dfa import Table, TooLarge
 from mesh.express.machine import Run, run
 from mesh.express.regex import NotRegular
@@ -33,6 +41,7 @@ __all__ = ["Program", "Refusal", "Verdict", "compile_program"]
 COMBINATIONS_MAX = 4096  # of classes: requests the evaluator is asked
 VERDICTS_MAX = 1024  # of one program
 SEEN_BITS = 16
+IP_CONDITION = "ip_condition"  # code of a refusal: with an address there may be a program
 ABSENT = -1  # the class of a header that is not there
 
 Combination = tuple[int, ...]  # class numbers: path, method, host, headers in order
@@ -96,10 +105,11 @@ def compile_program(
     local: Collection[str],
     caller: str = "",
 ) -> Program | Refusal:
-    """The program for requests of ``peer`` to a service's port. ``routes`` and ``policies`` are the State's. ``peer.address``
+    """The program for requests of ``peer`` to a service's port, or to that of a workload by its own address (``service_key`` is
+    the workload's then). ``routes`` and ``policies`` are the State's. ``peer.address``
     is the address the data path sees, or "" where none is to be relied on. ``local``: keys of the workloads on this node;
     ``caller``: the peer's own, for its switch, or "" where the caller's switch is looked at elsewhere."""
-    destination = Destination(Facts(state, routes, policies), peer, service_key, port, local=local, caller=caller)
+    destination = destination_of(Facts(state, routes, policies), peer, service_key, port, local=local, caller=caller)
     refusal = destination.refusal()
     if refusal is not None:
         return refusal
@@ -116,7 +126,7 @@ def compile_program(
 def _compile(destination: Destination) -> Program:
     reads, underscored = destination.reads()
     if reads.addresses and not destination.peer.address:
-        raise Refused(Refusal("ip_condition", "a rule asks for the caller's address, which is not known"))
+        raise Refused(Refusal(IP_CONDITION, "a rule asks for the caller's address: each address has a program of its own"))
     for name in sorted(reads.headers.keys() & heads.OWN):
         raise Refused(Refusal("framing_header", f"a rule reads header {name}, which the kernel reads for itself"))
     # What is never accepted is absent wherever something is

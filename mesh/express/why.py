@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mesh.express import machine
-from mesh.express.destination import Destination, Facts, Refusal
+from mesh.express.destination import Facts, Refusal, destination_of
 from mesh.express.program import compile_program
 from mesh.model import State, Workload
 from mesh.policy import Peer, PolicySet, Request
@@ -22,12 +22,12 @@ def why(
     state: State, routes: RouteTable, policies: PolicySet, peer: Peer, service_key: str, request: Request, *, caller: str
 ) -> str:
     """A sentence that starts with "yes" or "no", about a request that came in one piece over a paired connection of the
-    workload ``caller``. ``request.port`` is the service's."""
+    workload ``caller``. ``request.port`` is the service's, or the workload's where ``service_key`` is one's."""
     own = state.get(caller)
     node = own.node if isinstance(own, Workload) else ""
     local = {key for key, item in state.items() if isinstance(item, Workload) and item.node == node}
     facts = Facts(state, routes, policies)
-    destination = Destination(facts, peer, service_key, request.port, local=local, caller=caller)
+    destination = destination_of(facts, peer, service_key, request.port, local=local, caller=caller)
     answer = destination.refusal() or destination.decide(request)
     if isinstance(answer, Refusal):
         return f"no: {answer.reason}"

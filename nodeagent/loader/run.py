@@ -6,20 +6,17 @@ import json
 import os
 import socket
 import struct
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nodeagent import cgroups
-from nodeagent.loader import attach, headers, source
+from nodeagent.loader import attach, child, source
 from nodeagent.loader.attach import HOOKS, LoadError, SchemaError
 from nodeagent.loader.layouts import layout_of, name_of, nested
 
 MAPS = (
     "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "arriving", "usage",
-    "datagrams", "creators", "origins", "callers", "conns", "peers", "xends", "xrecords", "xloads", "counters", "events",
+    "datagrams", "origins", "callers", "conns", "peers", "xends", "xrecords", "xloads", "counters", "events",
     "shapes",
 )  # fmt: skip
 WITHOUT_LAYOUT = ("events",)  # its records are struct pl_event
@@ -40,14 +37,14 @@ def load(cgroup: Path, directory: Path, folder: Path, layouts_path: Path) -> dic
     check_schema(directory, constants["PL_SCHEMA"])
     before = {path.name for path in (directory / "maps").iterdir()}
     try:
-        with compiler(folder, directory) as module:
+        with child.compiled(child.join(folder, directory / "maps", source.FILES)) as module:
             described = describe({name: types_of(module, name) for name in MAPS if name not in WITHOUT_LAYOUT}, types)
             check_sizes(directory, described)
             fds = {
                 name: module.load_func(f"on_{name}", hook.prog_type, None, hook.attach_type).fd for name, hook in HOOKS.items()
             }
             seed(cgroup, directory, described)
-            write_atomically(layouts_path, described)
+            child.write_layouts(layouts_path, described)
             for name, fd in fds.items():
                 attach.attach(name, fd, cgroup, directory)
                 attach.pin(fd, directory / "progs" / name)
@@ -59,21 +56,6 @@ def load(cgroup: Path, directory: Path, folder: Path, layouts_path: Path) -> dic
         raise LoadError(f"the programs do not load: {error}") from error
     remove_stale(directory)
     return dict.fromkeys(HOOKS, True)
-
-
-@contextmanager
-def compiler(folder: Path, directory: Path) -> Iterator[Any]:
-    """The compiled module; its maps are made or taken from their pins here."""
-    text = source.join(folder, directory / "maps")
-    home = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="pillion-headers-") as tree:
-        os.environ["BCC_KERNEL_SOURCE"] = str(headers.make_tree(Path(tree)))
-        from bcc import BPF  # here, so that nothing but a load pays for LLVM
-
-        try:
-            yield BPF(text=text, cflags=["-Wno-macro-redefined", "-Wno-unused-function"])
-        finally:
-            os.chdir(home)  # compilation leaves the process elsewhere
 
 
 def check_schema(directory: Path, schema: int) -> None:
@@ -183,13 +165,6 @@ def netns_cookie() -> int:
     """The cookie of our own netns."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
-
-
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """JSON, by rename."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(content, indent=1))
-    os.replace(fresh, path)
 
 
 def forget_new(directory: Path, before: set[str]) -> None:

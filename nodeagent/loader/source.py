@@ -1,9 +1,8 @@
-"""bpf/*.c as the one text BCC needs (it rewrites map calls in the main file only), and the names in types.h."""
+"""Which files of bpf/ the main programs are, and the names in types.h."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 FILES = (
     "types.h", "maps.h", "common.h", "choice.h", "express.h", "create.c", "connect.c", "bind.c", "sockops.c", "origin.c",
@@ -12,18 +11,6 @@ FILES = (
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _ENUM = re.compile(r"enum\s+(\w+)\s*\{(.*?)\}", re.DOTALL)
 _DEFINE = re.compile(r"^#define\s+(PL_\w+)\s+(0x[0-9a-fA-F]+|\d+)u?\s*$", re.MULTILINE)
-
-
-def join(folder: Path, pins: Path) -> str:
-    """The programs of ``folder`` with their maps pinned under ``pins``. Errors keep file and line by #line."""
-    pinned = str(pins) + "/"
-    if '"' in pinned or "\\" in pinned:
-        raise ValueError(f"{pinned}: quotes and backslashes cannot be in the pin directory's name")
-    parts = ["#include <uapi/linux/bpf.h>\n", f'#define PL_PINS "{pinned}"\n']
-    for name in FILES:
-        parts.append(f'#line 1 "bpf/{name}"\n')
-        parts.append((folder / name).read_text())
-    return "".join(parts)
 
 
 def constants(types: str) -> dict[str, int]:

@@ -17,6 +17,7 @@ from tests.e2e.mesh import Mesh
 
 PROGRAMS = Path(__file__).with_name("programs")
 FAMILIES = ("v4", "v6", "mapped")
+UNANSWERED_S = 1.2  # long enough for what is answered; what is dropped would wait for ever
 PASSED = "PASSED"
 
 
@@ -54,8 +55,8 @@ class Dialled:
         return self.error != "PermissionError"
 
 
-def dial(where: Runner, to: str, port: int, way: str = "connect", source_port: int = 0) -> Dialled:
-    return Dialled(**run(where, "dial.py", way, to, port, source_port))
+def dial(where: Runner, to: str, port: int, way: str = "connect", source_port: int = 0, timeout_s: float = 5.0) -> Dialled:
+    return Dialled(**run(where, "dial.py", way, to, port, source_port, timeout_s))
 
 
 class OnHost(Runner):
@@ -68,14 +69,16 @@ class OnHost(Runner):
 
 
 @contextmanager
-def on_host(mesh: Mesh, node: str, name: str, account: str, ports: tuple[int, ...] = ()) -> Iterator[OnHost]:
+def on_host(
+    mesh: Mesh, node: str, name: str, account: str, ports: tuple[int, ...] = (), namespace: str = "shop"
+) -> Iterator[OnHost]:
     """Enrolled while the block lasts."""
     runner = OnHost(mesh, node, name)
     runner.place.cgroup.mkdir()
     try:
-        body = {"name": name, "namespace": "shop", "service_account": account, "labels": {"app": name}, "ports": list(ports)}
+        body = {"name": name, "namespace": namespace, "service_account": account, "labels": {"app": name}, "ports": list(ports)}
         mesh.lab.agent_api(node, "POST", "/v1/workloads", {**body, "cgroup": str(runner.place.cgroup)})
         yield runner
-        mesh.lab.agent_api(node, "DELETE", f"/v1/workloads/shop/{name}")
+        mesh.lab.agent_api(node, "DELETE", f"/v1/workloads/{namespace}/{name}")
     finally:
         cgroups.remove(runner.place.cgroup)

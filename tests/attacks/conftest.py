@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.mutants import Counted, Mutant, without
+from tests.attacks.systemd_host import host
 from tests.conftest import opened
 from tests.e2e.conftest import mesh
 from tests.e2e.mesh import Mesh
 
-__all__ = ["mesh"]
+__all__ = ["host", "mesh"]
 
 HERE = Path(__file__).parent
 _ROW = re.compile(r"test_(\d+)_")

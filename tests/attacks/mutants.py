@@ -34,7 +34,7 @@ from tests.conftest import SESSION
 from tests.e2e.mesh import Mesh, until
 
 PROJECT = Path(__file__).resolve().parents[2]
-PRODUCT = ("bpf", "mesh", "nodeagent", "l7proxy", "controller")
+PRODUCT = ("bpf", "mesh", "nodeagent", "l7proxy", "controller", "pillion")
 
 Patch = tuple[str, str, str]  # file, old, new
 

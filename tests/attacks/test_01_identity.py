@@ -178,12 +178,6 @@ def test_root_runs_only_what_was_granted(mesh: Mesh) -> None:
     assert refused.value.status == 403 and "identity_not_granted" in refused.value.body
 
 
-@pytest.mark.red("an identity without a grant", UNGRANTED)
-def test_root_runs_anything_without(broken: Mesh) -> None:
-    with on_host(broken, "n1", "payments", "payments", namespace="treasury"):
-        pass
-
-
 @pytest.mark.attack("an identity of another node")
 def test_a_certificate_only_for_what_runs_there(mesh: Mesh, counted: Counted) -> None:
     with counted(mesh, "controller", "identity_not_scheduled"):
@@ -253,7 +247,7 @@ def held(mesh: Mesh) -> Iterator[None]:
     """A connection from n2 to the echo server on n1 stands, and n2's agent hears of nothing more."""
     mesh.apply(policy("far-client-echo", "echo", who="far-client"))
     until(lambda: answers(mesh), "far-client does not reach the echo server")
-    holder = mesh.program("far-client", "hold.py", "echo.shop.mesh", ECHO_PORT, 25)
+    holder = mesh.program("far-client", "hold.py", mesh.w["echo"].address, ECHO_PORT, 25)
     assert holder.first_line().startswith("open")
     (agent,) = mesh.lab.pids("n2", "agent")
     os.kill(agent, signal.SIGSTOP)
@@ -267,7 +261,7 @@ def held(mesh: Mesh) -> Iterator[None]:
 
 def answers(mesh: Mesh) -> bool:
     try:
-        return bool(mesh.echo("far-client", "echo.shop.mesh"))
+        return bool(mesh.echo("far-client", mesh.w["echo"].address))
     except Refused:
         return False
 

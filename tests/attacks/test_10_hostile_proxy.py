@@ -113,14 +113,15 @@ def cookie(mesh: Mesh, name: str) -> int:
 
 @pytest.mark.attack("ask the agent for sockets")
 def test_it_gets_sockets_of_this_nodes_workloads_and_so_many(mesh: Mesh) -> None:
-    for netns in (1, cookie(mesh, "far"), 1 << 63):  # the machine's own, another node's, nobody's
-        assert hostile(mesh, "stock", netns, 10) == {"came": 0, "ended": False}
-    assert hostile(mesh, "stock", cookie(mesh, "web"), 5000)["came"] <= 4096
+    foreign = (1, cookie(mesh, "far"), 1 << 63)  # the machine's own, another node's, nobody's
+    assert hostile(mesh, "stock", 10, *foreign) == {"came": [0, 0, 0], "ended": False}
+    (came,) = hostile(mesh, "stock", 5000, cookie(mesh, "web"))["came"]
+    assert 0 < came <= 4096
 
 
 @pytest.mark.red("ask the agent for sockets", ANY_STOCK)
 def test_it_gets_any_number_without(broken: Mesh) -> None:
-    assert hostile(broken, "stock", cookie(broken, "web"), 5000)["came"] == 5000
+    assert hostile(broken, "stock", 5000, cookie(broken, "web"))["came"] == [5000]
 
 
 WRONG = {
@@ -132,18 +133,22 @@ WRONG = {
 }
 
 
+def hung_up(mesh: Mesh, *words: str) -> dict[str, bool]:
+    """By what was said: whether the agent hung up on it."""
+    found = hostile(mesh, "say", *(WRONG[each].hex() for each in words))["ended"]
+    return dict(zip(words, found, strict=True))
+
+
 @pytest.mark.attack("say to the agent what no worker says")
-@pytest.mark.parametrize("what", WRONG)
-def test_the_agent_hangs_up_on_it(mesh: Mesh, what: str) -> None:
+def test_the_agent_hangs_up_on_it(mesh: Mesh) -> None:
     (agent,) = mesh.lab.pids("n1", "agent")
-    assert hostile(mesh, "say", WRONG[what].hex()) == {"ended": True}
+    assert hung_up(mesh, *WRONG) == dict.fromkeys(WRONG, True)
     assert mesh.lab.pids("n1", "agent") == [agent]
 
 
 @pytest.mark.red("say to the agent what no worker says", ANY_WORD)
 def test_the_agent_listens_on_without(broken: Mesh) -> None:
-    for what in ("a huge frame", "the agent's words"):
-        assert hostile(broken, "say", WRONG[what].hex()) == {"ended": False}
+    assert not any(hung_up(broken, "a huge frame", "the agent's words").values())
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def test_its_word_does_not_make_a_policy_in_force(mesh: Mesh) -> None:
         until(lambda: not mesh.lab.nodes["n1"].status()["ready"], "the agent takes its word")
         revision = mesh.lab.apply(policy("lied-about", "web", who="far-client"))
         with pytest.raises(LabError):
-            mesh.lab.wait(revision, timeout_s=4)
+            mesh.lab.wait(revision, timeout_s=1.5)
 
 
 @pytest.mark.red("acknowledge a state that is not held", ANY_ACK)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.actions import FAMILIES, address, host
+from lab import process
+from lab.process import Place
+from tests.attacks.actions import FAMILIES, PROGRAMS, address, host
 from tests.attacks.mutants import Counted, Mutant
-from tests.attacks.test_10_confinement import as_proxy
-from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy
+from tests.attacks.test_10_confinement import NOBODYS_DIAL, as_proxy, caller
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy, service
 
 SHARED_POOL = Mutant(
     "b2",
@@ -35,6 +40,12 @@ ANY_ADDRESS = Mutant(
     ("bpf/origin.c", "  if (is_loopback(&caller.addr) || !caller.port)\n    goto deny;", "  "),
     ("bpf/origin.c", "|| !is_mesh(configuration()))\n    goto deny;\n  caller", "|| 0)\n    goto deny;\n  caller"),
 )
+UNRECORDED_GOES = Mutant(
+    "b2",  # where whoever has no record is let in: `NOBODYS_DIAL`
+    "what leaves no record sends no SYN",
+    ("bpf/sockops.c", "  conn->flags |= PL_CONN_UNRECORDED; /* egress.c drops its SYN, and counts */\n", ""),
+)
+DEFERRED_PORT = 7002
 
 CLAIM = """
 import json, socket, struct, sys
@@ -145,3 +156,78 @@ def test_a_dialled_loopback_is_shown_as_the_callers_own(mesh: Mesh) -> None:
         for option in ("-4", "-6"):
             _, body = mesh.curl("client", f"http://{name}:{HTTP_PORT}/", option)
             assert body.split()[-1].removeprefix("::ffff:") in mesh.w["client"].addresses
+
+
+# ---- without a record
+
+
+def records(mesh: Mesh, what: str) -> str:
+    """See programs/records.py; of n1's kernel."""
+    pin = mesh.lab.paths.agent_run("n1") / "bpf" / "maps" / "arriving"
+    done = process.run(Place(mesh.lab.nodes["n1"].place.cgroup), [sys.executable, str(PROGRAMS / "records.py"), str(pin), what])
+    assert done.stdout, done.stderr
+    return done.stdout.strip()
+
+
+def unrecorded(mesh: Mesh) -> list[str]:
+    """The proxy connects for the client while no record finds room."""
+    assert records(mesh, "fill") == "full"
+    try:
+        web = mesh.w["web"].addresses
+        return as_proxy(mesh, mesh.w["web"], *[("dial", each, HTTP_PORT, caller(mesh, "client")) for each in web[:2]])
+    finally:
+        records(mesh, "clear")
+
+
+@pytest.mark.attack("a connection that left no record")
+def test_a_connection_without_a_record_does_not_begin(mesh: Mesh, counted: Counted) -> None:
+    """Its server would see whoever the socket seems to be: itself."""
+    with counted(mesh, "n1", "map_full", times=2):
+        assert unrecorded(mesh) == ["TimeoutError"] * 2
+    assert mesh.curl("client", f"http://web.shop.mesh:{HTTP_PORT}/")[0] == 200
+
+
+@pytest.mark.red("a connection that left no record", UNRECORDED_GOES)
+def test_a_connection_without_a_record_begins_without(broken: Mesh) -> None:
+    assert unrecorded(broken) == ["passed"] * 2
+
+
+@contextmanager
+def deferred(mesh: Mesh) -> Iterator[None]:
+    """A server on `echo` whose accepted sockets come long after their SYN."""
+    server = mesh.w["echo"].start([sys.executable, str(PROGRAMS / "deferred.py"), str(DEFERRED_PORT)], name="deferred")
+    try:
+        mesh.listening("echo", DEFERRED_PORT)
+        mesh.apply(service("deferred", "echo", DEFERRED_PORT, "tcp"))
+        yield
+    finally:
+        server.kill()
+        mesh.delete("Service", "deferred")
+
+
+def late(mesh: Mesh, family: str, *, remove: bool) -> str:
+    """The client's connection is established, its record is taken away, then it asks; the answer."""
+    argv = [sys.executable, str(PROGRAMS / "late.py"), address(mesh.w["echo"], family), str(DEFERRED_PORT)]
+    place = mesh.w["client"].place
+    client = subprocess.Popen(place.argv(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    assert client.stdout.readline() == "open\n"
+    if remove:
+        assert int(records(mesh, "remove")) >= 1
+    out = client.communicate("go\n", timeout=20)[0]
+    return str(json.loads(out)["answer"])
+
+
+@pytest.mark.attack("a record that is removed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_whose_record_is_gone_is_nobodys(mesh: Mesh, counted: Counted, family: str) -> None:
+    with deferred(mesh):
+        assert late(mesh, family, remove=False).startswith("served ")
+        with counted(mesh, "n1", "ingress_plaintext"):
+            assert late(mesh, family, remove=True) == ""
+
+
+@pytest.mark.red("a record that is removed", NOBODYS_DIAL)
+def test_a_connection_whose_record_is_gone_is_served_without(broken: Mesh) -> None:
+    with deferred(broken):
+        assert late(broken, "v4", remove=True).startswith("served ")

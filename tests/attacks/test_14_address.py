@@ -13,13 +13,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from lab.members import Runner
 from lab.process import Process
-from tests.attacks.actions import FAMILIES, PROGRAMS, Dialled, address, dial
+from tests.attacks.actions import FAMILIES, PROGRAMS, UNANSWERED_S, Dialled, address, dial
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy, until
 
 PLAIN_TCP = Mutant(
-    "b3",
+    "b4",
     "TCP without a record is nobody's",
     ("bpf/ingress.c", "    return PL_R_INGRESS_PLAINTEXT;\n  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP",
      "    return PASS;\n  if (verdict_of(owner->workload, 0, p->dport, IPPROTO_TCP"),
@@ -27,12 +28,12 @@ PLAIN_TCP = Mutant(
     ("bpf/veth.c", "    if (reply && (v->flags & PL_MEMBER_PERMISSIVE))\n", "    if (reply)\n"),
 )  # fmt: skip
 PLAIN_UDP = Mutant(
-    "b3",
+    "b4",
     "a datagram without a record is nobody's",
     ("bpf/ingress.c", "      return PL_R_INGRESS_PLAINTEXT;\n    if (verdict_of", "      return PASS;\n    if (verdict_of"),
 )
 UNKNOWN_IS_ALLOWED = Mutant(
-    "b3",
+    "b4",
     "who is not known is asked about as unknown",
     (
         "bpf/ingress.c",
@@ -66,7 +67,7 @@ def from_hosts(mesh: Mesh, *servers: tuple[str, int]) -> list[Dialled]:
         for family in FAMILIES
     ]
     with ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(lambda place: dial(*place), places))
+        return list(pool.map(lambda place: dial(*place, timeout_s=UNANSWERED_S), places))
 
 
 @pytest.mark.attack("a program of the node")
@@ -137,6 +138,58 @@ def test_who_comes_through_a_node_port_is_nobody(mesh: Mesh, counted: Counted, f
 def test_who_comes_through_a_node_port_is_served_without(broken: Mesh, family: int) -> None:
     with node_port(broken, family) as at:
         assert "web for" in dial(broken.lab.nodes["n2"], at, NODE_PORT).answer
+
+
+# ---- a port of the node, by its kernel
+
+
+NAT_PORT = 30081
+OUTBOUND = """---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: MeshConfig
+metadata: {{name: mesh}}
+spec: {{outboundAllow: [{{cidr: "{}", ports: [{}]}}]}}
+"""
+
+
+@contextmanager
+def natted(mesh: Mesh, family: int) -> Iterator[str]:
+    """The kernel of n1 leads a port of the node to `web`, under the node's own address, and workloads may go there; where
+    that is."""
+    node = mesh.lab.nodes["n1"]
+    at = node.addresses[family]
+    argv = [sys.executable, str(PROGRAMS / "nat.py"), str(NAT_PORT), mesh.w["web"].addresses[family], str(HTTP_PORT)]
+    process = node.start(argv, name=f"nat-{family}")
+    try:
+        until(lambda: "ready" in process.output(), "the rules do not stand")
+        mesh.apply(OUTBOUND.format(f"{at}/{128 if family else 32}", NAT_PORT))
+        yield at
+        mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
+    finally:
+        process.stop()
+
+
+def through(mesh: Mesh, at: str, *who: Runner) -> list[Dialled]:
+    with ThreadPoolExecutor(len(who)) as pool:
+        return list(pool.map(lambda each: dial(each, at, NAT_PORT, timeout_s=UNANSWERED_S), who))
+
+
+@pytest.mark.attack("through NAT in the node's kernel")
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_who_comes_through_nat_is_nobody(mesh: Mesh, counted: Counted, family: int) -> None:
+    """From both nodes, and from workloads of both that may go to the node: at the server all have the node's address."""
+    who = (*mesh.lab.nodes.values(), mesh.w["intruder"], mesh.w["far-client"])
+    with natted(mesh, family) as at, counted(mesh, "n1", "ingress_plaintext", times=len(who)):
+        assert through(mesh, at, *who) == [Dialled("", "TimeoutError")] * len(who)
+    assert "web for" in dial(mesh.w["client"], mesh.w["web"].addresses[family], HTTP_PORT).answer
+
+
+@pytest.mark.red("through NAT in the node's kernel", PLAIN_TCP)
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_who_comes_through_nat_is_served_without(broken: Mesh, family: int) -> None:
+    who = (*broken.lab.nodes.values(), broken.w["intruder"], broken.w["far-client"])
+    with natted(broken, family) as at:
+        assert all("web for" in found.answer for found in through(broken, at, *who))
 
 
 # ---- datagrams

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.loader import headers, source
+from nodeagent.loader import child, headers, source
 from nodeagent.loader.layouts import layout_of, nested
 from nodeagent.loader.run import cgroup_depth, pack
 from tests.bpf.world import ROOT
@@ -44,13 +44,13 @@ def test_reasons_are_in_the_order_of_their_numbers() -> None:
 
 
 def test_the_text_names_files_and_pins() -> None:
-    joined = source.join(ROOT / "bpf", Path("/sys/fs/bpf/x/maps"))
+    joined = child.join(ROOT / "bpf", Path("/sys/fs/bpf/x/maps"), source.FILES)
     assert '#define PL_PINS "/sys/fs/bpf/x/maps/"' in joined
     assert [line for line in joined.splitlines() if line.startswith("#line")] == [
         f'#line 1 "bpf/{name}"' for name in source.FILES
     ]
     with pytest.raises(ValueError, match="quotes"):
-        source.join(ROOT / "bpf", Path('/tmp/"x'))
+        child.join(ROOT / "bpf", Path('/tmp/"x'), source.FILES)
 
 
 def test_padding_is_explicit_and_arrays_are_bytes() -> None:

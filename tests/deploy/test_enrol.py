@@ -27,8 +27,13 @@ class Host:
 
     def __init__(self, root: Path) -> None:
         self.root, self.units, self.asked = root, {"web.service": dict(KNOWN)}, list[tuple[str, ...]]()
+        self.sockets: dict[str, str] = {}  # unit files -> what they trigger
 
     def systemctl(self, *arguments: str) -> str:
+        if arguments[0] == "list-unit-files":
+            return "".join(f"{name} enabled enabled\n" for name in self.sockets)
+        if arguments[:2] == ("show", "--property=Id,Triggers"):
+            return "\n".join(f"Triggers={self.sockets[name]}\nId={name}\n" for name in arguments[2:])
         if arguments[0] == "show":
             return "\n".join(f"{key}={value}" for key, value in self.units.get(arguments[1], {"LoadState": "not-found"}).items())
         self.asked.append(arguments)
@@ -104,6 +109,14 @@ def test_its_sockets_go_with_it(host: Host) -> None:
     assert "Slice=pillion-workloads-web.slice\n" in drop_in and "ExecStartPre=+" in drop_in
     assert "DefaultDependencies=no" in drop_in, "sockets.target comes before every service, the agent as well"
     assert "web.timer.d/50-pillion.conf" not in host.files()
+
+
+def test_its_sockets_go_with_it_before_systemd_has_loaded_them(host: Host) -> None:
+    """TriggeredBy= is empty until then, and the listener would be made outside the mesh."""
+    host.sockets = {"front.socket": "web.service", "other.socket": "other.service", "web@.socket": "web@.service"}
+    into()
+    assert "Slice=pillion-workloads-web.slice\n" in host.files()["front.socket.d/50-pillion.conf"]
+    assert not [path for path in host.files() if path.startswith(("other", "web@"))]
 
 
 def test_twice_is_once(host: Host) -> None:

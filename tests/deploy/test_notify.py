@@ -1,4 +1,4 @@
-"""What the service manager hears, from each process's own copy of the few lines that tell it."""
+"""What the service manager hears from each process."""
 
 from __future__ import annotations
 

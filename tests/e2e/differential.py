@@ -170,9 +170,17 @@ class Twins:
             client.close()
 
     def run(
-        self, exchanges: list[Sent], count: int, *, connections: int = CONNECTIONS, part: int = PART, between: Any = None
+        self,
+        exchanges: list[Sent],
+        count: int,
+        *,
+        connections: int = CONNECTIONS,
+        part: int = PART,
+        between: Any = None,
+        counted_s: float = 3.0,
     ) -> Found:
-        """The list, then over and over what is not `once`, until `count`. ``between``: called after the first part."""
+        """The list, then over and over what is not `once`, until `count`. ``between``: called after the first part;
+        ``counted_s``: how long to wait for counts that are missing."""
         order = list(range(len(exchanges)))
         again = [place for place, sent in enumerate(exchanges) if not sent.once]
         while len(order) < count:
@@ -184,7 +192,7 @@ class Twins:
             found, codes = client.run(exchanges, order, part, between)
         found.exchanges = sum(len(exchanges[place].heads) for place in order)
         found.expressible = sum(flags[place] for place in order)
-        self._compare(found, codes, before)
+        self._compare(found, codes, before, counted_s)
         return found
 
     def seen(self) -> list[str]:
@@ -192,13 +200,13 @@ class Twins:
         path = self.files / "seen.json"
         path.unlink(missing_ok=True)
         self.server.signal(signal.SIGUSR1)
-        until(path.exists, "the server does not report", 20.0)
+        until(path.exists, "the server does not report", 20.0, every_s=0.001)
         report = json.loads(path.read_text())
         if not report["differing"]:
             return []
         return [f"the server saw {report['differing']} differences, among them {json.dumps(report['differences'], indent=1)}"]
 
-    def _compare(self, found: Found, codes: list[dict[str, int]], before: Counts) -> None:
+    def _compare(self, found: Found, codes: list[dict[str, int]], before: Counts, counted_s: float) -> None:
         """Of the counters. The proxy's come with its next scrape: what is still missing is waited for."""
         asked = sum(sum(side.values()) for side in codes)
 
@@ -207,7 +215,7 @@ class Twins:
             return now if sum(now.requests.values()) >= asked else None
 
         try:
-            counts = until(settled, "not all requests are counted", 3.0)
+            counts = until(settled, "not all requests are counted", counted_s)
         except AssertionError:
             counts = Counts.read(self.mesh) - before
         found.carried = counts.express["carried"]

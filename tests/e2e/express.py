@@ -24,12 +24,6 @@ def pairings(mesh: Mesh, result: str, node: str = "n1") -> float:
     return mesh.metric(node, "pillion_express_pairings_total", result=result)
 
 
-def by_path(mesh: Mesh, node: str = "n1") -> dict[str, float]:
-    """Requests of `client`, by the path that carried them."""
-    kinds = ("express", "proxy", "user", "http")
-    return {kind: mesh.metric(node, "pillion_requests_total", path_kind=kind, source="shop/client") for kind in kinds}
-
-
 def load(mesh: Mesh, who: str = "client", *, host: str = NAME, **options: Any) -> Background:
     """`programs/exact_client.py`, running."""
     question = {"host": f"{host}.shop.mesh", "port": PORT, **options}

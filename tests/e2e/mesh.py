@@ -199,15 +199,15 @@ class Background:
         return self.popen.stdout.readline()
 
     def report(self, timeout_s: float) -> dict[str, Any]:
-        out, err = self.popen.communicate(timeout=timeout_s)
+        out, err = self.popen.communicate(timeout=timeout_s * SLOW)
         assert out.strip(), f"the program said nothing: {err}"
         return dict(json.loads(out.splitlines()[-1]))
 
 
-def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0) -> Any:
+def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0, *, every_s: float = 0.02) -> Any:
     """Poll until truthy; fail with `what` past the deadline."""
     end = time.monotonic() + deadline_s * SLOW
     while not (value := done()):
         assert time.monotonic() < end, f"{what} within {deadline_s:g} s"
-        time.sleep(0.02)
+        time.sleep(every_s)
     return value

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from lab.pace import SLOW
 from tests.e2e.answers import Plans, text
 from tests.e2e.differential import SIDES, Counts, Twins
 from tests.e2e.exchanges import ID, Sent, draw, head
@@ -33,7 +34,7 @@ def twins(mesh: Mesh) -> Iterator[Twins]:
         yield found
 
 
-@pytest.mark.timeout(300 + EXCHANGES // 300)
+@pytest.mark.timeout((300 + EXCHANGES // 300) * SLOW)
 def test_same_bytes_same_verdicts_same_counts(twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     """Stops at the first run with a difference; its seed makes the same exchanges again."""
     exchanges = expressible = carried = connections = 0
@@ -119,7 +120,12 @@ def test_a_changed_count_is_seen(twins: Twins, change: dict[str, int]) -> None:
     exchanges = _plain(twins)
     tamper = Tamper(twins.mesh, FAST)
     found = twins.run(
-        exchanges, len(exchanges), connections=4, part=len(exchanges) // 2, between=lambda: tamper.statistics(**change)
+        exchanges,
+        len(exchanges),
+        connections=4,
+        part=len(exchanges) // 2,
+        between=lambda: tamper.statistics(**change),
+        counted_s=0.5,  # one is missing
     )
     assert any(text.startswith("counted by code") for text in found.wrong), f"not seen: {found}"
     assert not any("saw" in text for text in found.wrong), found.wrong

@@ -11,11 +11,11 @@ import pytest
 from tests.e2e.mesh import ECHO_PORT, Mesh, Refused, until
 
 
-def kill(mesh: Mesh, node: str | None, what: str) -> None:
+def kill(mesh: Mesh, node: str | None, what: str, number: signal.Signals = signal.SIGKILL) -> None:
     victims = mesh.lab.pids(node, what)
     assert victims
     for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     until(lambda: (now := mesh.lab.pids(node, what)) and not set(now) & set(victims), f"{what} did not come back")
 
 

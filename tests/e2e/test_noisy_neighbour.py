@@ -18,7 +18,7 @@ VICTIM_PER_S, VICTIM_S = 20, 3.0
 BYTES = 4 << 20
 HEAD_BYTES = 30_000  # programs/noisy.py
 MEMORY_MAX = BYTES + (24 << 20)
-SLEEPERS, PASSING = 60, 1 << 20  # what one connection may have under way before it counts as waiting: a read, a flush
+SLEEPERS, PASSING = 60, 320 << 10  # what one connection has that does not count as waiting
 URL = f"http://web.shop.mesh:{HTTP_PORT}/"
 
 BUDGET = """---
@@ -75,12 +75,12 @@ def noise(mesh: Mesh, kind: str, host: str, port: int, count: int) -> dict[str, 
     return flood.report(timeout_s=30)
 
 
-def peer_noise(mesh: Mesh, kind: str, count: int) -> dict[str, int]:
-    """n2 is taken over: no hook, and far-client's certificate."""
+def peer_noise(mesh: Mesh, kind: str, count: int, wait_s: float = 5.0) -> dict[str, int]:
+    """n2 is taken over: no hook, and far-client's certificate. `wait_s`: how long it waits to be hung up on."""
     web, source = mesh.w["web"].addresses[0], mesh.w["far-client"].addresses[0]
     argv = [
         *(sys.executable, str(PROGRAMS / "noisy_peer.py"), kind, str(mesh.lab.paths.agent_state("n2")), "shop/far-client"),
-        *(web, f"web.shop.{TRUST_DOMAIN}", f"{web}:{HTTP_PORT}", f'for="{source}:4242"', str(count)),
+        *(web, f"web.shop.{TRUST_DOMAIN}", f"{web}:{HTTP_PORT}", f'for="{source}:4242"', str(count), str(wait_s)),
     ]
     return dict(json.loads(mesh.unhooked("far-client", argv)))
 
@@ -128,7 +128,7 @@ def test_heads_that_never_end(noisy: Mesh) -> None:
 def test_readers_that_sleep(noisy: Mesh) -> None:
     """On another node's server: both nodes hold bytes, and either may be the first to have too many."""
     before = sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2"))
-    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}", MEMORY_MAX + SLEEPERS * PASSING):
+    with quiet_neighbour(noisy, f"{{bytesInFlight: {BYTES}}}", BYTES + (8 << 20) + SLEEPERS * PASSING):
         said = noise(noisy, "sleepers", noisy.w["echo-far"].addresses[0], ECHO_PORT, SLEEPERS)
     assert said["refused"] > 0
     assert sum(noisy.denied(node, "budget_bytes") for node in ("n1", "n2")) - before >= said["refused"]

@@ -155,6 +155,7 @@ class Agent:
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.stocked = True
+        self.make: Callable[[int], socket.socket] = socket.socket  # of a family
         self.thread.start()
 
     def send(self, message: link.Message, fds: list[int] | None = None) -> None:
@@ -185,7 +186,7 @@ class Agent:
     def stock(self, wanted: link.NeedStock) -> None:
         left = wanted.count
         while left > 0:
-            socks = [socket.socket(wanted.family) for _ in range(min(left, 64))]
+            socks = [self.make(wanted.family) for _ in range(min(left, 64))]
             self.send(link.Stock(wanted.netns, wanted.family), [s.fileno() for s in socks])
             for sock in socks:
                 sock.close()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l7proxy.admission import Refusal, parse_connect, parse_forwarded, parse_host_port
-from l7proxy.streams import StreamTransport
+from l7proxy.stream_transport import StreamTransport
 from mesh.model import Workload
 from tests.l7proxy.two_nodes import CLIENT_IP, DB_IP, NODE_IP, WEB_IP, TwoNodes, until
 

@@ -162,6 +162,75 @@ def test_many_pairs_come_and_go_without_a_descriptor_lost(express: Express) -> N
     assert metric(express.rig, "pillion_express_pairs") == 0
 
 
+# ---- a planned end
+
+
+def unread(express: Express, session: int) -> bytes:
+    """What waits on the client's connection for whoever reads it next."""
+    with socket.socket(fileno=os.dup(express.fds[session][0])) as accepted:
+        accepted.setblocking(False)
+        return accepted.recv(65536, socket.MSG_PEEK)
+
+
+def ended(express: Express) -> None:
+    """The worker stops, as by SIGTERM; until it is gone."""
+    express.rig.worker.loop.call_soon_threadsafe(express.rig.worker.stop)
+    wait_for(lambda: not express.rig.thread.is_alive(), "the worker's end")
+
+
+def test_what_is_paired_is_left_to_the_next_worker(express: Express) -> None:
+    """At once, and nobody notices: what comes meanwhile waits."""
+    talk = express.dialogue()
+    (pair,) = express.pairs
+    ended(express)
+    talk.sock.sendall(get("/waits"))
+    wait_for(lambda: unread(express, pair.session) == get("/waits"), "the request")
+    assert not express.unpaired() and not express.kernel.of(HOLD)
+    talk.sock.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        talk.sock.recv(1)
+    talk.sock.close()
+
+
+def test_what_is_being_answered_is_left_when_it_rests(express: Express) -> None:
+    talk = express.dialogue()
+    (pair,) = express.pairs
+    talk.sock.sendall(get("/slow"))
+    talk.reached(get("/slow"))
+    express.rig.worker.loop.call_soon_threadsafe(express.rig.worker.stop)
+    wait_for(lambda: express.rig.worker.draining, "the drain")
+    talk.server.sendall(ok(b"two"))
+    status, head, body = read_response(talk.sock)
+    assert (status, body) == (200, b"two") and b"close" not in head.lower()
+    wait_for(lambda: not express.rig.thread.is_alive(), "the worker's end")
+    talk.sock.sendall(get("/waits"))
+    wait_for(lambda: unread(express, pair.session) == get("/waits"), "the request")
+    assert not express.unpaired() and len(express.kernel.of(ARM)) == 2
+    talk.sock.close()
+
+
+def test_an_exchange_of_the_kernels_goes_on(express: Express) -> None:
+    talk = express.dialogue()
+    talk.begin()
+    ended(express)
+    assert not express.unpaired() and not express.kernel.of(TAKE)
+    talk.sock.close()
+
+
+@pytest.mark.parametrize("how", ["without an agent", "for good"])
+def test_where_nobody_comes_after_it_connections_end(express: Express, how: str) -> None:
+    talk = express.dialogue()
+    if how == "for good":
+        express.rig.agent.send(link.Drain(2.0))
+        wait_for(express.unpaired, "Unpair")
+    else:
+        express.rig.agent.close()
+        express.close()
+        express.rig.worker.loop.call_soon_threadsafe(express.rig.worker.stop)
+    assert talk.sock.recv(1) == b""
+    talk.sock.close()
+
+
 # ---- takeover
 
 

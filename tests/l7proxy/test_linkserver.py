@@ -20,7 +20,7 @@ class SlowAgent(Agent):
 def test_descriptors_ride_with_their_frames(mesh: Mesh, start: Callable[..., Rig]) -> None:
     rig = start(mesh)
     agent = SlowAgent(rig.path)
-    wait_for(lambda: rig.worker._link.connection is not None and rig.agent.sock.recv(1, socket.MSG_PEEK) == b"", "the new link")
+    wait_for(lambda: rig.worker.agent.connection is not None and rig.agent.sock.recv(1, socket.MSG_PEEK) == b"", "the new link")
     before = open_fds()
     wanted: list[tuple[int, int]] = []
 

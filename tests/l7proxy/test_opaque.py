@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
+from l7proxy.opaque import Relay
 from mesh.model import Operation, Protocol, Rule, key_of
 from tests.l7proxy.rig import Mesh, Rig, Server, http_server, read_all, read_response, wait_for
 from tests.l7proxy.test_worker import get, metric
@@ -151,6 +154,34 @@ def test_bulk_with_a_slow_reader_is_bounded(mesh: Mesh, start: Start, serve: Ser
             last = sent
             pause.wait(0.2)
         assert sent < 48 << 20
+
+
+def test_an_early_client_waits_for_a_server_that_does_not_read(mesh: Mesh, start: Start, serve: Serve) -> None:
+    over = threading.Event()
+    server = serve(Server(lambda _connection: over.wait(20) and None))
+    server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client, db = mesh.workload("client-1", "client"), mesh.service("db", [server.port], Protocol.TCP)
+    mesh.allow("db", "client")
+    rig = start(mesh)
+
+    def narrow(family: int) -> socket.socket:
+        """Not even the first bytes fit."""
+        made = socket.socket(family)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return made
+
+    rig.agent.make = narrow
+    rig.listen(client, db)
+    rig.worker.loop.call_soon_threadsafe(time.sleep, 0.2)  # what it sends is there before the server is
+    with rig.connect(client, db) as sock:
+        sock.settimeout(0.3)
+        sent, end = 0, time.monotonic() + 1.5
+        with contextlib.suppress(TimeoutError):
+            while sent < 64 << 20 and time.monotonic() < end:
+                sent += sock.send(b"x" * (1 << 18))
+        kept = [relay.far.transport.get_write_buffer_size() for relay in rig.worker.sessions if isinstance(relay, Relay)]
+    over.set()
+    assert len(kept) == 1 and kept[0] < 1 << 20
 
 
 def test_auto_learns_from_the_server_without_waiting(mesh: Mesh, start: Start, serve: Serve) -> None:

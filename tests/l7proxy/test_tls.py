@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from l7proxy.admission import Refusal
+from l7proxy.inbound import LOGGED_PER_S_MAX
 from l7proxy.tls import PeerRefused, check_peer, revoked_nodes, revoked_serials
 from mesh.model import key_of
 from tests.l7proxy.pki import Authority, Entry
@@ -259,3 +262,16 @@ def test_check_peer_is_pure() -> None:
         check_peer(None, TD, frozenset())
     with pytest.raises(PeerRefused, match="cert_malformed"):
         check_peer(b"\x30\x03abc", TD, frozenset())
+
+
+async def test_a_flood_of_refusals_is_counted_and_not_logged_in_full(nodes: TwoNodes) -> None:
+    with structlog.testing.capture_logs() as lines:
+        nodes.destination.log = structlog.get_logger()
+        for _ in range(1000):
+            nodes.inbound.refused(Refusal("handshake_flood", "too many"), "", "10.0.0.1")
+        nodes.destination.sweep()
+        nodes.inbound.refused(Refusal("handshake_flood", "too many"), "", "10.0.0.1")
+    assert nodes.destination.metrics.denials["handshake_flood"] == 1001
+    told = [line for line in lines if line["event"] == "inbound tunnel refused"]
+    assert len(told) == LOGGED_PER_S_MAX + 1
+    assert [line["more"] for line in lines if "more" in line] == [1000 - LOGGED_PER_S_MAX]

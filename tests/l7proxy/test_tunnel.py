@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from l7proxy.hbone.stream import BULK
+from l7proxy.stream_transport import PIECES_EARLY
 from mesh.model import Action, Budget
 from tests.l7proxy.two_nodes import CLIENT, CLIENT_IP, WEB, WEB_IP, Collect, Echo, TwoNodes, until
 
@@ -75,6 +76,20 @@ async def test_bulk_both_ways_keeps_every_byte(nodes: TwoNodes, opaque: bool) ->
     await until(lambda: client.eof, 30)
     assert client.data == sent
     assert client.lost == []
+
+
+async def test_many_writes_of_one_turn_do_not_wait_for_its_end(nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [nodes.dial() for _ in range(40)]
+    await until(lambda: all(c.answered for c in clients))
+    (tunnel,) = nodes.pool._open
+    sent: list[int] = []
+    send = tunnel.channel.send
+    monkeypatch.setattr(tunnel.channel, "send", lambda pieces: (sent.append(len(pieces)), send(pieces)))
+    for n, client in enumerate(clients):
+        client.transport.write(b"%d" % n)
+    assert sent == [PIECES_EARLY, PIECES_EARLY]  # a frame's head and its bytes each
+    await until(lambda: all(c.data == b"%d" % n for n, c in enumerate(clients)))
+    assert sum(sent[:3]) == 2 * len(clients)
 
 
 class Deaf(Collect):

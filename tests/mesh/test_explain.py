@@ -72,10 +72,14 @@ def test_whether_the_kernel_carries_it_is_told(question, told):
     assert bool(answer) is bool(told)
 
 
-def test_a_request_the_kernel_carries():
-    change = {Workload: {"node": "n1"}, Service: {"add_headers": ()}}
-    near = {key: replace(item, **change.get(type(item), {})) for key, item in STATE.items()}
-    answer = why(near, "jobs/batch-1", "shop/web", "GET", "/api/x")
+CHANGE = {Workload: {"node": "n1"}, Service: {"add_headers": ()}}
+NEAR = {key: replace(item, **CHANGE.get(type(item), {})) for key, item in STATE.items()}
+
+
+@pytest.mark.parametrize("destination", ["shop/web", "Workload/shop/web-1"])
+def test_a_request_the_kernel_carries(destination):
+    answer = why(NEAR, "jobs/batch-1", destination, "GET", "/api/x")
     assert answer.outcome == "allowed"
     assert answer.express.startswith("yes")
-    assert "denied" in why(near, "jobs/batch-1", "shop/web", "POST", "/api/x").express
+    assert "denied" in why(NEAR, "jobs/batch-1", destination, "POST", "/api/x").express
+    assert why(NEAR, "jobs/batch-1", destination).express == ""

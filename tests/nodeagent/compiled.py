@@ -13,11 +13,11 @@ from nodeagent.loading import PROJECT, SOURCES
 
 _CHILD = """
 import json, sys
-from nodeagent.loader import attach, run
+from nodeagent.loader import child, run, source
 from pathlib import Path
 bpf_dir, src = Path(sys.argv[1]), Path(sys.argv[2])
 (bpf_dir / "maps").mkdir()
-with run.compiler(src, bpf_dir) as module:
+with child.compiled(child.join(src, bpf_dir / "maps", source.FILES)) as module:
     tables = {name: run.types_of(module, name) for name in run.MAPS if name not in run.WITHOUT_LAYOUT}
     print(json.dumps(run.describe(tables, (src / "types.h").read_text())))
 """

@@ -19,6 +19,7 @@ from tests.mesh.express.build import CALLER, CART, KEY, WEB
 
 NETNS = {CART: 71, WEB: 72}
 ADDRESS = "127.0.0.1"
+VIP = "240.0.0.1"
 
 
 class Kernel:
@@ -65,6 +66,10 @@ class Kernel:
     def forget_record(self, record: int) -> None:
         del self.records[record]
 
+    def set_program(self, record: int, program: int) -> str:
+        self.records[record] = program, self.records[record][1]
+        return "ok"
+
     def enrol_all(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]:
         self.enrolled += items
         return [(self.refuse.get(enrolment.side, "ok"), 1) for _, enrolment in items]
@@ -81,6 +86,7 @@ class Sockets:
             "identity": 400,
             "workload": 400,
             "service": 500,
+            "dst": bytes(10) + b"\xff\xff" + socket.inet_aton(VIP),
             "dst_port": 80,
             "netns": NETNS[CART],
             "client": bytes(10) + b"\xff\xff" + socket.inet_aton("10.77.1.151"),
@@ -100,7 +106,7 @@ def world(*items: Item, endpoints: tuple[str, ...] = (WEB,), default: Action | N
     """A service "web" whose endpoint listens at the loopback address, and who calls it."""
     base: tuple[Item, ...] = (
         workload(addresses=(ADDRESS,)),
-        service("web", endpoints=endpoints),
+        service("web", endpoints=endpoints, vips=(VIP,)),
         identity("shop", "cart", 400),
         CALLER,
     )

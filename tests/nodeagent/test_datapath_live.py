@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 
+from lab.pace import SLOW
 from mesh.link import Flow
 from nodeagent import cgroups
 from nodeagent import netns as spaces
@@ -301,8 +302,8 @@ async def test_verdicts_come_as_flows(mesh: Setup) -> None:
     started = time.time()
     waiting = asyncio.create_task(denial())
     client = world.a.start(CLIENT.format(vip=VIPS[4], port=PORT))
-    flow = await asyncio.wait_for(waiting, 5)
-    client.communicate(timeout=5)
+    flow = await asyncio.wait_for(waiting, 5 * SLOW)
+    client.communicate(timeout=5 * SLOW)
     assert (flow.verdict, flow.source, flow.destination) == ("denied", "spiffe://mesh.local/ns/shop/sa/a", "Workload/shop/b")
     assert (flow.destination_address, flow.protocol, flow.revision, flow.node) == (f"{VIPS[4]}:{PORT}", "tcp", 42, "n1")
-    assert abs(flow.time - time.time()) < 5
+    assert abs(flow.time - time.time()) < 5 * SLOW

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from mesh.link import Paired, PairEnd
+from mesh.model import Action, Rule, Source, State
 from nodeagent import express_pairs
 from nodeagent.express_pairs import Pairs
 from nodeagent.express_programs import Programs
-from tests.mesh.build import workload
+from tests.mesh.build import identity, policy, service, spiffe, workload
 from tests.mesh.express.build import CALLER, CART, KEY, WEB
-from tests.nodeagent.express_fakes import NETNS, Kernel, Sockets, asked, connection, view, world
+from tests.nodeagent.express_fakes import ADDRESS, NETNS, VIP, Kernel, Sockets, asked, connection, view, world
 
 
 class Desk:
@@ -202,3 +203,83 @@ def test_nobody_waits_for_ever(desk: Desk) -> None:
     desk.pairs.orphan("worker-0", 5.0)
     desk.pairs.tick(5.0 + express_pairs.ORPHANED_S + 1)
     assert not desk.pairs.all and not desk.kernel.records
+
+
+# ---- certificates taken back
+
+
+@pytest.mark.parametrize("who", ["cart", "web"], ids=["caller's", "server's"])
+def test_a_certificate_of_either_side_that_is_taken_back_undoes_the_pair(desk: Desk, who: str) -> None:
+    """Nothing more is carried from that moment on; what runs is the worker's to bring to its end."""
+    desk.pair()
+    assert desk.kernel.records == {900: (1, 400)}
+    desk.pairs.revoked(frozenset({spiffe("shop", who), spiffe("shop", "other")}))
+    assert desk.kernel.records == {900: (express_pairs.NO_PROGRAM, 400)}
+    assert desk.wishes == [("worker-0", Paired(1, False, reason="certificate_revoked"))]
+    assert desk.pairs.counts["certificate_revoked"] == 1
+
+
+def test_certificates_of_others_are_of_no_concern(desk: Desk) -> None:
+    desk.pair()
+    desk.pairs.revoked(frozenset({spiffe("shop", "other")}))
+    assert desk.kernel.records == {900: (1, 400)} and not desk.wishes
+
+
+# ---- a state in which a pair has no place
+
+
+def reviewed(desk: Desk, known: State, **local: int) -> list[str]:
+    new = view(known, 8, **local)
+    desk.programs.move(new)
+    desk.pairs.review(new)
+    return [wish.reason for _, wish in desk.wishes if not wish.ok]
+
+
+def test_an_endpoint_that_is_gone_lets_its_pairs_go(desk: Desk) -> None:
+    desk.pair()
+    second = "Workload/shop/web-2"
+    known = world(workload("web-2", number=301), endpoints=(second,))
+    assert reviewed(desk, known, **{second: 73}) == ["endpoint_gone"]
+
+
+def test_a_caller_with_another_identity_is_let_go(desk: Desk) -> None:
+    desk.pair()
+    known = world(identity("shop", "new", 402))
+    known[CART] = workload("cart-1", number=402, account="new")
+    assert reviewed(desk, known) == ["caller_gone"]
+
+
+# ---- rules that read the caller's address, and workloads' own addresses
+
+
+def test_the_callers_address_is_the_one_the_kernel_noted(desk: Desk) -> None:
+    near = policy("near", Action.ALLOW, Rule((Source(ip_blocks=("10.77.1.0/24",)),)))
+    desk.programs.move(view(world(near, default=Action.DENY), 8))
+    assert desk.pair().ok
+    (pair,) = desk.pairs.all.values()
+    assert pair.program.key.address == "10.77.1.151"
+    assert desk.sockets.value is not None
+    desk.sockets.value["client"] = bytes(10) + b"\xff\xff" + socket.inet_aton("10.78.1.151")
+    answer = desk.pair(session=2)
+    assert (answer.reason, answer.lasting) == ("not_expressible", True)
+
+
+def test_a_workload_dialled_by_its_own_address_is_answered_by_no_other(desk: Desk) -> None:
+    """The service's port has the same number, the service another endpoint, and a route leads elsewhere."""
+    second = "Workload/shop/web-2"
+    known = world(workload("web-2", number=301), endpoints=(WEB, second))
+    known[KEY] = service("web", port=8080, target=8080, endpoints=(WEB, second), vips=(VIP,))
+    desk.programs.move(view(known, 8, **{second: 73}))
+    assert desk.sockets.value is not None
+    desk.sockets.value |= {"dst": bytes(10) + b"\xff\xff" + socket.inet_aton(ADDRESS), "dst_port": 8080}
+    assert desk.pair(port=8080) == Paired(1, True, (0,), ())
+    assert desk.kernel.programs[1]["endpoints"] == [300]
+    desk.sockets.value["dst"] = bytes(10) + b"\xff\xff" + socket.inet_aton(VIP)
+    assert desk.pair(session=2, port=8080).missing == (PairEnd(second, 8080),)
+
+
+def test_an_address_of_nobody_here_is_refused_for_good(desk: Desk) -> None:
+    assert desk.sockets.value is not None
+    desk.sockets.value["dst"] = bytes(10) + b"\xff\xff" + socket.inet_aton("10.1.2.3")
+    answer = desk.pair()
+    assert (answer.reason, answer.lasting) == ("no_service", True)

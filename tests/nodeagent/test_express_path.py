@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.pace import SLOW
 from mesh.express.dfa import Builder, Table
 from mesh.express.response import RESPONSE
 from nodeagent import btf, express_probes
@@ -42,10 +43,10 @@ def place() -> Iterator[Path]:
     loader = [sys.executable, "-m", "nodeagent.loader", "--bpf-dir", str(tmp / "bpf")]
     try:
         more = ["--cgroup", str(cgroup), "--src", str(ROOT / "bpf"), "--layouts", str(tmp / "layouts.json")]
-        subprocess.run([*loader, *more], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        subprocess.run([*loader, *more], cwd=ROOT, check=True, capture_output=True, timeout=60 * SLOW)
         yield tmp
     finally:
-        subprocess.run([*loader, "--unload"], cwd=ROOT, check=False, capture_output=True, timeout=60)
+        subprocess.run([*loader, "--unload"], cwd=ROOT, check=False, capture_output=True, timeout=60 * SLOW)
         _libc.umount2(os.fsencode(tmp / "bpf"), 2)
         shutil.rmtree(tmp, ignore_errors=True)
         for path in (cgroup / "agent", cgroup, cgroup.parent):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.model import Action, BudgetChange, IdentityBudget, Operation
+from mesh.model import Action, BudgetChange, IdentityBudget, Operation, Policy, Rule, Source
 from nodeagent import express_programs
-from nodeagent.express_programs import ENDPOINTS_MAX, Program, Programs
-from tests.mesh.build import workload
+from nodeagent.express_programs import ENDPOINTS_MAX, Key, Program, Programs
+from tests.mesh.build import policy, workload
 from tests.mesh.express.build import KEY, WEB, allow, deny
-from tests.nodeagent.express_fakes import NETNS, Kernel, view, world
+from tests.nodeagent.express_fakes import ADDRESS, NETNS, VIP, Kernel, view, world
 
 WEB2 = "Workload/shop/web-2"
-ASK = (400, KEY, 80)
+ASK = Key(400, KEY, 80)
 
 
 def programs(kernel: Kernel) -> tuple[Programs, list[Program]]:
@@ -72,7 +72,7 @@ def test_equal_tables_stand_once_and_go_with_their_last_user() -> None:
     kernel = Kernel()
     made, _ = programs(kernel)
     made.move(view(world(), generation=1))
-    assert made.get(ASK) and made.get((401, KEY, 80))
+    assert made.get(ASK) and made.get(Key(401, KEY, 80))
     assert len(kernel.installed) == 2
     made.move(view(world(allow(Operation(paths=("/a",)))), generation=2))
     assert kernel.released == [2 + 1000 * 2]
@@ -137,7 +137,7 @@ def test_numbers_of_a_former_agents_records_are_left_alone() -> None:
     kernel = Kernel()
     made = Programs(kernel, lambda _: None, taken={1, 3})
     made.move(view(world()))
-    found = [made.get((identity, KEY, 80)) for identity in (400, 401, 402)]
+    found = [made.get(Key(identity, KEY, 80)) for identity in (400, 401, 402)]
     assert [program.index for program in found if program] == [2, 4, 5]
 
 
@@ -145,7 +145,7 @@ def test_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(express_programs, "PROGRAMS_MAX", 1)
     made, _ = programs(Kernel())
     made.move(view(world()))
-    assert made.get(ASK) and made.get((401, KEY, 80)) is None and made.get(ASK)
+    assert made.get(ASK) and made.get(Key(401, KEY, 80)) is None and made.get(ASK)
 
 
 def test_a_budget_of_requests_that_an_operator_named_holds_in_the_kernel_too() -> None:
@@ -160,3 +160,58 @@ def test_a_budget_of_requests_that_an_operator_named_holds_in_the_kernel_too() -
     made.move(view({**state, "IdentityBudget/shop/slow": slower}, generation=9))
     put = kernel.programs[found.index]
     assert (put["rate_per_s"], put["burst"]) == (50, 50)
+
+
+# ---- the caller's address
+
+
+def blocks(*cidrs: str) -> Policy:
+    return policy("near", Action.ALLOW, Rule((Source(ip_blocks=cidrs),)))
+
+
+def test_rules_that_read_the_callers_address_have_a_program_for_each() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    made.move(view(world(blocks("10.77.1.0/24"), default=Action.DENY)))
+    inside, outside = made.of(ASK, "10.77.1.151"), made.of(ASK, "10.77.2.1")
+    assert inside is not None and not inside.reason and inside.key.address == "10.77.1.151"
+    assert kernel.verdicts[inside.index]
+    assert outside is not None and outside is not inside and "denied" in outside.reason
+    plain = made.get(ASK)
+    assert plain is not None and "address" in plain.reason and plain.index not in kernel.programs
+    made.move(view(world(blocks("10.77.2.0/24"), default=Action.DENY), generation=8))
+    assert inside.reason and not outside.reason
+
+
+def test_other_rules_have_one_for_all_addresses() -> None:
+    made, _ = programs(Kernel())
+    made.move(view(world()))
+    assert made.of(ASK, "10.77.1.151") is made.of(ASK, "10.77.2.1") is made.get(ASK)
+
+
+def test_programs_of_single_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(express_programs, "ADDRESSED_MAX", 1)
+    made, _ = programs(Kernel())
+    made.move(view(world(blocks("10.77.0.0/16"), default=Action.DENY)))
+    assert made.of(ASK, "10.77.1.151") and made.of(ASK, "10.77.1.152") is None and made.of(ASK, "10.77.1.151")
+
+
+# ---- a workload's own address
+
+
+def test_what_was_dialled() -> None:
+    known = view(world())
+    assert known.dialled(VIP, 80, 500) == KEY
+    assert known.dialled(VIP, 80, 501) == "" == known.dialled("10.1.2.3", 8080, 500)
+    assert known.dialled(ADDRESS, 8080, 500) == WEB
+    assert known.dialled(ADDRESS, 80, 500) == ""
+
+
+def test_a_workload_dialled_by_its_own_address_is_the_only_endpoint() -> None:
+    kernel = Kernel()
+    made, _ = programs(kernel)
+    second = workload("web-2", number=301)
+    made.move(view(world(second, endpoints=(WEB, WEB2)), 1, **{WEB2: 73}))
+    found = made.get(Key(400, WEB2, 8080))
+    assert found is not None and not found.reason and found.current == ((WEB2, 8080),)
+    assert kernel.programs[found.index]["endpoints"] == [301]

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.metrics import BOUNDS_S
 from nodeagent.express_path import Stat, bucket_floor_ns
-from nodeagent.express_programs import Program
+from nodeagent.express_programs import Key, Program
 from nodeagent.express_report import metrics_text, quantile_us, top
 
 BUCKETS = 224
@@ -24,7 +24,7 @@ def stat(*durations_ns: int) -> Stat:
 
 
 def program() -> Program:
-    return Program(3, (400, "Service/shop/web", 80), SOURCE, names=[("shop/a#0", SERVER), ("shop/b#0", SERVER)])
+    return Program(3, Key(400, "Service/shop/web", 80), SOURCE, names=[("shop/a#0", SERVER), ("shop/b#0", SERVER)])
 
 
 def test_buckets_are_good_to_a_tenth() -> None:

@@ -116,7 +116,7 @@ async def test_a_revoked_one_is_replaced_and_not_loaded_again(world: World) -> N
     await until(world.serial)
     assert world.serial() != serial
     serial = world.serial()
-    world.svids.revoke(frozenset({serial}))
+    assert world.svids.revoke(frozenset({serial})) == {WEB}
     assert not world.svids.held
     await until(world.serial)
     assert world.serial() != serial

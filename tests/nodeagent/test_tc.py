@@ -14,7 +14,8 @@ from mesh.dataplane import Dest, DestKey, DestKind, Dial, Egress, NodePlan
 from nodeagent import counters
 from nodeagent.datapath_api import DatapathError
 from nodeagent.datapath_live import Datapath
-from nodeagent.tc import VethGuard
+from nodeagent.layouts import address
+from nodeagent.tc import TAKEN, VethGuard
 from tests.nodeagent.kernel_world import World, loaded, sh
 
 A4, A6 = "10.99.7.1", "fd99:7::1"
@@ -164,6 +165,54 @@ def test_guarding_again_moves_the_addresses(rig: Rig) -> None:
     finally:
         rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))
     assert rig.reason(tcp("192.0.2.7", 443)) == ""
+
+
+def same_place(rig: Rig) -> str:
+    """An address that goes where A4 goes in the array `ways`, of eth0 and of the node alike."""
+
+    def place(text: str) -> bytes:
+        return rig.guard._ways._place(rig.guard._key.pack(ifindex=0, addr=address(text)))
+
+    return next(text for text in (f"10.99.{i}.{j}" for i in range(100, 250) for j in range(1, 255)) if place(text) == place(A4))
+
+
+def test_addresses_that_share_a_place(rig: Rig) -> None:
+    other = same_place(rig)
+
+    def passes(source: str, destination: str) -> bool:
+        return rig.reason(tcp(destination, 1, source, flags="A")) == ""
+
+    def guard(*addresses: str) -> None:
+        rig.node.run(lambda: rig.guard.guard("eth0", addresses, rig.cookie, 0))
+
+    try:
+        guard(A4, other)
+        assert passes(A4, other) and passes(other, A4)
+        guard(other)
+        assert passes(other, other) and not passes(A4, other) and not passes(other, A4)
+        guard(A4, other)
+        assert passes(A4, other) and passes(other, A4)
+    finally:
+        guard(A4, A6)
+    assert passes(A4, A4) and not passes(other, A4) and not passes(A4, other)
+
+
+def test_what_a_killed_agent_left_in_the_array_is_mended(rig: Rig) -> None:
+    ways, keys = rig.guard._ways, set(rig.guard._map)
+    index = max(rig.guard._key.unpack(key)["ifindex"] for key in keys)
+    strangers = {
+        text: rig.guard._key.pack(ifindex=index, addr=address(text)) for text in ("10.99.7.77", "10.99.7.78", "10.99.7.79")
+    }
+    free = next(text for text, key in strangers.items() if not (ways._map.get(ways._place(key)) or b"").strip(b"\0"))
+    forged = tcp(A4, 1, free, flags="A")
+    assert rig.reason(forged) == "spoofed"
+    ways.put(strangers[free])
+    assert rig.reason(forged) == ""
+    for key in keys:
+        ways.delete(key)
+    ways.restore(keys)
+    assert rig.reason(forged) == "spoofed" and rig.reason(tcp(A4, 1, flags="A")) == ""
+    assert {value.removesuffix(TAKEN) for value in ways._map.items().values() if value.strip(b"\0")} == keys
 
 
 def test_permissive_answers_outside(rig: Rig) -> None:

@@ -194,6 +194,17 @@ def test_status_of_all(cli: Cli, controller: Fake, agent: Fake) -> None:
     assert "no proxy worker is connected" in done.out and "not attached: connect4" in done.out
 
 
+def test_what_a_kernel_lacks_is_told(cli: Cli, agent: Fake) -> None:
+    on, off = {"on": True, "why": "", "instead": ""}, {"on": False, "why": "fionread: \x1b[31m0", "instead": "the proxy"}
+    agent.on("GET /v1/status", {**AGENT, "optional": {"pods": on, "express": off}})
+    done = cli("--agent", agent.url, "status")
+    line = next(line for line in done.out.splitlines() if "express" in line)
+    assert done.code == 0 and line.startswith("n1") and "fionread: \\x1b[31m0" in line and line.rstrip().endswith("the proxy")
+    assert "pods" not in done.out
+    report = cli("--agent", agent.url, "status", "-o", "json").json
+    assert next(iter(report["agents"].values()))["optional"]["express"] == off
+
+
 def test_status_when_an_agent_is_dead(cli: Cli, controller: Fake, tmp_path: Path) -> None:
     controller.on("GET /v1/status", STATUS)
     done = cli("--controller", controller.url, "--agent", f"unix://{tmp_path}/gone.sock", "status")

@@ -1,7 +1,7 @@
 """Connects in one of many ways, asks GET /, prints {"answer": what came back, "error": why not}.
 
-argv: WAY HOST PORT [SOURCE_PORT]. Ways: connect, nonblocking, fastopen, mptcp, uring, again (AF_UNSPEC between two connects:
-HOST is then "first,second").
+argv: WAY HOST PORT [SOURCE_PORT [TIMEOUT_S]]. Ways: connect, nonblocking, fastopen, mptcp, uring, again (AF_UNSPEC
+between two connects: HOST is then "first,second").
 """
 
 import ctypes
@@ -18,10 +18,10 @@ IPPROTO_MPTCP, MSG_FASTOPEN = 262, 0x20000000
 SETUP, ENTER, GETEVENTS = 425, 426, 1
 OP_CONNECT, OP_SOCKET = 16, 45
 SQES_AT = 0x10000000
-TIMEOUT_S = 5.0
 
 way, host, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source_port = int(sys.argv[4]) if sys.argv[4:] else 0
+TIMEOUT_S = float(sys.argv[5]) if sys.argv[5:] else 5.0
 family = socket.AF_INET6 if ":" in host else socket.AF_INET
 libc = ctypes.CDLL(None, use_errno=True)
 

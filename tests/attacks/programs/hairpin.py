@@ -14,9 +14,10 @@ async def move(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(1):
             far_reader, far_writer = await asyncio.open_connection(to, to_port)
-            await asyncio.wait([asyncio.create_task(move(reader, far_writer)), asyncio.create_task(move(far_reader, writer))])
+            ways = [asyncio.create_task(move(reader, far_writer)), asyncio.create_task(move(far_reader, writer))]
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
     except (OSError, TimeoutError):
         pass
     writer.close()

@@ -3,9 +3,9 @@ takes it for a worker and hands it what a worker gets; then it does what a worke
 
 argv: PROXY_CGROUP WORKER_SOCKET WAY [ARGUMENT …]. Prints a JSON object. Ways:
 sockets HOST PORT CALLER: with a stock socket of the netns where HOST is a workload: what became of connect, bind, listen;
-keys: the identities whose keys came; stock NETNS COUNT: how many sockets came for that namespace;
-say FRAMES: hex of what is said once equipped; then whether the agent hung up; lie SECONDS: acknowledges every state with a
-digest of its own; flow JSON: a Flow as it says.
+keys: the identities whose keys came; stock COUNT NETNS …: how many sockets came for each of these namespaces;
+say FRAMES …: hex of what is said, each on a link of its own; whether the agent hung up on it; lie SECONDS: acknowledges every
+state with a digest of its own; flow JSON: a Flow as it says.
 """
 
 import contextlib
@@ -15,11 +15,15 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from l7proxy.confine import confine
 from mesh import link, snapshot
 from mesh.model import Workload
+
+LATE_S = 0.3  # what the agent does comes within a few ms; after so long of silence nothing more does
+HANGS_UP_S = 1.0
 
 proxy, path, way, *rest = sys.argv[1:]
 Path(proxy, "cgroup.procs").write_text("0")
@@ -40,15 +44,16 @@ ended = False
 
 
 def send(message: link.Message) -> None:
-    agent.sendall(link.encode(message))
+    with contextlib.suppress(OSError):  # hung up on: what is heard says so
+        agent.sendall(link.encode(message))
 
 
-def hear(seconds: float) -> None:
-    """What the agent says for so long."""
+def hear(seconds: float, done: Callable[[], object] = lambda: False, silence_s: float = float("inf")) -> None:
+    """What the agent says for so long; until `done`, or until it has said nothing for a while."""
     global ended, local
     until = time.monotonic() + seconds
-    while not ended and (left := until - time.monotonic()) > 0:
-        agent.settimeout(left)
+    while not ended and not done() and (left := until - time.monotonic()) > 0:
+        agent.settimeout(min(left, silence_s))
         try:
             data, fds, _, _ = socket.recv_fds(agent, 1 << 18, 128)
         except TimeoutError:
@@ -71,6 +76,20 @@ def hear(seconds: float) -> None:
                 svids.add(message.spiffe)
             elif isinstance(message, link.Stock):
                 stock.setdefault((message.netns, message.family), []).extend(came)
+
+
+def equipped() -> bool:
+    """It has what a worker of this node has."""
+    mine = [state[each.key] for each in local if each.key in state]
+    return bool(mine) and all((each.netns, 2) in stock for each in local) and svids >= {workload.spiffe for workload in mine}
+
+
+def link_up() -> None:
+    """The agent dials, again after every end."""
+    global agent, decoder, ended
+    agent, _ = door.accept()
+    decoder, ended = link.Decoder(), False
+    send(link.Ready(7, os.getpid()))
 
 
 def outcome(work, *arguments: object) -> str:
@@ -116,39 +135,63 @@ def sockets(host: str, port: str, caller: str) -> dict[str, str]:
     }
 
 
-agent, _ = door.accept()
-send(link.Ready(7, os.getpid()))
+def asked(count: int, *spaces: int) -> list[int]:
+    """How many sockets came for each namespace. Its own are asked for last: when they are here, no answer is outstanding."""
+    own = local[0].netns
+    before = {netns: len(stock.get((netns, 2), [])) for netns in (*spaces, own)}
+
+    def came(netns: int) -> int:
+        return len(stock.get((netns, 2), [])) - before[netns]
+
+    for netns in spaces:
+        send(link.NeedStock(netns, 2, count))
+    if own not in spaces:
+        send(link.NeedStock(own, 2, 1))
+        hear(5.0, lambda: came(own))
+    else:
+        hear(10.0, lambda: came(own))
+        hear(10.0, lambda: came(own) >= count, 1.0)
+    hear(LATE_S, silence_s=LATE_S)
+    return [came(netns) for netns in spaces]
+
+
+def hung_up(words: str) -> bool:
+    hear(5.0, equipped)
+    with contextlib.suppress(OSError):
+        agent.sendall(bytes.fromhex(words))
+    hear(HANGS_UP_S)
+    found = ended
+    agent.close()
+    return found
+
+
+link_up()
+said: object
 if way == "lie":
     until = time.monotonic() + float(rest[0])
     while time.monotonic() < until:
         hear(until - time.monotonic())
         if ended:  # hung up on: it is there again at once
-            agent, _ = door.accept()
-            decoder, ended = link.Decoder(), False
-            send(link.Ready(7, os.getpid()))
-    said: object = {"ended": ended}
+            link_up()
+    said = {"ended": ended}
+elif way == "say":
+    found = []
+    for number, words in enumerate(rest):
+        if number:
+            link_up()
+        found.append(hung_up(words))
+    said = {"ended": found}
 else:
-    hear(2.0)
+    hear(5.0, equipped)
+    hear(LATE_S, silence_s=LATE_S)  # and whatever else there is for it
     if way == "sockets":
         said = sockets(*rest)
     elif way == "keys":
-        said = {
-            "svids": sorted(svids),
-            "addresses": sorted(a for w in state.values() if isinstance(w, Workload) for a in w.addresses),
-        }
+        said = {"svids": sorted(svids)}
     elif way == "stock":
-        netns, count = int(rest[0]), int(rest[1])
-        before = len(stock.get((netns, 2), []))
-        send(link.NeedStock(netns, 2, count))
-        hear(1.5)
-        said = {"came": len(stock.get((netns, 2), [])) - before, "ended": ended}
-    elif way == "flow":
-        agent.sendall(link.encode(link.Flow(**json.loads(rest[0]))))
-        hear(0.5)
-        said = {"ended": ended}
+        said = {"came": asked(*map(int, rest)), "ended": ended}
     else:
-        with contextlib.suppress(OSError):
-            agent.sendall(bytes.fromhex(rest[0]))
-        hear(1.5)
+        agent.sendall(link.encode(link.Flow(**json.loads(rest[0]))))
+        hear(LATE_S)
         said = {"ended": ended}
 print(json.dumps(said))

@@ -4,9 +4,10 @@ import socket
 import struct
 
 NETLINK_NETFILTER, REQUEST, ACK, CREATE = 12, 1, 4, 0x400
+IPV4, IPV6 = 2, 10  # tables of one family; INET has both
 NFTABLES, INET, BATCH_BEGIN, BATCH_END = 10, 1, 0x10, 0x11
 NEW_TABLE, DELETE_TABLE, NEW_CHAIN, NEW_RULE = 0, 2, 3, 6
-OUTPUT, POSTROUTING, BEFORE_ROUTING, SOURCE_NAT = 3, 4, -100, 100
+PREROUTING, OUTPUT, POSTROUTING, BEFORE_ROUTING, SOURCE_NAT = 0, 3, 4, -100, 100
 
 
 def attribute(kind: int, value: bytes | str | int) -> bytes:
@@ -29,11 +30,11 @@ def message(kind: int, family: int, body: bytes = b"", flags: int = 0, resource:
     return struct.pack("=IHHIIBBH", 20 + len(body), kind, REQUEST | flags, 1, 0, family, 0, socket.htons(resource)) + body
 
 
-def send(*messages: tuple[int, bytes]) -> None:
+def send(*messages: tuple[int, bytes], family: int) -> None:
     """One transaction. Raises OSError with the kernel's reason."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
         parts = [message(BATCH_BEGIN, 0, resource=NFTABLES)]
-        parts += [message(NFTABLES << 8 | kind, INET, body, ACK | CREATE) for kind, body in messages]
+        parts += [message(NFTABLES << 8 | kind, family, body, ACK | CREATE) for kind, body in messages]
         netlink.send(b"".join([*parts, message(BATCH_END, 0, resource=NFTABLES)]))
         netlink.settimeout(2.0)
         for _ in messages:
@@ -56,15 +57,16 @@ def to_port(port: int) -> tuple[bytes, bytes]:
     )
 
 
-def add_nat(table: str, hook: int, priority: int, *expressions: bytes) -> None:
+def add_nat(table: str, hook: int, priority: int, *expressions: bytes, family: int = INET) -> None:
     """A table with one chain and one rule. Raises OSError."""
     where = nest(4, attribute(1, hook), attribute(2, priority))
     send(
         (NEW_TABLE, attribute(1, table)),
         (NEW_CHAIN, attribute(1, table) + attribute(3, "chain") + where + attribute(7, "nat")),
         (NEW_RULE, attribute(1, table) + attribute(2, "chain") + nest(4, *expressions)),
+        family=family,
     )
 
 
-def delete(table: str) -> None:
-    send((DELETE_TABLE, attribute(1, table)))
+def delete(table: str, family: int = INET) -> None:
+    send((DELETE_TABLE, attribute(1, table)), family=family)

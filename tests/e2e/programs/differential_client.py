@@ -154,16 +154,21 @@ class Connection:
 
 
 def part(connections: list[Connection], items: list[tuple[int, Sent]], codes: dict[int, int], name: bytes) -> list[bytes]:
-    """What came back for each, in order. The n-th goes over connection n modulo their number."""
+    """What came back for each, in order. The n-th goes over connection n modulo their number, when that is answered."""
     seen = []
     count = len(connections)
-    for start in range(0, len(items), count):
-        row = items[start : start + count]
-        for connection, (number, sent) in zip(connections, row, strict=False):
-            connection.send(sent.raw.replace(ID, b"%06d" % number), sent.cuts)
-        for connection, (_, sent) in zip(connections, row, strict=False):
-            got = connection.answers(sent, codes)
-            seen.append(got.replace(name, b"[name]") if got.startswith(OWN, got.find(b"\r")) else got)
+
+    def send(place: int) -> None:
+        number, sent = items[place]
+        connections[place % count].send(sent.raw.replace(ID, b"%06d" % number), sent.cuts)
+
+    for place in range(min(count, len(items))):
+        send(place)
+    for place, (_, sent) in enumerate(items):
+        got = connections[place % count].answers(sent, codes)
+        seen.append(got.replace(name, b"[name]") if got.startswith(OWN, got.find(b"\r")) else got)
+        if place + count < len(items):
+            send(place + count)
     return seen
 
 

@@ -1,11 +1,22 @@
-"""Holds one echo connection for argv[3] seconds, a round trip every 20 ms; with argv[4] "idle" it only waits for the end.
-Prints "open <ip as the server saw>" once, then JSON: {"rounds", "gap_ms", "error"}."""
+"""Holds one echo connection for argv[3] seconds or until SIGTERM, a round trip every 20 ms; with argv[4] "idle" it only waits
+for the end. Prints "open <ip as the server saw>" once, then JSON: {"rounds", "gap_ms", "error"}."""
 
 import json
+import signal
 import socket
 import sys
 import time
 
+
+class Enough(Exception):
+    pass
+
+
+def enough(*_: object) -> None:
+    raise Enough
+
+
+signal.signal(signal.SIGTERM, enough)
 host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 idle = sys.argv[4:] == ["idle"]
 rounds, gap, error = 0, 0.0, ""
@@ -31,6 +42,8 @@ try:
             rounds += 1
             gap = max(gap, time.monotonic() - began)
             time.sleep(0.02)
+except Enough:
+    pass
 except TimeoutError as failure:
     error = "" if idle else repr(failure)
 except OSError as failure:

@@ -1,6 +1,7 @@
-"""A peer of the mesh with a certificate that makes noise on HBONE. argv: kind state who host sni authority forwarded count.
-handshakes: so many TCP connections that never speak; resets: so many streams, each reset at once; continuations: a head
-that never ends. Prints JSON {"made": n, "ended": bool}: how many of them were made, and whether the proxy hung up."""
+"""A peer of the mesh with a certificate that makes noise on HBONE. argv: kind state who host sni authority forwarded count
+seconds (how long it waits to be hung up on). handshakes: so many TCP connections that never speak; resets: so many streams,
+each reset at once; continuations: a head that never ends. Prints JSON {"made": n, "ended": bool}: how many of them were
+made, and whether the proxy hung up."""
 
 import json
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import h2.config
 import h2.connection
 
-kind, state, who, host, sni, authority, forwarded, number = sys.argv[1:9]
+kind, state, who, host, sni, authority, forwarded, number, seconds = sys.argv[1:10]
 count = int(number)
 
 
@@ -41,6 +42,7 @@ def tls() -> ssl.SSLSocket:
 
 
 def gone(sock: socket.socket) -> bool:
+    sock.settimeout(float(seconds))
     try:
         while sock.recv(65536):
             pass

@@ -6,6 +6,7 @@ import pytest
 
 from mesh.express import automata
 from mesh.express.destination import Facts, Refusal, Verdict
+from mesh.express.program import Program, compile_program
 from mesh.model import (
     Action,
     Backend,
@@ -22,7 +23,7 @@ from mesh.model import (
 )
 from mesh.policy import Peer, Request
 from tests.mesh.build import TD, policy, service, spiffe, workload
-from tests.mesh.express.build import KEY, PEER, WEB, allow, answer_of, compiled, deny, facts, of, program, route
+from tests.mesh.express.build import CART, KEY, PEER, WEB, allow, answer_of, compiled, deny, facts, local, of, program, route
 
 NAMES = tuple(f"Workload/shop/w-{number}" for number in range(9))
 MANY = tuple(workload(f"w-{number}", number=600 + number) for number in range(9))
@@ -127,6 +128,46 @@ def test_conditions_on_addresses():
     nowhere = compiled(known, Peer(PEER.spiffe, 400))
     assert isinstance(nowhere, Refusal) and nowhere.code == "ip_condition"
     assert not program(facts()).by_address
+
+
+def direct(known, key=WEB, port=8080):
+    return compile_program(
+        known.state, known.routes, known.policies, peer=PEER, service_key=key, port=port, local=local(known), caller=CART
+    )
+
+
+def test_a_workload_by_its_own_address_is_judged_by_its_policies_alone():
+    """No route has a say, and no other endpoint answers."""
+    away = route(exact("/away", Backend("Service/shop/v2", 80)))
+    second = "Workload/shop/w-0"
+    known = facts(
+        away,
+        workload("w-0", number=600),
+        service("v2", number=501, endpoints=(second,)),
+        deny(Operation(paths=("/no",))),
+        endpoints=(WEB, second),
+    )
+    made = direct(known)
+    assert isinstance(made, Program) and made.endpoints == ((WEB, 8080),)
+    for path in ("/", "/away"):
+        found = made.read(get(path))
+        assert found is not None and (found[1].groups, found[1].route) == (((1, 1),), "")
+    assert made.read(get("/no")) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "more", "ask"),
+    [
+        ("unknown_workload", {}, {"port": 8081}),
+        ("unknown_workload", {}, {"key": "Workload/shop/none"}),
+        ("off", {"express": "off"}, {}),
+        ("add_headers", {"add_headers": ("client-identity",)}, {}),
+        ("not_http", {"protocol": Protocol.AUTO}, {}),
+    ],
+)
+def test_a_workload_by_its_own_address_is_refused_for_what_its_services_say(code, more, ask):
+    answer = direct(facts(**more), **ask)
+    assert isinstance(answer, Refusal) and answer.code == code, answer
 
 
 def test_more_than_one_answer():

@@ -1,0 +1,69 @@
+"""An agent that is to end while a worker does: nobody but the agent has what that one leaves to its successor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from mesh import link
+from nodeagent import express as module
+from nodeagent.express import Express
+
+
+class Pairs:
+    def __init__(self) -> None:
+        self.all: dict[tuple[str, int], object] = {("worker-0", 1): object()}
+        self.calls: list[tuple[Any, ...]] = []
+
+    def hand_over(self, worker: str) -> list[Any]:
+        self.calls.append(("hand over", worker))
+        return []
+
+    def revoked(self, spiffes: frozenset[str]) -> None:
+        self.calls.append(("revoked", spiffes))
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+async def express(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Express]:
+    monkeypatch.setattr(module, "TOLD_S", 0.0)
+    made = Express(None, None, wanted=False)  # type: ignore[arg-type]  # neither is asked
+    await made.start()
+    made._pairs = Pairs()  # type: ignore[assignment]
+    yield made
+    await made.close()
+
+
+async def test_it_stays_until_the_next_worker_has_it(express: Express) -> None:
+    express.message("worker-0", link.Leaving(), [])
+    ending = asyncio.create_task(express.handed_over())
+    done, _ = await asyncio.wait([ending], timeout=0.05)
+    assert not done
+    express.worker_ready("worker-0")
+    await asyncio.wait_for(ending, 5)
+    assert express._pairs is not None and express._pairs.calls == [("hand over", "worker-0")]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("who", ["worker-0", "worker-1"], ids=["who stays", "who has nothing paired"])
+async def test_it_does_not_wait_for_one(express: Express, who: str) -> None:
+    if who != "worker-0":
+        express.message(who, link.Leaving(), [])
+    await asyncio.wait_for(express.handed_over(), 5)
+
+
+async def test_it_does_not_wait_for_ever(express: Express, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HAND_OVER_S", 0.05)
+    express.message("worker-0", link.Leaving(), [])
+    await asyncio.wait_for(express.handed_over(), 5)
+
+
+async def test_certificates_that_are_taken_back_reach_the_pairs(express: Express) -> None:
+    express.revoked(frozenset())
+    express.revoked(frozenset({"spiffe://mesh.local/ns/shop/sa/web"}))
+    await express._run(int)  # after it
+    assert express._pairs is not None
+    assert express._pairs.calls == [("revoked", frozenset({"spiffe://mesh.local/ns/shop/sa/web"}))]  # type: ignore[attr-defined]
