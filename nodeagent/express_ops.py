@@ -174,19 +174,20 @@ class Operations:
         heapq.heappush(self._unsettled, _Unsettled(due, next(self._order), pause, looks, netns, enrolment, done))
 
     def _settle(self, waiting: _Unsettled) -> None:
+        """Raises nothing: who waits for the enrolment hears of it, and the thread goes on."""
         try:
             result, _ = self._on_sockets("SETTLE", waiting.netns, waiting.enrolment)
-        except (OSError, DatapathError):  # its requests stay in user space
+            if result == "not_yet":
+                looks = waiting.looks + 1
+                pause = min(2 * waiting.pause, SETTLE_BUSY_S if looks < SETTLE_YOUNG else SETTLE_LAST_S)
+                self._later(pause, looks, waiting.netns, waiting.enrolment)
+            else:
+                os.close(waiting.netns)
+        except Exception:  # its requests stay in user space
             self.failures += 1
-            result = ""
-        if result == "not_yet":
-            looks = waiting.looks + 1
-            pause = min(2 * waiting.pause, SETTLE_BUSY_S if looks < SETTLE_YOUNG else SETTLE_LAST_S)
-            self._later(pause, looks, waiting.netns, waiting.enrolment)
-        else:
-            os.close(waiting.netns)
-        if waiting.done is not None:
-            waiting.done()
+        finally:
+            if waiting.done is not None:
+                waiting.done()
 
     # ---- one operation
 

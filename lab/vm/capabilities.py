@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -78,8 +79,8 @@ CAPABILITIES = (
     ),
     Capability(
         "express",
-        "HTTP exchanges short-cut between paired sockets (sk_msg)",
-        ("tests/bpf/test_express",),
+        "HTTP exchanges short-cut between paired sockets (sk_msg), probes, the same bytes as user space",
+        ("tests/bpf/test_express", "tests/nodeagent/test_express_path.py", "tests/e2e/test_express_differential.py"),
         "user space carries every exchange",
     ),
     Capability("attacks", "what gets around a mesh, on a whole mesh", ("tests/attacks/",), "a hole: do not use this kernel"),
@@ -94,6 +95,7 @@ class Outcome:
     name: str
     message: str = ""
     again: bool = False  # it passed when run a second time
+    noted: dict[str, str] = field(default_factory=dict)  # what the test recorded
 
     @property
     def id(self) -> str:
@@ -101,14 +103,32 @@ class Outcome:
 
 
 @dataclass
+class Run:
+    """One suite on one kernel."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+    day: str = ""
+    error: str = ""  # it did not come to its end
+
+
+@dataclass
 class Seen:
-    """One kernel: what ran on it, and for how long."""
+    """One kernel: what ran on it, by suite."""
 
     kernel: str
     release: str
-    outcomes: list[Outcome] = field(default_factory=list)
-    seconds: float = 0.0
-    error: str = ""  # it did not come so far
+    runs: dict[str, Run] = field(default_factory=dict)
+    error: str = ""  # nothing could run on it
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Of each test the last."""
+        return list({each.id: each for run in self.runs.values() for each in run.outcomes}.values())
+
+    @property
+    def errors(self) -> list[str]:
+        return [text for text in (self.error, *(run.error for run in self.runs.values())) if text]
 
     def of(self, capability: Capability) -> list[Outcome]:
         return [each for each in self.outcomes if each.path.startswith(capability.tests)]
@@ -120,15 +140,29 @@ class Seen:
 
 def read_junit(text: str) -> list[Outcome]:
     """pytest's --junitxml. Skipped tests count as failures: privilege is there, so nothing may be skipped."""
-    found = []
+    found: dict[str, Outcome] = {}  # a test whose fixture fails afterwards is told twice
     for case in ElementTree.fromstring(text).iter("testcase"):  # noqa: S314  # written by our own run
         path = str(PurePosixPath(*(case.get("classname") or "").split("."))) + ".py"
         message = ""
         for kind in ("failure", "error", "skipped"):
             if (element := case.find(kind)) is not None:
                 message = " ".join((element.get("message") or kind).split())[:REASON_CHARS_MAX] or kind
-        found.append(Outcome(path, case.get("name") or "", message))
-    return found
+        noted = {each.get("name") or "": each.get("value") or "" for each in case.iter("property")}
+        outcome = Outcome(path, case.get("name") or "", message, noted=noted)
+        if outcome.id not in found or message:
+            found[outcome.id] = outcome
+    return list(found.values())
+
+
+_LINE = re.compile(r"^(tests/\S+\.py)::(.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
+
+
+def read_lines(text: str) -> list[Outcome]:
+    """What `pytest -v` printed, of a run that did not live to write its report."""
+    return [
+        Outcome(path, name, "" if said == "PASSED" else f"{said.lower()}, in a run that was broken off")
+        for path, name, said in _LINE.findall(text)
+    ]
 
 
 def merge(first: Sequence[Outcome], second: Iterable[Outcome]) -> list[Outcome]:
@@ -138,33 +172,41 @@ def merge(first: Sequence[Outcome], second: Iterable[Outcome]) -> list[Outcome]:
     for each in first:
         again = later.get(each.id)
         if each.message and again is not None:
-            each = Outcome(each.path, each.name, again.message, again=not again.message)
+            each = Outcome(each.path, each.name, again.message, again=not again.message, noted=again.noted or each.noted)
         merged.append(each)
     return merged
 
 
 def cell(seen: Seen, capability: Capability) -> str:
     found = seen.of(capability)
-    if seen.error and not found:
-        return "not run"
     if not found:
         return "not run"
     failed = [each for each in found if each.message]
     if not failed:
         twice = sum(each.again for each in found)
-        return f"on ({len(found)}{f', {twice} at the second try' if twice else ''})"
+        last = any(
+            run.error and run.outcomes and run.outcomes[-1].path.startswith(capability.tests) for run in seen.runs.values()
+        )
+        return f"{'not seen to its end: ' if last else ''}on ({len(found)}{f', {twice} at the second try' if twice else ''})"
     return f"**off** ({len(failed)} of {len(found)}) [{seen.kernel}]"
 
 
-def table(kernels: Sequence[Seen], extra: Mapping[str, str] = {}) -> str:  # never written
-    """docs/kernels.md."""
+def amount(run: Run | None) -> str:
+    if run is None:
+        return "not run"
+    return f"{len(run.outcomes)} tests, {run.seconds:.0f} s, {run.day}"
+
+
+def table(kernels: Sequence[Seen], extra: Sequence[str] = ()) -> str:
+    """docs/kernels.md; `extra`: lines of further sections."""
     lines = [
         "# Kernels",
         "",
         "Written by `make test-kernels` from what it saw; no line comes from a version number. *on (n)*: all n tests of that",
         "capability passed on that kernel; *off*: some did not, and below is which and why. 6.1 and 6.12 are Debian's stock",
-        "kernels in VMs (`lab/vm`), the other is the one the run was started on. To look for yourself:",
-        "`pillion lab vm up --kernels 6.1,6.12`, then `pillion lab vm run 6.1 -- COMMAND`; `--machine` boots systemd on a disk.",
+        "kernels in VMs (`lab/vm`), the other is the one the run was started on. Suites that were not run this time are shown as",
+        "they were last seen, with the day. To look for yourself: `pillion lab vm up --kernels 6.1,6.12`, then",
+        "`pillion lab vm run 6.1 -- COMMAND`; `--machine` boots systemd on a disk.",
         "",
         "| capability | what it is | " + " | ".join(seen.release for seen in kernels) + " | where it is off |",
         "|---|---|" + "---|" * len(kernels) + "---|",
@@ -172,22 +214,19 @@ def table(kernels: Sequence[Seen], extra: Mapping[str, str] = {}) -> str:  # nev
     for capability in CAPABILITIES:
         cells = " | ".join(cell(seen, capability) for seen in kernels)
         lines.append(f"| {capability.name} | {capability.what} | {cells} | {capability.without} |")
-    lines += ["", "| | " + " | ".join(seen.release for seen in kernels) + " |", "|---|" + "---|" * len(kernels)]
-    lines.append("| tests run | " + " | ".join(str(len(seen.outcomes)) for seen in kernels) + " |")
-    lines.append("| seconds | " + " | ".join(f"{seen.seconds:.0f}" for seen in kernels) + " |")
+    lines += ["", "| suite | " + " | ".join(seen.release for seen in kernels) + " |", "|---|" + "---|" * len(kernels)]
+    for suite in dict.fromkeys(suite for seen in kernels for suite in seen.runs):
+        lines.append(f"| {suite} | " + " | ".join(amount(seen.runs.get(suite)) for seen in kernels) + " |")
     for seen in kernels:
         failed = [each for each in seen.outcomes if each.message]
-        if not failed and not seen.error:
+        if not failed and not seen.errors:
             continue
         lines += ["", f"## Off on {seen.release}", ""]
-        if seen.error:
-            lines.append(f"The run did not come to its end: {seen.error}")
-            lines.append("")
+        for error in seen.errors:
+            lines += [f"The run did not come to its end: {error}", ""]
         lines += [f"- `{each.id}`: {each.message.replace('|', '¦')}" for each in failed[:LISTED_MAX]]
         lines += [f"- and {len(failed) - LISTED_MAX} more"] if len(failed) > LISTED_MAX else []
-    for title, text in extra.items():
-        lines += ["", f"## {title}", "", text]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *extra]) + "\n"
 
 
 def missing(kernels: Iterable[Seen]) -> list[str]:

@@ -18,7 +18,7 @@ from lab.vm.stage import LEFT_OUT, PROJECT
 
 RELEASE, WHEELS, TOKEN = "/srv/pillion", "/srv/wheelhouse", "/srv/token"  # in the VM
 LEFT_OUT_OF_A_RELEASE = (*LEFT_OUT, "tests", "bench", "fuzz")
-INSTALL_TIMEOUT_S = 900.0
+INSTALL_TIMEOUT_S, READY_S = 1800.0, 900  # in emulation, on a machine with other work
 PORT = 15443
 
 
@@ -72,13 +72,32 @@ def prepare(vm: VmHandle, say: Callable[[str], None]) -> None:
     """An unpacked release in RELEASE, its wheel and all others in WHEELS."""
     wheels = wheelhouse(say)
     with tempfile.TemporaryDirectory() as scratch:
-        release, house = Path(scratch) / "release", Path(scratch) / "wheels"
-        shutil.copytree(PROJECT, release, ignore=shutil.ignore_patterns(*LEFT_OUT_OF_A_RELEASE))
+        release, house = _release(Path(scratch)), Path(scratch) / "wheels"
         shutil.copytree(wheels, house)
-        env = f"PYTHON={sys.executable}"
-        tool("env", env, "WHEEL_OPTIONS=--no-build-isolation", str(PROJECT / "deploy" / "wheel.sh"), str(house))
+        _wheel(release, house)
         vm.copy_in(release, RELEASE)
         vm.copy_in(house, WHEELS)
+
+
+def upgrade(vm: VmHandle) -> str:
+    """Another build of the same sources over the one that is there. What install.sh said."""
+    with tempfile.TemporaryDirectory() as scratch:
+        release, house = _release(Path(scratch)), Path(scratch) / "wheels"
+        with (release / "mesh" / "__init__.py").open("a") as file:
+            file.write("# another build\n")
+        vm.copy_in(_wheel(release, house), WHEELS)
+    return install(vm, "node")
+
+
+def _release(scratch: Path) -> Path:
+    shutil.copytree(PROJECT, scratch / "release", ignore=shutil.ignore_patterns(*LEFT_OUT_OF_A_RELEASE))
+    return scratch / "release"
+
+
+def _wheel(release: Path, house: Path) -> Path:
+    """The release's wheel, in `house`."""
+    env = [f"PYTHON={sys.executable}", "WHEEL_OPTIONS=--no-build-isolation"]
+    return Path(tool("env", *env, str(release / "deploy" / "wheel.sh"), str(house)).strip().splitlines()[-1])
 
 
 def install(vm: VmHandle, role: str, *arguments: str) -> str:
@@ -86,7 +105,8 @@ def install(vm: VmHandle, role: str, *arguments: str) -> str:
     argv = [f"{RELEASE}/deploy/install.sh", role, *arguments]
     if "--remove" not in arguments:
         argv += ["--wheelhouse", WHEELS]
-    return vm.run(argv, cwd=RELEASE, timeout=INSTALL_TIMEOUT_S, check=True).stdout
+    env = {"PILLION_INSTALL_WAIT_S": str(READY_S)}
+    return vm.run(argv, cwd=RELEASE, env=env, timeout=INSTALL_TIMEOUT_S, check=True).stdout
 
 
 def install_controller(vm: VmHandle) -> str:

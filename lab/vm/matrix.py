@@ -1,8 +1,9 @@
 """`make test-kernels`: the kernel tests on this kernel and on stock ones in VMs, and the table of what each can do.
 
-    python -m lab.vm.matrix [--kernels 6.1,6.12,running] [--suites kernel,express,attacks] [--write docs/kernels.md]
+    python -m lab.vm.matrix [--kernels 6.1,6.12,running] [--suites kernel,express,attacks,hosts] [--write docs/kernels.md]
 
-A VM works on the project as it was when it came up. What fails runs a second time; only what fails twice is off.
+A VM works on the project as it was when it came up. What fails runs a second time; only what fails twice is off. What is not
+run this time is shown as it was last seen.
 """
 
 from __future__ import annotations
@@ -12,120 +13,191 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.state import LabError, write_atomic
-from lab.vm.capabilities import CAPABILITIES, Outcome, Seen, merge, missing, read_junit, table
+from lab.vm import machines, results, stage
+from lab.vm.capabilities import CAPABILITIES, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
 from lab.vm.handle import VmHandle
 from lab.vm.kernels import CACHE
 from lab.vm.qemu import accelerator
 from lab.vm.stage import PROJECT
 from lab.vm.vms import VmLab
 
-RUNNING = "running"
+RUNNING, HOSTS = "running", "hosts"
 EXPRESS, ATTACKS = "tests/bpf/test_express", "tests/attacks/"
+DIFFERENTIAL = "tests/e2e/test_express_differential.py::test_same_bytes_same_verdicts_same_counts"
 SUITES = {
-    "kernel": tuple(path for each in CAPABILITIES for path in each.tests if path not in (EXPRESS, ATTACKS)),
-    "express": (EXPRESS,),
+    "kernel": tuple(path for each in CAPABILITIES for path in each.tests if each.name not in ("express", "attacks")),
+    "express": (EXPRESS, "tests/nodeagent/test_express_path.py", DIFFERENTIAL),
     "attacks": (ATTACKS,),
     # The rows that the kernel settles and not the proxy, for when an hour is too long.
     "kernel-attacks": tuple(f"{ATTACKS}test_{row}_" for row in ("04", "05", "06", "13", "14", "16")),
+    HOSTS: ("tests/kernels/",),  # of two machines, not of a kernel
 }
-BY_DEFAULT = ("kernel", "express", "attacks")
-SUITE_LIMIT_S = {"kernel": 1800, "express": 1800, "attacks": 7200, "kernel-attacks": 3600}  # in emulation, twice what was seen
+# The first two on one family of addresses: what a kernel can do, before it is known how well
+SUITES["short"] = SUITES["kernel"][1:]
+SUITES["short-express"] = (SUITES["kernel"][0], EXPRESS, "tests/nodeagent/test_express_path.py")
+SHORT = ("-k", "not v6 and not mapped and not full_map and not second_set")
+ONLY = {
+    "attacks": ("-m", "attack"),  # those on the mesh as it is, not on broken ones
+    "kernel-attacks": ("-m", "attack"),
+    "short": SHORT,
+    "short-express": SHORT,
+}
+BY_DEFAULT = ("kernel", "express", "attacks", HOSTS)
+# In emulation, twice what was seen
+SUITE_LIMIT_S = {
+    "kernel": 1800,
+    "express": 1800,
+    "attacks": 7200,
+    "kernel-attacks": 3600,
+    HOSTS: 7200,
+    "short": 1200,
+    "short-express": 1200,
+}
 SLOW_EMULATED = 6
+EXCHANGES_EMULATED = 3000  # of the differential: the bytes are the same, there are fewer
 RETRIES_MAX = 40  # more failures than that are no accident
 MEMORY_MIB = 3072
-Runner = Callable[[Sequence[str], float], tuple[int, str]]  # (pytest arguments, limit) → its exit code, its JUnit report
+INTERRUPTED = 2  # pytest's exit code
+
+
+@dataclass
+class Report:
+    """One pytest: its exit code, what it saw, and why it did not come to its end."""
+
+    code: int
+    outcomes: list[Outcome] = field(default_factory=list)
+    error: str = ""
+
+
+Runner = Callable[[Sequence[str], float], Report]  # (pytest arguments, limit)
 
 
 def pytest_argv(paths: Sequence[str], junit: str, slow: float) -> list[str]:
     limit = ["--timeout", str(int(120 * slow))]
-    quiet = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
-    return [str(PROJECT / ".venv/bin/python"), "-m", "pytest", *quiet, *limit, "--junitxml", junit, *paths]
+    told = ["-v", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+    return [str(PROJECT / ".venv/bin/python"), "-m", "pytest", *told, *limit, "--junitxml", junit, *paths]
 
 
 def files(suite: str) -> list[str]:
-    """pytest's arguments: the suite's files that exist; of the attacks those on the mesh as it is, not on broken ones."""
+    """pytest's arguments: the suite's files that exist, and which of their tests."""
     found: list[str] = []
     for path in SUITES[suite]:
         pattern = f"{path}test_*.py" if path.endswith("/") else f"{path.removesuffix('.py')}*.py"
-        found += sorted(str(each.relative_to(PROJECT)) for each in PROJECT.glob(pattern))
-    return [*dict.fromkeys(found), *(["-m", "attack"] if "attacks" in suite else [])]
+        found += [path] if "::" in path else sorted(str(each.relative_to(PROJECT)) for each in PROJECT.glob(pattern))
+    return [*dict.fromkeys(found), *ONLY.get(suite, ())]
 
 
-def observe(seen: Seen, suites: Sequence[str], run: Runner, note: Callable[[], None]) -> None:
-    """Fill `seen`. `run` is one pytest in the place that is looked at."""
-    began = time.monotonic()
-    try:
-        for suite in suites:
-            code, report = run(files(suite), SUITE_LIMIT_S[suite])
-            first, second = read_junit(report), list[Outcome]()
-            failed = [each.id for each in first if each.message]
-            if 0 < len(failed) <= RETRIES_MAX:
-                second = read_junit(run(failed, SUITE_LIMIT_S[suite])[1])
-            elif code != 0 and not failed:
-                seen.error = f"pytest of {suite} ended with {code} though no test failed; its log says why"
-            seen.outcomes += merge(first, second)
-            seen.seconds = time.monotonic() - began
+def observe(seen: Seen, suites: Sequence[str], run: Runner, note: Callable[[], None], slow: float = 1.0) -> None:
+    """Fill `seen`. `run` is one pytest in the place that is looked at, so much slower than usual."""
+    for suite in suites:
+        began = time.monotonic()
+        told = seen.runs[suite] = Run(day=time.strftime("%-d %B %Y"))
+        try:
+            first = run(files(suite), SUITE_LIMIT_S[suite] * slow)
+            told.outcomes, told.error = first.outcomes, first.error
+            failed = [each.id for each in first.outcomes if each.message]
+            if first.code == INTERRUPTED:
+                told.error = f"{suite} was interrupted after {len(first.outcomes)} tests"
+            elif not first.error and first.code != 0 and not failed:
+                told.error = f"pytest of {suite} ended with {first.code} though no test failed; its log says why"
+            elif not first.error and 0 < len(failed) <= RETRIES_MAX and suite != HOSTS:  # there, a step rests on those before
+                told.outcomes = merge(first.outcomes, run(failed, SUITE_LIMIT_S[suite] * slow).outcomes)
+        except LabError as error:
+            told.error = " ".join(str(error).split())[:300]
+            return
+        finally:
+            told.seconds = time.monotonic() - began
             note()
-    except (LabError, subprocess.TimeoutExpired) as error:
-        seen.error = " ".join(str(error).split())[:300]
-    seen.seconds = time.monotonic() - began
 
 
-def here(log: Path) -> Runner:
-    def run(arguments: Sequence[str], limit_s: float) -> tuple[int, str]:
+def here(log: Path, extra: Mapping[str, str] | None = None) -> Runner:
+    def run(arguments: Sequence[str], limit_s: float) -> Report:
         with tempfile.TemporaryDirectory() as scratch, log.open("ab") as output:
-            junit = Path(scratch) / "junit.xml"
+            junit, start = Path(scratch) / "junit.xml", output.tell()
             argv = pytest_argv(arguments, str(junit), 1)
-            done = subprocess.run(argv, cwd=PROJECT, stdout=output, stderr=output, timeout=limit_s, check=False)
+            env = {**os.environ, **(extra or {})}
+            try:
+                done = subprocess.run(argv, cwd=PROJECT, env=env, stdout=output, stderr=output, timeout=limit_s, check=False)
+            except subprocess.TimeoutExpired:
+                return broken_off(log, start, limit_s)
             if not junit.exists():
                 raise LabError("pytest wrote no report", f"see {log}")
-            return done.returncode, junit.read_text()
+            return Report(done.returncode, read_junit(junit.read_text()))
 
     return run
 
 
-def inside(vm: VmHandle, log: Path) -> Runner:
-    slow = SLOW_EMULATED if accelerator() == "tcg" else 1
+def inside(vm: VmHandle, log: Path, more: float) -> Runner:
+    """`more`: how much slower than in emulation alone."""
+    slow = (SLOW_EMULATED if accelerator() == "tcg" else 1) * more
 
-    def run(arguments: Sequence[str], limit_s: float) -> tuple[int, str]:
+    def run(arguments: Sequence[str], limit_s: float) -> Report:
         env = {"PYTHONDONTWRITEBYTECODE": "1", "PILLION_SLOW": str(slow)}
+        if slow > 1:
+            env["PILLION_DIFFERENTIAL_EXCHANGES"] = str(EXCHANGES_EMULATED)
         with log.open("ab", buffering=0) as output:
+            start = output.tell()
             argv = pytest_argv(arguments, "/tmp/junit.xml", slow)
             vm.run(["rm", "-f", "/tmp/junit.xml"], check=True)  # else a run that never came so far leaves the one before
-            code = vm.stream(argv, cwd=str(PROJECT), env=env, timeout=limit_s, stdout=output, stderr=output)
-        return code, vm.get("/tmp/junit.xml").decode()
+            try:
+                code = vm.stream(argv, cwd=str(PROJECT), env=env, timeout=limit_s, stdout=output, stderr=output)
+            except subprocess.TimeoutExpired:
+                return broken_off(log, start, limit_s)
+        return Report(code, read_junit(vm.get("/tmp/junit.xml").decode()))
 
     return run
+
+
+def broken_off(log: Path, start: int, limit_s: float) -> Report:
+    """What the log tells of a run that was killed."""
+    with log.open("rb") as file:
+        file.seek(start)
+        outcomes = read_lines(file.read().decode(errors="replace"))
+    return Report(-9, outcomes, f"not done within {limit_s:.0f} s, after {len(outcomes)} tests")
+
+
+def log_of(what: str) -> Path:
+    folder = CACHE / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{what}.log").write_bytes(b"")
+    return folder / f"{what}.log"
 
 
 def kernel_run(
-    seen: Seen, suites: Sequence[str], lab: VmLab, cpus: int, say: Callable[[str], None], note: Callable[[], None]
+    seen: Seen, suites: Sequence[str], lab: VmLab, cpus: int, say: Callable[[str], None], note: Callable[[], None], slow: float
 ) -> None:
-    logs = CACHE / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    kernel = seen.kernel
-    log = logs / f"{kernel}.log"
-    log.write_bytes(b"")
+    kernel, log = seen.kernel, log_of(seen.kernel)
     say(f"{seen.release}: {', '.join(suites)}; its log: {log}")
     if kernel == RUNNING:
-        observe(seen, suites, here(log), note)
+        observe(seen, suites, here(log), note, slow)
     else:
         try:
-            limit = 600 + 2 * sum(SUITE_LIMIT_S[suite] for suite in suites)
+            limit = int(slow * (600 + 2 * sum(SUITE_LIMIT_S[suite] for suite in suites)))
             vm = lab.start(f"k{kernel.replace('.', '-')}", kernel, cpus=cpus, memory_mib=MEMORY_MIB, limit_s=limit, network=False)
             seen.release = vm.release
-            observe(seen, suites, inside(vm, log), note)
+            stage.compile_express(lab.name, vm)
+            observe(seen, suites, inside(vm, log, slow), note, slow)
             lab.stop(vm.name)
         except LabError as error:
             seen.error = " ".join(str(error).split())[:300]
     off = sum(bool(each.message) for each in seen.outcomes)
-    say(f"{seen.release}: {len(seen.outcomes)} tests, {off} off, {seen.seconds:.0f} s {seen.error}")
+    seconds = sum(run.seconds for run in seen.runs.values())
+    say(f"{seen.release}: {len(seen.outcomes)} tests, {off} off, {seconds:.0f} s {' '.join(seen.errors)}")
+
+
+def hosts_run(seen: Seen, kernels: Sequence[str], say: Callable[[str], None], note: Callable[[], None], slow: float) -> None:
+    """The mesh of two machines, started from here."""
+    log = log_of(HOSTS)
+    say(f"two machines on {seen.release}; their log: {log}")
+    observe(seen, [HOSTS], here(log, {"PILLION_HOSTS": ",".join(kernels), "PILLION_SLOW": str(slow)}), note, slow)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,39 +207,64 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", default=None, help="the table goes to this file")
     parser.add_argument("--name", default="kernels", help="which VM lab")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="VMs at the same time")
+    parser.add_argument("--slow", type=float, default=1.0, help="deadlines so many times as long, on a machine with other work")
     options = parser.parse_args(arguments)
-    kernels, suites = options.kernels.split(","), options.suites.split(",")
+    kernels, suites = options.kernels.split(","), [each for each in options.suites.split(",") if each != HOSTS]
 
     def say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
-    seen = {
-        kernel: Seen(kernel, f"{os.uname().release.partition('-')[0]} (running)" if kernel == RUNNING else kernel)
-        for kernel in kernels
-    }
+    here_release = f"{os.uname().release.partition('-')[0]} (running)"
+    seen = {kernel: Seen(kernel, here_release if kernel == RUNNING else kernel) for kernel in kernels}
     others = [kernel for kernel in kernels if kernel != RUNNING]
+    pair = Seen(HOSTS, " and ".join((others * 2)[:2]))
+
+    lock = threading.Lock()
 
     def note() -> None:  # after each suite: a run that is broken off leaves what it saw
-        if options.write:
-            write_atomic(Path(options.write), table(list(seen.values())).encode())
+        with lock:
+            for each in (*seen.values(), pair):
+                if each.runs:
+                    results.keep(results.with_earlier(each))
+            if options.write:
+                write_atomic(Path(options.write), document(seen, pair).encode())
 
     with VmLab(options.name, say) as lab:
-        if RUNNING in kernels:  # alone: its tests have the deadlines of a machine at rest
-            kernel_run(seen[RUNNING], suites, lab, 0, say, note)
+        if RUNNING in kernels and suites:  # alone: its tests have the deadlines of a machine at rest
+            kernel_run(seen[RUNNING], suites, lab, 0, say, note, options.slow)
         jobs = max(1, min(options.jobs, len(others)))
         cpus = max(1, min(4, (os.cpu_count() or 1) // jobs))
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda each: kernel_run(seen[each], suites, lab, cpus, say, note), others))
+            list(
+                pool.map(
+                    lambda each: kernel_run(seen[each], suites, lab, cpus, say, note, options.slow), others if suites else []
+                )
+            )
+    if HOSTS in options.suites.split(",") and others:
+        hosts_run(pair, others, say, note, options.slow)
     note()
-    ordered = list(seen.values())
     if options.write:
         say(f"wrote {options.write}")
     else:
-        print(table(ordered))
-    left = missing(ordered) if set(suites) >= set(BY_DEFAULT) else [seen.error for seen in ordered if seen.error]
+        print(document(seen, pair))
+    left = missing(seen.values()) if set(suites) >= set(BY_DEFAULT) - {HOSTS} else []
+    left += [text for each in (*seen.values(), pair) for text in each.errors]
+    left += [f"two machines: {each.name}: {each.message}" for each in pair.outcomes if each.message]
     for line in left:
         print(f"off: {line}", file=sys.stderr)
     return 1 if left else 0
+
+
+def document(seen: Mapping[str, Seen], pair: Seen) -> str:
+    """The kernels of this run first, then those known from earlier ones."""
+    everyone = {kernel: results.with_earlier(each) for kernel, each in seen.items()}
+    for place in sorted(results.FOLDER.glob("*.json")):
+        if place.stem not in (*everyone, HOSTS) and (earlier := results.recall(place.stem)):
+            everyone[place.stem] = earlier
+    ordered = sorted(
+        everyone.values(), key=lambda each: (each.kernel == RUNNING, [int(n) for n in each.kernel.split(".") if n.isdigit()])
+    )
+    return table(ordered, machines.section(results.with_earlier(pair).runs.get(HOSTS)))
 
 
 if __name__ == "__main__":

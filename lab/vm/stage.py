@@ -1,5 +1,6 @@
 """The project as it is now, for a quick VM: it sees this copy in the project's place, whatever is edited meanwhile. Compiled,
-for in emulation compiling is most of a start. The virtual environment is copied by hard links: it may be made anew meanwhile.
+Python and eBPF, for in emulation compiling is most of a start. The virtual environment is copied by hard links: it may be made
+anew meanwhile.
 """
 
 from __future__ import annotations
@@ -8,10 +9,36 @@ import shutil
 import sys
 from pathlib import Path
 
+from lab import cgroups
+from lab.state import LabError
+from lab.vm.handle import VmHandle
 from lab.vm.kernels import CACHE, tool
 
 PROJECT = Path(__file__).resolve().parents[2]
+STAND_IN = Path("lab/vm/precompiled/bcc")
+IN_THE_VM = "/var/tmp/pillion-compiled"
 LEFT_OUT = (".venv", ".git", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache", "__pycache__", "build", "dist")
+
+# The product's own loader, once, on this machine's kernel and a cgroup nobody is in; with the mounts all of it goes
+_LOAD = """
+mount --make-rprivate / && mount -t bpf bpf "$1" || exit 1
+"$2" -m nodeagent.loader --bpf-dir "$1" --cgroup "$3" --src "$4/bpf" --layouts "$1.json" &&
+"$2" -m nodeagent.tc_load --bpf-dir "$1" --src "$4/bpf" --layouts "$1.json"
+"""
+
+_FLAGS = "import json; from nodeagent import express_load; print(json.dumps(express_load.flags()))"
+_COMPILE = 'mount --make-rprivate / && mkdir -p "$1/fs" && mount -t bpf bpf "$1/fs" && exec "$2" -c "$3" "$1/fs" "$4" "$5"'
+_EXPRESS = """
+import json, sys
+from pathlib import Path
+from nodeagent import express_load
+from nodeagent.loader import child, source
+pins, folder = Path(sys.argv[1]) / "maps", Path(sys.argv[2])
+pins.mkdir()
+express_load.make_tables(pins, source.constants((folder / "types.h").read_text()))
+with child.compiled(child.join(folder, pins, express_load.FILES), json.loads(sys.argv[3])):
+    pass
+"""
 
 
 def snapshots_of(lab: str) -> Path:
@@ -27,4 +54,40 @@ def take(lab: str, vm: str) -> Path:
     if venv.is_dir():
         linked = ["-l"] if venv.stat().st_dev == place.stat().st_dev else []
         tool("cp", "-a", *linked, str(venv), str(place / ".venv"))
+        compile_programs(place, cgroups.mount_point() / f"pillion-vm-{lab}" / f"{vm}-compile")
     return place
+
+
+def compile_programs(place: Path, cgroup: Path) -> None:
+    """What the VM's loaders will ask for; its `import bcc` finds it. What does not load here, the VM compiles, and says so."""
+    stand_in, scratch = place / STAND_IN, place / ".compile"
+    scratch.mkdir()
+    cgroup.mkdir(parents=True)
+    try:
+        env = [f"PILLION_COMPILED={stand_in / 'compiled'}", f"PYTHONPATH={stand_in.parent}:{place}", "PYTHONDONTWRITEBYTECODE=1"]
+        load = ["sh", "-c", _LOAD, "sh", str(scratch), sys.executable, str(cgroup), str(place)]
+        tool("env", "-C", str(place), *env, "unshare", "--mount", *load)
+    except LabError as error:
+        print(f"eBPF is not compiled beforehand: {error}", file=sys.stderr)
+    finally:
+        cgroup.rmdir()
+    for bcc in (place / ".venv").glob("lib/python3*/site-packages/bcc"):
+        bcc.unlink()
+        bcc.symlink_to(PROJECT / STAND_IN)
+
+
+def compile_express(lab: str, vm: VmHandle) -> None:
+    """Express's programs take offsets and an address from the VM's kernel; here they are compiled, there they are loaded."""
+    place = snapshots_of(lab) / vm.name
+    stand_in, scratch = place / STAND_IN, place / ".express"
+    asked = vm.run([f"{PROJECT}/.venv/bin/python", "-c", _FLAGS], cwd=str(PROJECT), timeout=600)
+    scratch.mkdir(exist_ok=True)
+    try:
+        if asked.returncode != 0:
+            raise LabError(f"this kernel has no types for it: {asked.stderr[-300:]}")
+        env = [f"PILLION_COMPILED={scratch / 'made'}", f"PYTHONPATH={stand_in.parent}:{place}", "PYTHONDONTWRITEBYTECODE=1"]
+        compile_it = ["sh", "-c", _COMPILE, "sh", str(scratch), sys.executable, _EXPRESS, str(place / "bpf"), asked.stdout]
+        tool("env", "-C", str(place), *env, "unshare", "--mount", *compile_it)
+        vm.copy_in(scratch / "made", IN_THE_VM)
+    except LabError as error:
+        print(f"express is not compiled beforehand: {error}", file=sys.stderr)

@@ -122,7 +122,7 @@ def test_truncated_over_udp_whole_over_tcp() -> None:
     [
         (b"", None),
         (b"\0" * 11, None),
-        (dns.message.make_response(dns.message.make_query("web.shop.mesh.", "A")).to_wire(), None),  # a response
+        (dns.message.make_response(dns.message.make_query("web.shop.mesh.", "A", id=7)).to_wire(), None),  # a response
         (b"\0\1\0\0\0\1\0\0\0\0\0\0", "FORMERR"),
         (b"\0\1\0\0\0\0\0\0\0\0\0\0", "FORMERR"),
         (b"\0\1\x10\0\0\1\0\0\0\0\0\0\1a\0\0\1\0\1", "NOTIMP"),  # STATUS

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from lab import LabError
-from lab.vm import VmLab, guest
-from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Seen, merge, missing, read_junit, table
+from lab.vm import VmLab, guest, machines, results
+from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
 from lab.vm.initrd import archive
 from lab.vm.kernels import Kernel, kernel, pick
 from lab.vm.matrix import files
 from lab.vm.plan import Kind, Vm
+from lab.vm.precompiled import bcc as stand_in
 from lab.vm.qemu import command_line, mount_of
 from lab.vm.stage import PROJECT
 from lab.vm.switch import LENGTH, Switch
+from nodeagent.loader.layouts import name_of, nested
 
 
 def frames(*kinds: bytes) -> bytes:
@@ -185,15 +189,54 @@ def test_a_report_is_read_and_a_second_run_counts() -> None:
     assert [(each.message, each.again) for each in merged] == [("", False), ("", True), ("still", False)]
 
 
+def test_what_was_printed_is_read_where_there_is_no_report() -> None:
+    text = "tests/a/test_b.py::test_c[x y] PASSED [ 1%]\ntests/a/test_b.py::test_d FAILED\ntests/a/test_b.py::test_e \n"
+    found = read_lines(text)
+    assert [(each.id, bool(each.message)) for each in found] == [
+        ("tests/a/test_b.py::test_c[x y]", False),
+        ("tests/a/test_b.py::test_d", True),
+    ]
+
+
 def test_the_table_says_on_off_and_why() -> None:
-    seen = Seen("6.1", "6.1.0-stock", merge(read_junit(JUNIT), [Outcome("tests/bpf/test_connect.py", "test_b")]))
+    run = Run(merge(read_junit(JUNIT), [Outcome("tests/bpf/test_connect.py", "test_b")]), 12.4, "1 May 2026")
+    seen = Seen("6.1", "6.1.0-stock", {"kernel": run})
     text = table([seen])
     by_name = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("| ")}
     assert "on (2, 1 at the second try)" in by_name["capture"]
     assert "**off** (1 of 1)" in by_name["egress"] and "not run" in by_name["ingress"]
     assert "- `tests/bpf/test_egress.py::test_c`: no root" in text
+    assert "3 tests, 12 s, 1 May 2026" in by_name["kernel"]
     left = missing([seen])
     assert "6.1.0-stock: capture" not in left and "6.1.0-stock: egress" in left and "6.1.0-stock: ingress" in left
+
+
+def test_what_is_not_run_again_is_remembered(tmp_path: Path) -> None:
+    first = Run([Outcome("a.py", "test_a", noted={"load: restart": "{}"})], 1.0, "1 May 2026")
+    results.keep(Seen("6.1", "6.1.0-stock", {"kernel": first, "attacks": first}), tmp_path)
+    second = Run([Outcome("a.py", "test_a", "red")], 2.0, "2 May 2026")
+    merged = results.with_earlier(Seen("6.1", "6.1.0-stock", {"kernel": second}), tmp_path)
+    assert merged.runs == {"kernel": second, "attacks": first} and [each.message for each in merged.outcomes] == ["red"]
+    assert results.with_earlier(Seen("6.1", "6.1"), tmp_path).release == "6.1.0-stock"  # nothing ran this time
+    assert results.with_earlier(Seen("6.1", "6.1.9-newer", {"kernel": second}), tmp_path).runs == {"kernel": second}
+    assert results.with_earlier(Seen("6.12", "6.12.1-stock", {"kernel": second}), tmp_path).runs == {"kernel": second}
+
+
+MACHINES = """<testsuites><testsuite>
+<testcase classname="tests.kernels.test_two_hosts" name="test_install"><properties>
+ <property name="fact: machines" value="n1 on 6.1, n2 on 6.12"/></properties></testcase>
+<testcase classname="tests.kernels.test_two_hosts" name="test_under_load[kill]"><properties>
+ <property name="load: kill" value='{"seconds": 3.2, "kinds": {"tcp": {"asked": 9, "failed": 0, "lost": 0},
+ "http": {"asked": 8, "failed": 2, "lost": 1}}}'/></properties><failure message="too many">…</failure></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_section_of_two_machines() -> None:
+    text = "\n".join(machines.section(Run(read_junit(MACHINES), 60, "1 May 2026")))
+    assert "n1 on 6.1, n2 on 6.12, both from" in text
+    assert "- seen: install" in text and "- **failed**: under load[kill]: too many" in text
+    assert "| event | tcp | http | s |" in text and "| kill | 0 of 9 | 2 of 8 (1) | 3 |" in text
+    assert "Not run" in "\n".join(machines.section(None))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda each: each.name)
@@ -205,4 +248,34 @@ def test_each_capability_has_tests(capability: Capability) -> None:
 
 def test_every_kernel_test_is_of_some_capability() -> None:
     chosen = {*files("kernel"), *files("express")}
+    assert all(any(each.startswith(one.tests) for one in CAPABILITIES) for each in chosen)
     assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests" / "bpf").glob("test_*.py")} <= chosen
+
+
+TYPE = ["pl_a", [["n", "unsigned int"], ["b", ["pl_b", [["c", "unsigned char", [5]]], "struct"]], ["l", "unsigned long long"]]]
+
+
+@pytest.mark.parametrize("kind", ["struct", "struct_packed", "union"])
+def test_the_stand_in_reads_types_as_bcc_does(kind: str) -> None:
+    import bcc  # LLVM, for this alone
+
+    ours, theirs = (each._decode_table_type([*TYPE, kind]) for each in (stand_in.BPF, bcc.BPF))
+    assert nested(ours) == nested(theirs) and name_of(ours) == "pl_a"
+
+
+def test_the_stand_in_keeps_which_map_an_instruction_names() -> None:
+    plain = struct.pack("<BBhi", 0xB7, 0, 0, 1)
+    second_half = struct.pack("<BBhi", 0, 0, 0, 0)
+    code = plain + struct.pack("<BBhi", 0x18, 0x11, 0, 7) + second_half + struct.pack("<BBhi", 0x18, 0x01, 0, 7) + second_half
+    assert stand_in.references(code, {7: "config"}) == [(8, "config")]
+    with pytest.raises(ValueError, match="can not be kept"):
+        stand_in.references(struct.pack("<BBhi", 0x18, 0x21, 0, 7) + second_half, {7: "config"})
+
+
+def test_the_stand_in_is_what_the_loaders_use() -> None:
+    """Whoever asks more of BCC finds out here, not in a VM."""
+    used = set()
+    for path in (PROJECT / "nodeagent").rglob("*.py"):
+        used |= set(re.findall(r"\bBPF\.(\w+)|\blib\.(bpf_\w+)", path.read_text()))
+    names = {name for pair in used for name in pair if name}
+    assert names and all(hasattr(stand_in.BPF, name) or hasattr(stand_in.lib, name) for name in names), names

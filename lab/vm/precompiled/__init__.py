@@ -1,0 +1,1 @@
+"""`import bcc` in a VM: see bcc/ here."""
