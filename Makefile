@@ -35,7 +35,7 @@ check: setup
 	@.venv/bin/mypy
 
 test: setup-vm $(if $(ONLY),,check)
-	@$(PY) -m pytest $(if $(ONLY),$(ONLY),-n $(JOBS) --dist loadgroup tests)
+	@$(PY) -m pytest $(if $(ONLY),$(ONLY),-n $(JOBS) --dist loadscope --no-loadscope-reorder tests)
 
 test-kernels: setup-vm
 	@$(PY) -m lab.vm.matrix --kernels $(KERNELS) --suites $(SUITES) --write docs/kernels.md

@@ -21,6 +21,8 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "gw0", …, or there is bu
 MARK = "PILLION_TEST_RUN"  # in the environment of every process this run starts
 LOCK = Path("/run/lock/pillion-tests")
 
+ATTACKS = "tests/attacks/"
+ON_A_HOST = (f"{ATTACKS}test_05_hosts.py", f"{ATTACKS}test_11_leaving.py")  # one, for those with and those without a defence
 SHARED_ADDRESSES = ("tests/l7proxy/",)  # their servers listen on :15008 of the same loopback addresses
 
 LabFactory = Callable[..., Lab]
@@ -50,15 +52,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.05)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share its fixtures, so one worker runs them all; who shares more has said so (tests/attacks)."""
-    if not WORKER:
-        return
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            file = item.nodeid.partition("::")[0]
-            shared = next((folder for folder in SHARED_ADDRESSES if file.startswith(folder)), file)
-            item.add_marker(pytest.mark.xdist_group(shared))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLab(LoadScopeScheduling):
+        """A worker runs all that share a lab. (The plugin's own groups, by a mark, do nothing under pytest 9.)"""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            if file in ON_A_HOST or (file.startswith(ATTACKS) and name.partition("[")[0].endswith("_without")):
+                return "attacks without their defence"  # in the order of their labs, see tests/attacks/conftest.py
+            return next((folder for folder in SHARED_ADDRESSES if file.startswith(folder)), file)
+
+    return ByLab(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)

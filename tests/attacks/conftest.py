@@ -51,8 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ordered = sorted((items[index] for index in ours), key=lambda item: getattr(_mutant(item), "group", ""))
     for index, item in zip(ours, ordered, strict=True):
         items[index] = item
-        if (mutant := _mutant(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(f"attacks without {mutant.group}"))  # one lab for all of them
+        assert item.name.partition("[")[0].endswith("_without") == (_mutant(item) is not None), (
+            f"{item.name}: by name one worker runs them"
+        )
         row = _ROW.match(item.path.name)
         for kind in ("attack", "red"):
             for mark in item.iter_markers(kind):

@@ -22,7 +22,6 @@ from tests.conftest import SESSION, opened
 from tests.e2e.mesh import policy, service, total
 
 GROUP = "hosts"  # of mutants: their trees are not run as a lab
-ON_HOST = pytest.mark.xdist_group(f"attacks without {GROUP}")  # where the red ones are: one host for all
 NGINX = """daemon off; worker_processes 1; pid /run/web/pid; error_log stderr crit;
 events { worker_connections 64; }
 http { access_log off; client_body_temp_path /run/web/b; proxy_temp_path /run/web/p; fastcgi_temp_path /run/web/f;

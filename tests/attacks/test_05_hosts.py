@@ -9,7 +9,7 @@ import pytest
 
 from tests.attacks.actions import PROGRAMS
 from tests.attacks.mutants import Mutant
-from tests.attacks.systemd_host import GROUP, ON_HOST, Host
+from tests.attacks.systemd_host import GROUP, Host
 from tests.e2e.mesh import total
 
 SOCKETS_LEFT_OUT = Mutant(
@@ -57,7 +57,6 @@ def dropped(host: Host) -> float:
     return total(done.stdout, "pillion_datapath_total", {"reason": "ingress_plaintext"})
 
 
-@ON_HOST
 @pytest.mark.timeout(300)
 @pytest.mark.attack("a listener the service manager made")
 def test_a_socket_unit_is_enrolled_with_its_service(host: Host, request: pytest.FixtureRequest) -> None:
@@ -87,7 +86,6 @@ def inherited(host: Host, code: Path | None = None) -> str:
         host.mesh.run(["systemctl", "stop", "outside"], timeout=60)
 
 
-@ON_HOST
 @pytest.mark.timeout(300)
 @pytest.mark.attack("a socket its starter left open")
 def test_pillion_run_hands_on_no_socket(host: Host) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lab.process import Place
 from tests.attacks.actions import OnHost, address, dial
 from tests.attacks.mutants import Counted, Mutant
-from tests.attacks.systemd_host import CAPLESS_ROOT, GROUP, ON_HOST, VICTIM, Host, Outcome
+from tests.attacks.systemd_host import CAPLESS_ROOT, GROUP, VICTIM, Host, Outcome
 from tests.attacks.test_05_foreign_socket import NO_RECORD_NEEDED
 from tests.e2e.mesh import HTTP_PORT, Mesh
 
@@ -47,7 +47,6 @@ EXACT_CGROUP = Mutant(  # with NO_RECORD_NEEDED, or the next fence stops it
 )
 
 
-@ON_HOST
 @pytest.mark.timeout(300)
 @pytest.mark.attack("capless root writes itself into another's cgroup")
 def test_cgroups_can_not_be_written(host: Host, request: pytest.FixtureRequest) -> None:
@@ -66,7 +65,6 @@ def test_cgroups_are_written_without(host: Host) -> None:
     )
 
 
-@ON_HOST
 @pytest.mark.timeout(300)
 @pytest.mark.attack("capless root asks the service manager")
 def test_the_service_manager_is_out_of_reach(host: Host) -> None:
@@ -81,7 +79,6 @@ def test_the_service_manager_starts_it_without(host: Host) -> None:
     assert host.attack("manager", Path(VICTIM).name, *CAPLESS_ROOT, code=code) == Outcome("", "", "200")
 
 
-@ON_HOST
 @pytest.mark.timeout(300)
 @pytest.mark.attack("a service of the same user takes another's connection")
 def test_a_user_is_one_identitys(host: Host) -> None:

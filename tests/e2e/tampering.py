@@ -44,7 +44,7 @@ class Tamper:
         """Its number and its table's root."""
         layout = self._layouts["pl_xprogram"]
         with self._open("xprograms") as programs:
-            for index in range(1, 64):
+            for index in range(1, programs.entries_max):
                 found = layout.unpack(programs.get(index.to_bytes(4, "little")) or bytes(layout.size))
                 if found["generation"] and found["service"] == self._service:
                     return index, found["root"]

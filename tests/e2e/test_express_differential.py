@@ -88,6 +88,8 @@ EDGES = {
 def test_a_changed_transition_is_seen(twins: Twins, what: str) -> None:
     to, like, asked = EDGES[what]
     exchanges = _plain(twins, asked)
+    before = twins.run(exchanges, len(exchanges), connections=4)  # so that there is a program to change
+    assert not before.wrong, before.wrong
     write, undo = Tamper(twins.mesh, FAST).edge(to, like)
     try:
         found = twins.run(exchanges, len(exchanges), connections=4, part=len(exchanges) // 2, between=write)
