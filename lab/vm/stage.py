@@ -50,7 +50,7 @@ def take(lab: str, vm: str) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(PROJECT, place, ignore=shutil.ignore_patterns(*LEFT_OUT))
     tool(sys.executable, "-m", "compileall", "-q", "-s", str(place), "-p", str(PROJECT), str(place))
-    venv = PROJECT / ".venv"
+    venv = (PROJECT / ".venv").resolve()  # a link copied as a link would lead out of the copy
     if venv.is_dir():
         linked = ["-l"] if venv.stat().st_dev == place.stat().st_dev else []
         tool("cp", "-a", *linked, str(venv), str(place / ".venv"))
