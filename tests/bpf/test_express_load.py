@@ -12,7 +12,7 @@ from tests.bpf.conftest import Pairs
 from tests.bpf.express_pair import EXPRESS, PLACES, Pair, Programs
 from tests.bpf.world import LEVEL, World
 
-PAIRS, REQUESTS, SERVERS = 3, 1500, 2
+PAIRS, REQUESTS, SERVERS = 3, 3000, 2
 
 # The proxy in small, for one pair: relays what comes to it, and tells the kernel. Runs in the proxy's cgroup.
 PROXY = """

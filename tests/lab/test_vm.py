@@ -14,7 +14,7 @@ from lab import LabError, cgroups
 from lab.vm import VmHandle, VmLab
 from lab.vm.matrix import SLOW_EMULATED, pytest_argv
 from lab.vm.qemu import accelerator
-from lab.vm.stage import IN_THE_VM, PROJECT
+from lab.vm.stage import PROJECT
 from tests.conftest import SESSION
 
 KERNEL = "6.1"
@@ -97,7 +97,6 @@ def test_the_programs_load_and_decide_there(vm: VmHandle, tmp_path: Path) -> Non
     said = (tmp_path / "log").read_text()
     print(said[-3000:])
     assert code == 0 and " passed" in said and "skipped" not in said
-    assert vm.run(["ls", IN_THE_VM]).returncode != 0, "something was compiled there, which takes half a minute"
 
 
 def test_nothing_is_left(lab: VmLab, vm: VmHandle) -> None:
