@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -24,7 +26,6 @@ from controller.api import OperatorApi
 from controller.ca import Authority, replace_file
 from controller.events import Telemetry
 from controller.grants import Grants
-from controller.notify import Notify
 from controller.publish import Publisher
 from controller.registry import Registry
 from controller.server import BODY_BYTES_MAX, Gate, Tls, serve
@@ -32,6 +33,7 @@ from controller.sqlite import SqliteStore
 from controller.status import Status
 from controller.store import StoreError
 from mesh.identity import IdentityError, check_trust_domain
+from mesh.notify import Notify
 
 UPKEEP_INTERVAL_S = 60.0
 
@@ -132,7 +134,10 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     runner, servers = await serve(app, options.listen, tls, options.run_dir / "controller.sock", telemetry.turned_away.inc)
-    bundle, notify = options.state_dir / "bundle.pem", Notify()
+    bundle, notify = (
+        options.state_dir / "bundle.pem",
+        Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM)),
+    )
     tasks = [
         asyncio.create_task(publisher.run(), name="publisher"),
         asyncio.create_task(_upkeep(authority, registry, tls, bundle), name="upkeep"),

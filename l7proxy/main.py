@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 
 from l7proxy.confine import ConfineError, confine, die_with_parent, user_ids
-from l7proxy.notify import Notify
+from mesh.notify import Notify
 
 WORKERS_MAX = 256
 BACKLOG = 16
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         uid, gid = user_ids(arguments.user)
-        notify = Notify()  # while it may make a socket
+        notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))  # while it may make a socket
         arguments.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         listens = [worker_socket(arguments.run_dir, index) for index in range(arguments.workers)]
         os.chdir("/")

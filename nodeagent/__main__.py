@@ -8,18 +8,21 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from mesh.identity import IdentityError, check_label
+from mesh.notify import Notify
 from nodeagent.agent import Agent
 from nodeagent.api import serve
 from nodeagent.datapath_api import DatapathApi
 from nodeagent.files import private_directory
-from nodeagent.notify import Notify, follow
+from nodeagent.notify import follow
 from nodeagent.options import Options
 
 
@@ -98,7 +101,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stopping.add(asyncio.create_task(stop())))
-    notify = Notify()
+    notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))
     runner = await serve(agent, arguments.run_dir / "agent.sock")
     following = asyncio.create_task(follow(agent, notify), name="notify")
     try:

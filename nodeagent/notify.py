@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mesh import notify as manager
+from mesh.notify import Notify
 
 if TYPE_CHECKING:
     from nodeagent.agent import Agent
 
 LOOK_S = 0.2
 STATUS_CHARS_MAX = 500
-
-
-class Notify(manager.Notify):
-    def __init__(self) -> None:
-        super().__init__(os.environ, _connect)
-
-
-def _connect(address: str) -> Callable[[bytes], int]:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        sock.connect(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock.send
 
 
 async def follow(agent: Agent, notify: Notify) -> None:

@@ -8,16 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-import controller.notify
-import l7proxy.notify
-import nodeagent.notify
+from mesh.notify import Notify
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = [controller.notify.Notify, l7proxy.notify.Notify, nodeagent.notify.Notify]
 
 
 @pytest.fixture
@@ -28,25 +26,23 @@ def manager(tmp_path: Path) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_told_and_not_inherited(
-    kind: type[l7proxy.notify.Notify], manager: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
-    monkeypatch.setenv("WATCHDOG_USEC", "90000000")
-    notify = kind()
+DATAGRAMS = partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM)
+
+
+def test_told_and_not_inherited(manager: socket.socket) -> None:
+    environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "90000000", "HOME": "/"}
+    notify = Notify(environ, DATAGRAMS)
     assert notify.interval_s == 30.0
-    assert "NOTIFY_SOCKET" not in os.environ and "WATCHDOG_USEC" not in os.environ
+    assert environ == {"HOME": "/"}
     notify.tell(READY=1, STATUS="so it is")
     assert manager.recv(100) == b"READY=1\nSTATUS=so it is"
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__module__)
-def test_without_a_manager_nothing_happens(kind: type[l7proxy.notify.Notify], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
-    notify = kind()
+@pytest.mark.parametrize("environ", [{"NOTIFY_SOCKET": "/nonexistent/notify", "WATCHDOG_USEC": "9"}, {"WATCHDOG_USEC": "9"}])
+def test_without_a_manager_nothing_happens(environ: dict[str, str]) -> None:
+    notify = Notify(environ, DATAGRAMS)
     notify.tell(READY=1)
-    assert notify.interval_s == float("inf")
+    assert notify.interval_s == float("inf") and not environ
 
 
 def test_the_proxy_is_ready_when_its_workers_are_and_tells_of_its_life(tmp_path: Path, manager: socket.socket) -> None:
