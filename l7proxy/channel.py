@@ -26,6 +26,7 @@ from time import perf_counter
 from typing import Protocol
 
 from l7proxy.budget import Account
+from l7proxy.transport import drop
 
 READ_BYTES = 256 << 10
 RECORD_BYTES_MAX = 16 << 10  # TLS plaintext record
@@ -324,14 +325,8 @@ class TlsChannel:
             self.abort(ConnectionAbortedError("too much waits for a peer that does not read"))
 
     def _took(self, sent: int) -> None:
-        rest = self._rest
         self.kept -= sent
-        while sent:
-            first = rest.popleft()
-            if sent < len(first):
-                rest.appendleft(memoryview(first)[sent:])
-                break
-            sent -= len(first)
+        drop(self._rest, sent)
 
     def _writable(self) -> None:
         try:

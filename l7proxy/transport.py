@@ -16,6 +16,16 @@ PIECES_MAX = 256  # for one system call
 _NOBODY = asyncio.Protocol()
 
 
+def drop(rest: deque[bytes | memoryview], sent: int) -> None:
+    """What the kernel took of the pieces that waited."""
+    while sent:
+        first = rest.popleft()
+        if sent < len(first):
+            rest.appendleft(memoryview(first)[sent:])
+            break
+        sent -= len(first)
+
+
 class SocketTransport(asyncio.Transport):
     """Owns ``sock``, connected and non-blocking. Its protocol has heard `connection_made` when this returns."""
 
@@ -133,12 +143,7 @@ class SocketTransport(asyncio.Transport):
             self._fail(error)
             return
         self._kept -= sent
-        while sent:
-            first = rest.popleft()
-            if sent < len(first):
-                rest.appendleft(memoryview(first)[sent:])
-                break
-            sent -= len(first)
+        drop(rest, sent)
         if not rest:
             self._stop_writing()
         try:
