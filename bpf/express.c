@@ -60,8 +60,57 @@ int express_probe(struct sk_msg_md *m)
   return SK_PASS;
 }
 
-/* Attached to xreads and xprobereads: TCP's own bytes go where redirected ones do, so that order and FIONREAD are right */
+#define CUT_BYTES_MAX 4095 /* adjust_room() takes no more at once */
+#define CUTS_MAX 17 /* a segment is 64 KiB at most */
+
+/* Attached to xreads and xprobereads: TCP's own bytes go where redirected ones do, so that order and FIONREAD are right.
+ *
+ * A segment may begin with bytes that came before: TCP sends again what was dropped, joined to what follows, when a reader
+ * is slow. TCP's own recv() passes over them; what moves the segments of a socket in a sockmap moves them whole (seen on
+ * 6.18, tcp_read_skb()), and the application would read those bytes twice. Here they are cut off. */
 int express_read(struct __sk_buff *skb)
 {
+  u32 seq = skb->cb[0], end = skb->cb[1], length = skb->len, again, part; /* struct tcp_skb_cb */
+  u64 cookie = socket_cookie(skb);
+  struct pl_xnext *known, fresh = {};
+  struct bpf_sock *sk;
+  void *tp;
+
+  if (end - seq != length && end - seq != length + 1) /* FIN counts as one */
+    return SK_PASS;
+  known = xnexts.lookup(&cookie);
+  if (!known) {
+    sk = skb->sk;
+    tp = sk ? to_tcp_sock(sk) : NULL;
+    fresh.next = tp ? TCP_U32(tp, O_COPIED_SEQ) : seq; /* so far TCP's own queue was read */
+    xnexts.update(&cookie, &fresh);
+    known = xnexts.lookup(&cookie);
+    if (!known)
+      return SK_PASS;
+  }
+  if (known->broken)
+    return SK_DROP;
+  again = known->next - seq;
+  if ((s32)again > 0) {
+    if (again > length)
+      again = length;
+    KEEP_LOOP
+    for (int i = 0; i < CUTS_MAX; i++) {
+      part = again < CUT_BYTES_MAX ? again : CUT_BYTES_MAX;
+      if (!part)
+        break;
+      if (adjust_room(skb, -(s32)part, 0, 0))
+        break;
+      again -= part;
+    }
+    if (again) { /* no memory: better no bytes than wrong ones */
+      known->broken = 1;
+      xcount(PL_XR_SENT_AGAIN_LOST);
+      return SK_DROP;
+    }
+    xcount(PL_XR_SENT_AGAIN);
+  }
+  if ((s32)(end - known->next) > 0)
+    known->next = end;
   return SK_PASS;
 }

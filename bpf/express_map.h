@@ -32,6 +32,10 @@ PL_MAP("percpu_hash", xstats, struct pl_xstat_key, struct pl_xstat, 8192, PL_SPA
 PL_MAP("array", xblank, u32, struct pl_xstat, 1, 0); /* stays zero */
 PL_MAP("percpu_array", xcounters, u32, u64, PL_COUNTERS, 0);
 
+/* By socket cookie: where TCP's own bytes go on. Of no harm if one is forgotten while its socket lives */
+PL_MAP("lru_hash", xnexts, u64, struct pl_xnext, 65536, 0);
+
+static long (*adjust_room)(void *skb, s32 difference, u32 mode, u64 flags) = (void *)50;
 static void *(*to_tcp_sock)(void *sk) = (void *)137;
 static long (*read_kernel)(void *dst, u32 size, const void *src) = (void *)113;
 

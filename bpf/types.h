@@ -243,12 +243,16 @@ enum pl_xonce { PL_XO_HOST = 1, PL_XO_LENGTH = 2 };
 struct pl_xstat_key { u32 program; u16 name, status; };
 struct pl_xstat { u64 requests, bytes_in, bytes_out, ns, buckets[PL_X_BUCKETS]; };
 
+/* xnexts: LRU_HASH by socket cookie. next: TCP's own byte that comes next; broken: one was lost, no more of them */
+struct pl_xnext { u32 next, broken; };
+
 /* xcounters: PERCPU_ARRAY u64. Why a request went to user space, or a response was handed over. */
 enum pl_xreason {
   PL_XR_CARRIED, PL_XR_NO_RECORD, PL_XR_OFF, PL_XR_HOLD, PL_XR_NOT_ARMED, PL_XR_UNSETTLED, PL_XR_GENERATION, PL_XR_LEASE,
   PL_XR_PIPELINED, PL_XR_BEHIND, PL_XR_UNREAD, PL_XR_HEAD, PL_XR_VERDICT, PL_XR_SAMPLE, PL_XR_RATE, PL_XR_BODY, PL_XR_NO_SLOT,
   PL_XR_DIRTY, PL_XR_UNCLEAN, PL_XR_TARGET_GONE, PL_XR_RESPONSE_HEAD, PL_XR_RESPONSE_STATUS, PL_XR_RESPONSE_BUDGET,
   PL_XR_EARLY, PL_XR_SURPLUS, PL_XR_UNASKED, PL_XR_STAT_FULL, PL_XR_HANDED, PL_XR_ANSWERED, PL_XR_HEAD_LONG, PL_XR_HEAD_PART,
+  PL_XR_SENT_AGAIN, PL_XR_SENT_AGAIN_LOST, /* not of requests: bytes that TCP brought twice, cut off or the connection's end */
   PL_XR_COUNT
 };
 

@@ -25,7 +25,10 @@ WAIT_S = 1.0  # far more than a byte on loopback needs
 CLIENT, SERVER = 1, 2  # keys
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
-_U64, _FD, _INT = struct.Struct("=Q"), struct.Struct("=I"), struct.Struct("=i")
+_TCP_REPAIR, _TCP_REPAIR_QUEUE, _TCP_QUEUE_SEQ, _TCP_REPAIR_WINDOW = 19, 20, 21, 29  # linux/tcp.h
+_SEGMENT_BYTES = 32_767  # the most that may be asked for
+_RECEIVE, _SEND, _REPAIR_OFF_UNHEARD = 1, 2, -1
+_U64, _U32, _INT = struct.Struct("=Q"), struct.Struct("=I"), struct.Struct("=i")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -45,11 +48,11 @@ class Four:
     def redirect(self) -> None:
         for sock, own, other in ((self.client, CLIENT, SERVER), (self.server, SERVER, CLIENT)):
             self._maps["xends"].put(_INT.pack(sock.fileno()), self._end.pack(record=other))
-            self._maps["xprobes"].put(_U64.pack(own), _FD.pack(sock.fileno()))
+            self._maps["xprobes"].put(_U64.pack(own), _U32.pack(sock.fileno()))
 
     def read_all(self) -> None:
         for sock, own in ((self.client, CLIENT), (self.server, SERVER)):
-            self._maps["xprobereads"].put(_U64.pack(own), _FD.pack(sock.fileno()))
+            self._maps["xprobereads"].put(_U64.pack(own), _U32.pack(sock.fileno()))
 
     def close(self) -> None:
         for sock in (self.client, self.accepted, self.upstream, self.server):
@@ -169,6 +172,45 @@ def dead_target(four: Four) -> None:
     _expect(four.accepted, b"second", "on the ordinary way")
 
 
+def sent_again(four: Four) -> None:
+    """A segment that begins with bytes which came already, as TCP may send one when a reader was slow: they are read once."""
+    four.redirect()
+    four.read_all()
+    four.server.sendall(b"redirected")
+    _expect(four.client, b"redirected", "before anything of TCP's own")
+    four.accepted.sendall(b"first and")
+    four.accepted = rewound(four.accepted, 4)
+    four.accepted.sendall(b" and last")
+    _expect(four.client, b"first and last", "bytes sent twice")
+
+
+def rewound(sock: socket.socket, count: int) -> socket.socket:
+    """The same end of the same connection, in the place of ``sock``, which is closed unheard: it stands ``count`` bytes before
+    what was sent last. By TCP_REPAIR."""
+    own, other = sock.getsockname(), sock.getpeername()
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    numbers = []
+    for side in (_RECEIVE, _SEND):
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, side)
+        numbers.append(_U32.unpack(sock.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ, _U32.size))[0])
+    sock.close()
+    made = socket.socket(sock.family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT_BYTES)
+    made.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    made.bind(own)
+    for side, number in ((_RECEIVE, numbers[0]), (_SEND, numbers[1] - count)):
+        made.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, side)
+        made.setsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ, _U32.pack(number & 0xFFFFFFFF))
+    made.connect(other)
+    # struct tcp_repair_window: what the peer would say of its own acknowledges more than this end has sent
+    made.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_WINDOW, struct.pack("=5I", numbers[0], *[0xFFFF] * 3, numbers[0]))
+    made.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_UNHEARD)
+    made.settimeout(WAIT_S)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
 PROBES: dict[str, Callable[[Four], None]] = {
     "fionread": fionread,
     "epoll": epoll,
@@ -176,6 +218,7 @@ PROBES: dict[str, Callable[[Four], None]] = {
     "half_close": half_close,
     "data_before": data_before,
     "dead_target": dead_target,
+    "sent_again": sent_again,
 }
 
 

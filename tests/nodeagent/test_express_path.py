@@ -26,7 +26,7 @@ from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_path import ExpressPath, Verdict, bucket_floor_ns
 from nodeagent.express_probes import PROBES, Four
 from nodeagent.layouts import Layout
-from nodeagent.maps import BpfMap
+from nodeagent.maps import BpfMap, close_all, open_all
 from tests.bpf.world import ROOT, cgroup_root
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -270,6 +270,29 @@ def test_the_count_of_bytes_is_wrong_without_the_second_map(
     monkeypatch.setattr(express_probes, "WAIT_S", 0.2)
     monkeypatch.setattr(express_probes, "PROBES", {"fionread": PROBES["fionread"]})
     assert "FIONREAD says" in run(path, place, Half)["fionread"]
+
+
+def test_most_of_a_long_segment_sent_again_is_read_once(path: ExpressPath, place: Path) -> None:
+    """The kernel cuts some 4 KB at a time."""
+    data, got = os.urandom(35_000), bytearray()
+    maps = open_all(place / "bpf" / "maps", express_probes.MAPS)
+
+    def work() -> None:
+        four = Four(maps, path._layouts["pl_xend"])
+        four.redirect()
+        four.read_all()
+        four.accepted.sendall(data[:30_000])
+        four.accepted = express_probes.rewound(four.accepted, 25_000)
+        four.accepted.sendall(data[5000:])
+        while len(got) < len(data) and (piece := four.client.recv(1 << 16)):
+            got.extend(piece)
+        four.close()
+
+    before = path.counters()["sent_again"]
+    express_probes.alone(work)
+    close_all(maps)
+    assert bytes(got) == data
+    assert path.counters()["sent_again"] == before + 1
 
 
 def test_epoll_without_events_is_seen(path: ExpressPath, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

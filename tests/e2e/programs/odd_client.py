@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 
-from exact_body import PERIOD, body_of
+from exact_body import PERIOD, body_of, place_of
 
 ask = {"times": 4, "size": 100_000} | json.loads(sys.argv[1])
 HOST, PORT, SIZE, TIMES, MODE = ask["host"], ask["port"], ask["size"], ask["times"], ask["mode"]
@@ -83,7 +83,9 @@ class Connection:
             self.buffer = self.buffer[len(here) :]
             start = at % PERIOD
             if pattern[start : start + len(here)] != here:
-                wrong.append(f"{tag}: other bytes from {at} on")
+                same = next(i for i, byte in enumerate(here) if byte != pattern[start + i])
+                there, found = (at + same) % PERIOD, here[same:]
+                wrong.append(f"{tag}: other bytes from {at + same} on: for {there} {place_of(tag, found)}: {found[:64]!r}")
                 raise EOFError("it reads nonsense")
             at += len(here)
 
