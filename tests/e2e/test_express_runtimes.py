@@ -21,7 +21,7 @@ from tests.e2e.express import NAME, PORT, event
 from tests.e2e.mesh import HTTP_PORT, NS, PROGRAMS, Mesh, policy, service
 
 pytestmark = pytest.mark.timeout(400)
-REQUESTS = 600
+REQUESTS = 800  # pairing takes its time where others use the machine: up to 150 of them were seen
 SHARE_MIN = 0.6  # of them that the kernel carries, at least: each connection begins in user space
 HOST = f"{NAME}.{NS}.mesh"
 
@@ -125,12 +125,12 @@ def test_a_server_of_each_runtime(mesh: Mesh, built: Path, name: str) -> None:
     with served(mesh, name, server(name, built, port), port) as url:
         kinds = {"size": 3000} if name != "threaded" else {"size": 3000, "file": 200_000, "parts": 50_000}
         for kind, size in kinds.items():
-            with carried(mesh, 300):
-                lines = curl_many(mesh, f"{url}/{kind}/{size}/{{number}}", 300)
-            assert lines == [f"200 {size} 1", *[f"200 {size} 0"] * 299]
-        with carried(mesh, 200):
-            lines = curl_many(mesh, f"{url}/size/1/{{number}}", 200, "-d", "b" * 1234)
-        assert lines == ["200 4 1", *["200 4 0"] * 199]
+            with carried(mesh, REQUESTS):
+                lines = curl_many(mesh, f"{url}/{kind}/{size}/{{number}}", REQUESTS)
+            assert lines == [f"200 {size} 1", *[f"200 {size} 0"] * (REQUESTS - 1)]
+        with carried(mesh, REQUESTS):
+            lines = curl_many(mesh, f"{url}/size/1/{{number}}", REQUESTS, "-d", "b" * 1234)
+        assert lines == ["200 4 1", *["200 4 0"] * (REQUESTS - 1)]
 
 
 def test_nginx_and_wrk(mesh: Mesh) -> None:
