@@ -14,27 +14,19 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from controller import allocate, expiry, references, revocation
-from controller.allocate import Ledger
+from controller import contents, expiry, references, revocation
 from controller.ca import Authority
-from controller.catalog import Index, Record, Result, Stored, encode, errors_of, grants_of, keeping, owner_of, plain, store_key
+from controller.catalog import Index, Result, Stored, encode, errors_of, grants_of, keeping, owner_of, plain, store_key
+from controller.contents import Contents
 from controller.events import Refused, not_granted
 from controller.references import Fault, Granted, Key
 from controller.rehearsal import Standing, effective
 from controller.revocation import Revocation, live
-from controller.store import Check, Delete, Op, Put, Store, StoreError
+from controller.store import Check, Delete, Op, Put, Store
 from mesh.compile import Allocations, CompileError
 from mesh.identity import SpiffeId
 from mesh.kinds import MeshConfigSpec
-from mesh.resources import (
-    MeshConfig,
-    Resource,
-    ResourceErrors,
-    Workload,
-    from_dict,
-    load,
-    make_workload,
-)
+from mesh.resources import MeshConfig, Resource, ResourceErrors, Workload, load, make_workload
 
 RESOURCES_MAX = 200_000
 NODE_WORKLOADS_MAX = 1_000
@@ -44,56 +36,20 @@ T = TypeVar("T")
 
 
 class Registry:
-    def __init__(self, store: Store, authority: Authority, trust_domain: str) -> None:
+    def __init__(self, store: Store, authority: Authority, trust_domain: str, held: Contents) -> None:
         self._store, self._authority, self.trust_domain = store, authority, trust_domain
         self.lock = asyncio.Lock()
-        self.revision = 0
-        self.revoked: dict[str, Revocation] = {}
-        self.nodes: dict[str, float] = {}  # joined, unix seconds
-        self._cut: set[str] = set()
-        self._resources: dict[Key, Stored] = {}
-        self._ledger = Ledger()
+        self.revision = held.revision
+        self.revoked, self.nodes = held.revoked, held.nodes
+        self._cut, self._resources, self._ledger = held.cut, held.resources, held.ledger
+        self._index = Index(self._resources.values())
         self._advanced = asyncio.Condition()
         self._background: set[asyncio.Task[object]] = set()
-        self._index = Index(())
 
     @classmethod
     async def open(cls, store: Store, authority: Authority, trust_domain: str) -> Registry:
         """Reads everything. Raises StoreError if the store holds what cannot be read or is of another trust domain."""
-        self = cls(store, authority, trust_domain)
-        said = await store.get("meta/trust_domain")
-        if said is None:
-            await store.put("meta/trust_domain", trust_domain.encode(), expect=0)
-        elif said.value.decode() != trust_domain:
-            raise StoreError(
-                f"this state directory is of trust domain {said.value.decode()}, not {trust_domain}; "
-                "start with that --trust-domain, or with another --state-dir"
-            )
-        try:
-            await self._read()
-        except (msgspec.MsgspecError, ResourceErrors, ValueError) as error:
-            raise StoreError(f"the store holds what this version cannot read: {error}; run the version that wrote it") from error
-        return self
-
-    async def _read(self) -> None:
-        _, entries = await self._store.list("resource/")
-        for entry in entries:
-            record = msgspec.json.decode(entry.value, type=Record)
-            resource = from_dict(record.resource, entry.key)
-            self._resources[resource.key] = Stored(resource, entry.value, entry.created, record.owner)
-        _, entries = await self._store.list("alloc/")
-        self._ledger = allocate.load(entries)
-        _, entries = await self._store.list("cut/")
-        self._cut = {entry.key.removeprefix("cut/") for entry in entries}
-        _, entries = await self._store.list("revoked/")
-        self.revoked = {
-            entry.key.removeprefix("revoked/"): msgspec.json.decode(entry.value, type=Revocation) for entry in entries
-        }
-        _, entries = await self._store.list("node/")
-        self.nodes = {entry.key.removeprefix("node/"): msgspec.json.decode(entry.value, type=float) for entry in entries}
-        self._index = Index(self._resources.values())
-        # Not the last change's own revision, which a compacted history may have lost: revisions must never go back.
-        self.revision = await self._store.revision()
+        return cls(store, authority, trust_domain, await contents.read(store, trust_domain))
 
     # ---- questions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from lab.members import Node, Workload
 from lab.pace import SLOW
 from lab.state import LabError, LabState, NodeState, WorkloadState
 from lab.topology import (
-    SYSCTLS_COMMON,
     SYSCTLS_ROUTER,
     LabPlan,
     NodePlan,
@@ -30,7 +28,6 @@ from lab.topology import (
     check_workload_name,
     free_index,
     node_names,
-    resolv_conf,
 )
 
 Progress = Callable[[str], None]
@@ -212,9 +209,9 @@ class Lab:
                     known[record.name] = record
                     state.save(msgspec.structs.replace(current, workloads=known))
                     try:
-                        self._plug(workload)
+                        workload.plug()
                     except BaseException:
-                        self._unplug(workload)
+                        workload.unplug()
                         state.save(current)
                         raise
                     fresh.append(workload)
@@ -247,26 +244,6 @@ class Lab:
             return old
         return record
 
-    def _plug(self, workload: Workload) -> None:
-        pod = workload.pod
-        workload.cgroup.mkdir(parents=True, exist_ok=True)
-        workload.files.mkdir(parents=True, exist_ok=True)
-        (workload.files / "resolv.conf").write_text(resolv_conf(workload.namespace))
-        netns.add(pod.netns, SYSCTLS_COMMON)
-        netns.batch(pod.node.netns, pod.on_node())
-        netns.batch(pod.netns, pod.inside())
-
-    def _unplug(self, workload: Workload) -> None:
-        """Whatever there is of it."""
-        cgroups.remove(workload.cgroup)
-        if workload.netns.exists():
-            try:
-                netns.batch(workload.pod.node.netns, [f"link delete {workload.pod.veth}"])
-            except LabError:  # never plugged in
-                pass
-            netns.delete(workload.pod.netns)
-        shutil.rmtree(workload.files, ignore_errors=True)
-
     def _grant(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Grants not given yet. With the lab's lock held."""
         current = self.state()
@@ -286,21 +263,13 @@ class Lab:
             waiting.setdefault(workload.node, set()).add((workload.namespace, workload.name))
         for node, names in waiting.items():
             services.wait_until(
-                partial(self._enrolled, node, names),
+                partial(self.nodes[node].enrolled, names),
                 f"{', '.join('/'.join(name) for name in sorted(names))} not enrolled on {node}",
                 self.paths,
                 f"{node}-agent",
                 timeout_s,
                 services.Ticker(self.progress, f"waiting for node {node} to enrol its workloads"),
             )
-
-    def _enrolled(self, node: str, names: set[tuple[str, str]]) -> bool:
-        try:
-            status = self.agent_api(node, "GET", "/v1/status")
-        except LabError:
-            return False
-        there = {(each["namespace"], each["name"]) for each in status["workloads"] if each.get("svid")}
-        return bool(status["ready"]) and names <= there
 
     def remove_workload(self, name: str) -> None:
         """Out of the mesh first, then its processes, its cgroup and its namespace. Safe to repeat."""
@@ -314,20 +283,12 @@ class Lab:
             self._write_workloads(workload.node, left)
             if current.mesh:
                 try:
-                    services.wait_until(
-                        lambda: self._gone(workload), f"{name} still enrolled", self.paths, f"{workload.node}-agent", 5.0
-                    )
+                    gone = partial(self.nodes[workload.node].gone, (workload.namespace, name))
+                    services.wait_until(gone, f"{name} still enrolled", self.paths, f"{workload.node}-agent", 5.0)
                 except LabError as error:  # a dead agent must not keep a workload alive
                     self.progress(str(error))
-            self._unplug(workload)
+            workload.unplug()
             state.save(msgspec.structs.replace(current, workloads=rest))
-
-    def _gone(self, workload: Workload) -> bool:
-        try:
-            status = self.agent_api(workload.node, "GET", "/v1/status")
-        except LabError:
-            return True
-        return (workload.namespace, workload.name) not in {(each["namespace"], each["name"]) for each in status["workloads"]}
 
     # ---- the mesh
 

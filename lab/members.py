@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab import api, cgroups, process
+from lab import api, cgroups, netns, process
 from lab.capture import Capture
 from lab.process import Place, Process
-from lab.state import WorkloadState
-from lab.topology import NETNS_ROOT, NodePlan, PodPlan
+from lab.state import LabError, WorkloadState
+from lab.topology import NETNS_ROOT, SYSCTLS_COMMON, NodePlan, PodPlan, resolv_conf
 
 if TYPE_CHECKING:
     from lab.lab import Lab
+
+
+Name = tuple[str, str]  # namespace, name
 
 
 class Runner:
@@ -72,6 +76,26 @@ class Workload(Runner):
         """The IPv4 one."""
         return self.addresses[0]
 
+    def plug(self) -> None:
+        """Make its cgroup, its files and its namespace, on the node's network."""
+        self.cgroup.mkdir(parents=True, exist_ok=True)
+        self.files.mkdir(parents=True, exist_ok=True)
+        (self.files / "resolv.conf").write_text(resolv_conf(self.namespace))
+        netns.add(self.pod.netns, SYSCTLS_COMMON)
+        netns.batch(self.pod.node.netns, self.pod.on_node())
+        netns.batch(self.pod.netns, self.pod.inside())
+
+    def unplug(self) -> None:
+        """Whatever there is of it."""
+        cgroups.remove(self.cgroup)
+        if self.netns.exists():
+            try:
+                netns.batch(self.pod.node.netns, [f"link delete {self.pod.veth}"])
+            except LabError:  # never plugged in
+                pass
+            netns.delete(self.pod.netns)
+        shutil.rmtree(self.files, ignore_errors=True)
+
     def remove(self) -> None:
         """Take it out of the mesh, then away."""
         self.lab.remove_workload(self.name)
@@ -111,6 +135,25 @@ class Node(Runner):
     def status(self) -> Any:
         return self.agent_api("GET", "/v1/status")
 
+    def enrolled(self, names: Collection[Name]) -> bool:
+        """Whether the agent answers, is ready as a whole, and these workloads have their certificates."""
+        try:
+            status = self.status()
+        except LabError:
+            return False
+        return bool(status["ready"]) and {*names} <= {_name(each) for each in status["workloads"] if each.get("svid")}
+
+    def gone(self, name: Name) -> bool:
+        """Whether the agent does not answer or knows no such workload."""
+        try:
+            return name not in {_name(each) for each in self.status()["workloads"]}
+        except LabError:
+            return True
+
     def capture(self) -> Capture:
         """Frames on the node's link to the other nodes."""
         return Capture(self.netns)
+
+
+def _name(told: Mapping[str, Any]) -> Name:
+    return told["namespace"], told["name"]

@@ -23,6 +23,7 @@ TRUST_DOMAIN = "mesh.local"
 PROXY_USER = "pillion-proxy"
 PROXY_UID = 64077  # where the package made no user
 READY_TIMEOUT_S = 60.0 * SLOW
+START_TIMEOUT_S = 10.0 * SLOW  # of a process, until it has a number
 LOG_TAIL_LINES = 12
 
 
@@ -34,6 +35,7 @@ class Service:
     place: Place
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    leave_rest: bool = False  # what it leaves behind at its end goes on
 
 
 def proxy_user() -> str:
@@ -61,7 +63,8 @@ def proxy(node: NodePlan, paths: Paths, root: Path, workers: int) -> Service:
         *(sys.executable, "-m", "l7proxy", "--run-dir", str(paths.agent_run(node.name) / "proxy")),
         *("--workers", str(workers), "--user", proxy_user()),
     ]
-    return Service(f"{node.name}-proxy", Place(root / node.name / "proxy", NETNS_ROOT / node.netns), tuple(command))
+    place = Place(root / node.name / "proxy", NETNS_ROOT / node.netns)
+    return Service(f"{node.name}-proxy", place, tuple(command), leave_rest=True)
 
 
 def agent(node: NodePlan, paths: Paths, root: Path) -> Service:
@@ -85,6 +88,7 @@ def start(service: Service, paths: Paths, root: Path, code: Path | None = None) 
     supervisor = [
         *(sys.executable, "-I", "-S", str(Path(__file__).with_name("supervise.py")), "--name", service.name),
         *("--pids", str(paths.pids), "--log", str(log), "--cgroup", str(service.place.cgroup)),
+        *(("--leave-rest",) if service.leave_rest else ()),
         *("--", *service.place.argv(service.command)),
     ]
     place = Place(root / "supervise")
@@ -99,7 +103,9 @@ def start(service: Service, paths: Paths, root: Path, code: Path | None = None) 
             start_new_session=True,
         )
     process.wait_joined(popen, place, log)
-    wait_until(lambda: pid_of(service.name, paths) is not None, f"{service.name} is not started", paths, service.name, 10.0)
+    wait_until(
+        lambda: pid_of(service.name, paths) is not None, f"{service.name} is not started", paths, service.name, START_TIMEOUT_S
+    )
 
 
 def supervised(name: str, paths: Paths) -> bool:

@@ -89,10 +89,10 @@ def locked(name: str, say: Callable[[str], None] = lambda _text: None) -> Iterat
     """One command at a time for each lab; `say` hears of a wait. The holder may unlink the lock file (see `forget`)."""
     path = lock_path(name)
     while True:
-        RUN_ROOT.mkdir(parents=True, exist_ok=True)
         try:
+            RUN_ROOT.mkdir(parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # another lab's `forget` took the folder away
+        except FileNotFoundError:  # another lab's `forget` took the folder away, or the one above
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,8 +120,13 @@ def lock_path(name: str) -> Path:
 def forget(name: str) -> None:
     """Last step of `down`, with the lock held: no lock file, no empty folders."""
     lock_path(name).unlink(missing_ok=True)
-    for folder in (RUN_ROOT, RUN_ROOT.parent):
+    remove_empty(RUN_ROOT)
+
+
+def remove_empty(folder: Path) -> None:
+    """A folder for runs and the one above, unless somebody else is in them."""
+    for each in (folder, folder.parent):
         try:
-            folder.rmdir()
+            each.rmdir()
         except OSError:
             return

@@ -3,7 +3,8 @@
 One supervisor for each process of the mesh, so that each dies and comes back alone. Standard library only and
 imported by nobody, to start fast and stay small. Files: `<name>.pid` (the program), `<name>.supervisor` (this
 process; locked while it lives), `<name>.starts` (how often it was started). Like a service manager it empties
-the program's cgroup before each start: half-dead workers of the last one hold nothing the next one needs.
+the program's cgroup before each start: half-dead workers of the last one hold nothing the next one needs. With
+`--leave-rest`, systemd's KillMode=process, what a program leaves behind goes on until the supervisor is told to stop.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def next_backoff(previous_s: float, ran_s: float) -> float:
 
 
 class Supervisor:
-    def __init__(self, name: str, pids: Path, log: Path, cgroup: Path | None, command: list[str]) -> None:
+    def __init__(
+        self, name: str, pids: Path, log: Path, cgroup: Path | None, command: list[str], leave_rest: bool = False
+    ) -> None:
         self.name, self.pids, self.log, self.cgroup, self.command = name, pids, log, cgroup, command
+        self.leave_rest = leave_rest
         self.starts = 0
         self.stopping = False
 
@@ -66,7 +70,8 @@ class Supervisor:
             time.sleep(0.002)
 
     def start(self) -> int:
-        self.empty_cgroup()
+        if not self.leave_rest:
+            self.empty_cgroup()
         out = (os.POSIX_SPAWN_OPEN, 1, str(self.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
         pid = os.posix_spawnp(
@@ -131,13 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pids", type=Path, required=True, help="folder for pid files")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--cgroup", type=Path, help="the program's cgroup, emptied before each start")
+    parser.add_argument("--leave-rest", action="store_true", help="do not empty it")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no command after --")
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    return Supervisor(options.name, options.pids, options.log, options.cgroup, command).run()
+    return Supervisor(options.name, options.pids, options.log, options.cgroup, command, options.leave_rest).run()
 
 
 if __name__ == "__main__":

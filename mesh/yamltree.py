@@ -58,10 +58,8 @@ def parse(text: str) -> list[Document]:
     """Every document that is not empty. Raises YamlError."""
     if len(text.encode("utf-8", "surrogatepass")) > TEXT_BYTES_MAX:
         raise YamlError(1, f"the text is larger than {TEXT_BYTES_MAX} bytes", "apply it in parts")
-    if text.lstrip()[:1] in ("{", "["):
-        text = _json_without_tabs(text)
     try:
-        return list(_documents(_Events(yaml.parse(text, Loader=_Loader))))
+        return list(_documents(_Events(yaml.parse(without_tabs(text), Loader=_Loader))))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem) if part)
@@ -70,9 +68,9 @@ def parse(text: str) -> list[Document]:
         raise YamlError(1, f"not YAML: {str(error).splitlines()[0]}", "use UTF-8 text without control characters") from error
 
 
-def _json_without_tabs(text: str) -> str:
-    """JSON may be indented by tabs, YAML not; within JSON strings there are none."""
-    if "\t" not in text:
+def without_tabs(text: str) -> str:
+    """JSON may be indented by tabs, YAML not; within JSON strings there are none. What is not JSON stays as it is."""
+    if "\t" not in text or text.lstrip()[:1] not in ("{", "["):
         return text
     try:
         json.loads(text)

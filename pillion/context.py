@@ -11,6 +11,7 @@ import typer
 
 from pillion import endpoints
 from pillion.client import Client
+from pillion.errors import USAGE, CliError
 from pillion.output import Format
 
 FormatOption = Annotated[Format, typer.Option("-o", "--output", help="table for people, json or yaml for machines")]
@@ -37,6 +38,17 @@ class Chosen:
 
     def agent_clients(self) -> dict[str, Client]:
         return {node: Client(url) for node, url in self.endpoints().need_agents().items()}
+
+
+def labels_of(account: str, given: list[str] | None) -> dict[str, str]:
+    """Of a workload: app=<account>, and what is given as key=value. Raises CliError."""
+    labels = {"app": account}
+    for each in given or []:
+        key, equals, value = each.partition("=")
+        if not equals or not key:
+            raise CliError(f"label {each!r} is not key=value", "write for example --label version=v1", USAGE)
+        labels[key] = value
+    return labels
 
 
 chosen = Chosen()

@@ -19,7 +19,7 @@ import yaml
 
 from pillion.awaiting import await_workload
 from pillion.client import Client
-from pillion.context import FormatOption, chosen
+from pillion.context import FormatOption, chosen, labels_of
 from pillion.errors import USAGE, CliError
 from pillion.output import Format, machine
 from pillion.run import cgroup2_mount
@@ -280,12 +280,7 @@ def enrol(
     need_root()
     unit = full_name(unit)
     namespace, account = account_of(as_)
-    labels = {"app": account}
-    for each in label_ or []:
-        key, equals, value = each.partition("=")
-        if not equals or not key:
-            raise CliError(f"label {each!r} is not key=value", "write for example --label version=v1", USAGE)
-        labels[key] = value
+    labels = labels_of(account, label_)
     known = facts(unit)
     if reason := impossible(unit, known):
         raise CliError(*reason)

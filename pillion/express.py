@@ -21,7 +21,6 @@ app = typer.Typer(help="HTTP in the kernel, between workloads of one node.", no_
 
 INTERVAL_S = 1.0
 WAIT_S = 30.0
-CLEAR = "\x1b[H\x1b[2J"
 NODES = ("NODE", "EXPRESS", "PAIRS", "REQUESTS", "PUNTED", "WHY")
 PROGRAMS = ("NODE", "SERVICE", "PORT", "SOURCE", "STATES", "CARRIED BY")
 TOP = ("NODE", "SOURCE", "SERVICE", "RULE", "KERNEL", "KERNEL/S", "PROXY", "P50", "P99")
@@ -117,15 +116,9 @@ def top(
         time.sleep(interval)
         reports, now = _reports(node), time.monotonic()
         rows = usage(before, reports, now - then)
-        if follow and form is Format.TABLE and sys.stdout.isatty():
-            print(CLEAR, end="")
-        if form is Format.TABLE:
-            output.table(TOP, map(_cells, rows))
-        else:
-            output.machine(rows, form)
+        output.look(TOP, rows, _cells, form, follow)
         if not follow:
             return
-        sys.stdout.flush()
         before, then = reports, now
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_COLUMNS = 240
+CLEAR = "\x1b[H\x1b[2J"
 
 
 class Format(StrEnum):
@@ -39,6 +40,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     console().print(shown)
+
+
+def look(columns: Sequence[str], rows: Sequence[Any], cells: Callable[[Any], Sequence[Any]], form: Format, follow: bool) -> None:
+    """What there is now; where it is followed on a terminal it replaces what there was."""
+    if form is not Format.TABLE:
+        machine(rows, form)
+    else:
+        if follow and sys.stdout.isatty():
+            print(CLEAR, end="")
+        table(columns, map(cells, rows))
+    sys.stdout.flush()
 
 
 def machine(value: Any, form: Format) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 import typer
 
 from pillion.client import Client
-from pillion.context import NodeOption, chosen
+from pillion.context import NodeOption, chosen, labels_of
 from pillion.errors import USAGE, CliError
 
 ENROL_TIMEOUT_S = 20.0
@@ -78,12 +78,7 @@ def run(
     """Run a program as a workload of this node's mesh; it leaves the mesh when it ends."""
     if os.geteuid() != 0:
         raise CliError("only root may put programs into the mesh", "run it with sudo")
-    labels = {"app": service}
-    for each in label or []:
-        key, equals, value = each.partition("=")
-        if not equals or not key:
-            raise CliError(f"label {each!r} is not key=value", "write for example --label version=v1", USAGE)
-        labels[key] = value
+    labels = labels_of(service, label)
     url = chosen.endpoints().agent_of(node)
     if not url.startswith("unix://"):
         raise CliError("the agent must be of this machine", "use its unix socket: --agent unix:///run/pillion/agent.sock", USAGE)

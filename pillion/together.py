@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from mesh.resources import ResourceErrors, load
+from mesh.yamltree import without_tabs
 
 BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what YAML ends a line with
 SEPARATOR = "\n---\n"
@@ -24,7 +24,7 @@ class Together:
         self._starts: list[int] = []  # line in `text` before each file's first
         parts, lines = [], 0
         for text in texts.values():
-            parts.append(_plain(text) if len(texts) > 1 else text)
+            parts.append(without_tabs(text) if len(texts) > 1 else text)
             self._starts.append(lines)
             lines += len(BREAK.findall(text + SEPARATOR))
         self.text = SEPARATOR.join(parts)
@@ -52,14 +52,3 @@ class Together:
             return dict(error)
         index = bisect.bisect_left(self._starts, line) - 1
         return {**error, "file": self._names[index], "line": line - self._starts[index]}
-
-
-def _plain(text: str) -> str:
-    """JSON without tabs, which YAML does not take between values, and which no string of JSON may hold."""
-    if "\t" not in text or text.lstrip()[:1] not in ("{", "["):
-        return text
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return text.replace("\t", " ")

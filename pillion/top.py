@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ from pillion.context import NodeOption, chosen
 from pillion.output import Format
 
 INTERVAL_S = 1.0
-CLEAR = "\x1b[H\x1b[2J"
 COLUMNS = ("NODE", "IDENTITY", "CONNS", "STREAMS", "REQ/S", "HANDSHAKES/S", "BYTES HELD", "SOCKETS", "TIME", "REFUSED")
 
 Sample = dict[str, dict[str, Any]]  # node -> what /v1/top said
@@ -91,13 +89,7 @@ def top(
         time.sleep(interval)
         now = sample(urls)
         rows = usage(before, now)
-        if follow and form is Format.TABLE and sys.stdout.isatty():
-            print(CLEAR, end="")
-        if form is Format.TABLE:
-            output.table(COLUMNS, map(_cells, rows))
-        else:
-            output.machine(rows, form)
+        output.look(COLUMNS, rows, _cells, form, follow)
         if not follow:
             return
-        sys.stdout.flush()
         before = now

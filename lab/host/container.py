@@ -8,10 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from lab import cgroups
+from lab.machine import Machine, Sink
 from lab.pace import SLOW
-from lab.state import LabError
+from lab.state import LabError, remove_empty
 
 RUN = Path("/run/pillion/host")
 BOOT_TIMEOUT_S = 60.0 * SLOW
@@ -71,8 +73,8 @@ exec env -i container=other PATH="$3" /lib/systemd/systemd --unit=multi-user.tar
 """
 
 
-class Container:
-    """`with Container("n1") as host: host.run(["systemctl", "status"])`. Its calls are those of lab.vm.VmHandle."""
+class Container(Machine):
+    """`with Container("n1") as host: host.run(["systemctl", "status"])`"""
 
     def __init__(
         self, name: str, say: Callable[[str], None] = lambda _text: None, binds: Mapping[str, Path] | None = None
@@ -152,11 +154,7 @@ class Container:
         self._boot, self._pid = None, 0
         shutil.rmtree(self.folder, ignore_errors=True)
         (RUN / f"{self.name}.log").unlink(missing_ok=True)
-        for folder in (RUN, RUN.parent):
-            try:
-                folder.rmdir()
-            except OSError:
-                break
+        remove_empty(RUN)
 
     # ---- what it does
 
@@ -167,41 +165,27 @@ class Container:
         within = ["sh", "-c", 'cd "$1" || exit 125; shift; exec "$@"', "sh", cwd]
         return ["sh", "-c", script, "sh", str(self.cgroup / "shell"), *enter, *within, *argv]
 
-    def run(
+    def stream(
         self,
         argv: Sequence[str],
         *,
-        input: str | bytes | None = None,
+        input: bytes | BinaryIO | None = None,
         timeout: float = 60.0,
         env: Mapping[str, str] | None = None,
         cwd: str = "/",
-        check: bool = False,
-    ) -> subprocess.CompletedProcess[str]:
-        """Like subprocess.run: output as text. Raises TimeoutExpired, LabError with `check`."""
-        data = input.encode() if isinstance(input, str) else input
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+    ) -> int:
+        """The sinks get all at the end."""
         done = subprocess.run(
             self.argv(argv, cwd),
-            input=data if data is not None else b"",
+            input=(input or b"") if isinstance(input, bytes | None) else input.read(),
             capture_output=True,
             timeout=timeout,
             env={"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", **(env or {})},
             check=False,
         )
-        out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-        if check and done.returncode:
-            raise LabError(f"{' '.join(argv)[:200]} in {self.name}: exit code {done.returncode}", (err or out)[-1000:])
-        return subprocess.CompletedProcess(list(argv), done.returncode, out, err)
-
-    def put(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Write a file."""
-        script = 'mkdir -p "$(dirname "$1")" && umask 077 && cat >"$1" && chmod "$2" "$1"'
-        self.run(["sh", "-c", script, "sh", path, f"{mode:o}"], input=data, check=True)
-
-    def copy_in(self, source: Path, target: str, *, exclude: Sequence[str] = (), timeout: float = 300.0) -> None:
-        """A file into the folder `target`, or a folder's content."""
-        what = ["-C", str(source), "."] if source.is_dir() else ["-C", str(source.parent), source.name]
-        packed = subprocess.run(
-            ["tar", "-c", *(f"--exclude={each}" for each in exclude), *what], stdout=subprocess.PIPE, check=True
-        )
-        unpack = ["sh", "-c", 'mkdir -p "$1" && exec tar -x --no-same-owner -C "$1"', "sh", target]
-        self.run(unpack, input=packed.stdout, timeout=timeout, check=True)
+        for sink, data in ((stdout, done.stdout), (stderr, done.stderr)):
+            if sink is not None:
+                sink.write(data)
+        return done.returncode

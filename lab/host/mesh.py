@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab.host.container import ADDRESSES, Container
+from lab.lab import grants
 from lab.pace import SLOW
 from lab.state import LabError
 
@@ -40,11 +41,6 @@ umask 077
 pillion node token "$4" >/etc/pillion/join-token
 systemctl start --no-block pillion-proxy pillion-agent
 """
-GRANTS = """apiVersion: mesh.pillion.dev/v1alpha1
-kind: NodeGrant
-metadata: {name: n1}
-spec: {node: n1, serviceAccounts: ["shop/*"]}
-"""
 
 
 class HostMesh:
@@ -59,14 +55,10 @@ class HostMesh:
         wrapper = '#!/bin/sh\nexec env PYTHONPATH={} PYTHONDONTWRITEBYTECODE=1 {}/bin/python -m {} "$@"\n'
         for name, module in MODULES.items():
             self.container.put(f"{CURRENT}/bin/{name}", wrapper.format(SOURCE, VENV, module).encode(), 0o755)
-        self.container.put("/srv/grants.yaml", GRANTS.encode())
+        self.container.put("/srv/grants.yaml", grants([(NODE, "shop")]).encode())
         arguments = [f"{CURRENT}/bin/pillion", *ADDRESSES, NODE]
         self.run(["sh", "-c", PREPARE, "sh", *arguments], check=True, timeout=READY_S)
-        self.until(lambda: self.active("pillion-agent", "pillion-proxy"), "the node is ready")
-
-    def active(self, *units: str) -> bool:
-        """All of them: systemctl's own exit code is 0 for any."""
-        return set(self.run(["systemctl", "is-active", *units]).stdout.split()) == {"active"}
+        self.until(lambda: self.container.active("pillion-agent", "pillion-proxy"), "the node is ready")
 
     def until(self, done: Callable[[], object], what: str) -> None:
         end = time.monotonic() + READY_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -128,7 +128,9 @@ class Seen:
 
     @property
     def errors(self) -> list[str]:
-        return [text for text in (self.error, *(run.error for run in self.runs.values())) if text]
+        return [
+            text for text in (self.error, *(run.error and f"{suite}: {run.error}" for suite, run in self.runs.items())) if text
+        ]
 
     def of(self, capability: Capability) -> list[Outcome]:
         return [each for each in self.outcomes if each.path.startswith(capability.tests)]
@@ -197,8 +199,8 @@ def amount(run: Run | None) -> str:
     return f"{len(run.outcomes)} tests, {run.seconds:.0f} s, {run.day}"
 
 
-def table(kernels: Sequence[Seen], extra: Sequence[str] = ()) -> str:
-    """docs/kernels.md; `extra`: lines of further sections."""
+def table(kernels: Sequence[Seen], extra: Sequence[str] = (), suites: Mapping[str, str] | None = None) -> str:
+    """docs/kernels.md; `extra`: lines of further sections; `suites`: those to tell of, run or not, and what each is."""
     lines = [
         "# Kernels",
         "",
@@ -214,16 +216,19 @@ def table(kernels: Sequence[Seen], extra: Sequence[str] = ()) -> str:
     for capability in CAPABILITIES:
         cells = " | ".join(cell(seen, capability) for seen in kernels)
         lines.append(f"| {capability.name} | {capability.what} | {cells} | {capability.without} |")
-    lines += ["", "| suite | " + " | ".join(seen.release for seen in kernels) + " |", "|---|" + "---|" * len(kernels)]
-    for suite in dict.fromkeys(suite for seen in kernels for suite in seen.runs):
-        lines.append(f"| {suite} | " + " | ".join(amount(seen.runs.get(suite)) for seen in kernels) + " |")
+    known = dict(suites or {})
+    about = known | {suite: "" for seen in kernels for suite in seen.runs if suite not in known}
+    lines += ["", "| suite | what it runs | " + " | ".join(seen.release for seen in kernels) + " |"]
+    lines.append("|---|---|" + "---|" * len(kernels))
+    for suite, what in about.items():
+        lines.append(f"| {suite} | {what} | " + " | ".join(amount(seen.runs.get(suite)) for seen in kernels) + " |")
     for seen in kernels:
         failed = [each for each in seen.outcomes if each.message]
         if not failed and not seen.errors:
             continue
-        lines += ["", f"## Off on {seen.release}", ""]
+        lines += ["", f"## Off, or not seen to its end, on {seen.release}", ""]
         for error in seen.errors:
-            lines += [f"The run did not come to its end: {error}", ""]
+            lines.append(f"- not seen to its end: {error}")
         lines += [f"- `{each.id}`: {each.message.replace('|', '¦')}" for each in failed[:LISTED_MAX]]
         lines += [f"- and {len(failed) - LISTED_MAX} more"] if len(failed) > LISTED_MAX else []
     return "\n".join([*lines, *extra]) + "\n"

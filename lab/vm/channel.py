@@ -18,17 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
+from lab.machine import Sink
 from lab.state import LabError
 from lab.vm import guest
 
 PORTS = 4
 HELLO_AGAIN_S = 5.0
-
-
-class Sink(Protocol):
-    def write(self, data: bytes, /) -> object: ...
 
 
 class ChannelLost(LabError):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from lab.vm.handle import VmHandle
+from lab.machine import Machine
 from lab.vm.kernels import locked, tool
 from lab.vm.stage import LEFT_OUT, PROJECT
 
@@ -68,7 +68,7 @@ def wheelhouse(say: Callable[[str], None]) -> Path:
         return place
 
 
-def prepare(vm: VmHandle, say: Callable[[str], None]) -> None:
+def prepare(vm: Machine, say: Callable[[str], None]) -> None:
     """An unpacked release in RELEASE, its wheel and all others in WHEELS."""
     wheels = wheelhouse(say)
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +79,7 @@ def prepare(vm: VmHandle, say: Callable[[str], None]) -> None:
         vm.copy_in(house, WHEELS)
 
 
-def upgrade(vm: VmHandle) -> str:
+def upgrade(vm: Machine) -> str:
     """Another build of the same sources over the one that is there. What install.sh said."""
     with tempfile.TemporaryDirectory() as scratch:
         release, house = _release(Path(scratch)), Path(scratch) / "wheels"
@@ -100,7 +100,7 @@ def _wheel(release: Path, house: Path) -> Path:
     return Path(tool("env", *env, str(release / "deploy" / "wheel.sh"), str(house)).strip().splitlines()[-1])
 
 
-def install(vm: VmHandle, role: str, *arguments: str) -> str:
+def install(vm: Machine, role: str, *arguments: str) -> str:
     """What install.sh said. Raises LabError."""
     argv = [f"{RELEASE}/deploy/install.sh", role, *arguments]
     if "--remove" not in arguments:
@@ -109,12 +109,12 @@ def install(vm: VmHandle, role: str, *arguments: str) -> str:
     return vm.run(argv, cwd=RELEASE, env=env, timeout=INSTALL_TIMEOUT_S, check=True).stdout
 
 
-def install_controller(vm: VmHandle) -> str:
+def install_controller(vm: Machine) -> str:
     listen = [f"{vm.addresses[0]}:{PORT}", f"[{vm.addresses[1]}]:{PORT}"]
     return install(vm, "controller", *(word for each in listen for word in ("--listen", each)))
 
 
-def install_node(vm: VmHandle, controller: VmHandle) -> str:
+def install_node(vm: Machine, controller: Machine) -> str:
     """Joined with a token of the controller's; the node has the VM's name."""
     token = controller.run(["pillion", "node", "token", vm.name], check=True).stdout.strip().splitlines()[-1]
     vm.put(TOKEN, token.encode(), 0o600)
@@ -122,9 +122,9 @@ def install_node(vm: VmHandle, controller: VmHandle) -> str:
     return install(vm, "node", "--name", vm.name, *addresses, "--token", TOKEN)
 
 
-def status(vm: VmHandle) -> str:
+def status(vm: Machine) -> str:
     return vm.run(["pillion", "status"], timeout=120).stdout
 
 
-def logs(vm: VmHandle, unit: str, lines: int = 40) -> str:
+def logs(vm: Machine, unit: str, lines: int = 40) -> str:
     return vm.run(["journalctl", "-u", unit, "-n", str(lines), "--no-pager", "-o", "cat"], timeout=120).stdout

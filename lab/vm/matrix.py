@@ -40,15 +40,30 @@ SUITES = {
     "kernel-attacks": tuple(f"{ATTACKS}test_{row}_" for row in ("04", "05", "06", "13", "14", "16")),
     HOSTS: ("tests/kernels/",),  # of two machines, not of a kernel
 }
-# The first two on one family of addresses: what a kernel can do, before it is known how well
+# On one family of addresses: what a kernel can do, before it is known how well
 SUITES["short"] = SUITES["kernel"][1:]
 SUITES["short-express"] = (SUITES["kernel"][0], EXPRESS, "tests/nodeagent/test_express_path.py")
+SUITES["short-attacks"] = tuple(f"{ATTACKS}test_{each}" for each in ("04_", "05_foreign", "06_", "13_", "16_"))
+SUITES["differential"] = ("tests/nodeagent/test_express_path.py", DIFFERENTIAL)  # what express rests on, and what it comes to
+SUITES["probes"] = ("tests/nodeagent/test_express_path.py",)
 SHORT = ("-k", "not v6 and not mapped and not full_map and not second_set")
 ONLY = {
     "attacks": ("-m", "attack"),  # those on the mesh as it is, not on broken ones
     "kernel-attacks": ("-m", "attack"),
     "short": SHORT,
     "short-express": SHORT,
+    "short-attacks": ("-m", "attack", *SHORT),
+}
+ABOUT = {
+    "kernel": "programs and maps, every family of addresses",
+    "short": "the same, one family",
+    "express": "its programs, its probes, exchanges compared with user space",
+    "short-express": "its programs and probes, one family",
+    "probes": "its programs load, its probes",
+    "differential": "its probes, exchanges compared with user space",
+    "attacks": "all of tests/attacks on the mesh as it is",
+    "kernel-attacks": "rows 4, 5, 6, 13, 14, 16 of them",
+    "short-attacks": "rows 4, 5, 6, 13, 16, one family, those without a host with systemd",
 }
 BY_DEFAULT = ("kernel", "express", "attacks", HOSTS)
 # In emulation, twice what was seen
@@ -60,9 +75,13 @@ SUITE_LIMIT_S = {
     HOSTS: 7200,
     "short": 1200,
     "short-express": 1200,
+    "short-attacks": 1800,
+    "differential": 1200,
+    "probes": 600,
 }
 SLOW_EMULATED = 6
-EXCHANGES_EMULATED = 3000  # of the differential: the bytes are the same, there are fewer
+# Of the differential: enough that most are carried, though not many different ones, which take longer to make than to ask
+EXCHANGES_EMULATED, DRAWN_EMULATED = 10_000, 2000
 RETRIES_MAX = 40  # more failures than that are no accident
 MEMORY_MIB = 3072
 INTERRUPTED = 2  # pytest's exit code
@@ -105,9 +124,9 @@ def observe(seen: Seen, suites: Sequence[str], run: Runner, note: Callable[[], N
             told.outcomes, told.error = first.outcomes, first.error
             failed = [each.id for each in first.outcomes if each.message]
             if first.code == INTERRUPTED:
-                told.error = f"{suite} was interrupted after {len(first.outcomes)} tests"
+                told.error = f"interrupted after {len(first.outcomes)} tests"
             elif not first.error and first.code != 0 and not failed:
-                told.error = f"pytest of {suite} ended with {first.code} though no test failed; its log says why"
+                told.error = f"pytest ended with {first.code} though no test failed; its log says why"
             elif not first.error and 0 < len(failed) <= RETRIES_MAX and suite != HOSTS:  # there, a step rests on those before
                 told.outcomes = merge(first.outcomes, run(failed, SUITE_LIMIT_S[suite] * slow).outcomes)
         except LabError as error:
@@ -142,7 +161,7 @@ def inside(vm: VmHandle, log: Path, more: float) -> Runner:
     def run(arguments: Sequence[str], limit_s: float) -> Report:
         env = {"PYTHONDONTWRITEBYTECODE": "1", "PILLION_SLOW": str(slow)}
         if slow > 1:
-            env["PILLION_DIFFERENTIAL_EXCHANGES"] = str(EXCHANGES_EMULATED)
+            env |= {"PILLION_DIFFERENTIAL_EXCHANGES": str(EXCHANGES_EMULATED), "PILLION_DIFFERENTIAL_DRAWN": str(DRAWN_EMULATED)}
         with log.open("ab", buffering=0) as output:
             start = output.tell()
             argv = pytest_argv(arguments, "/tmp/junit.xml", slow)
@@ -264,7 +283,7 @@ def document(seen: Mapping[str, Seen], pair: Seen) -> str:
     ordered = sorted(
         everyone.values(), key=lambda each: (each.kernel == RUNNING, [int(n) for n in each.kernel.split(".") if n.isdigit()])
     )
-    return table(ordered, machines.section(results.with_earlier(pair).runs.get(HOSTS)))
+    return table(ordered, machines.section(results.with_earlier(pair).runs.get(HOSTS)), ABOUT)
 
 
 if __name__ == "__main__":

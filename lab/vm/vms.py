@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lab import cgroups, process
-from lab.state import LabError, write_atomic
+from lab.state import LabError, remove_empty, write_atomic
 from lab.vm import initrd, kernels, stage
 from lab.vm.channel import Channel
 from lab.vm.disk import disks_of, machine_disk, modules_disk
@@ -156,11 +156,7 @@ class VmLab:
             shutil.rmtree(self.folder, ignore_errors=True)
         for kept in (disks_of(self.name), stage.snapshots_of(self.name)):
             shutil.rmtree(kept, ignore_errors=True)
-        for folder in (RUN_ROOT, RUN_ROOT.parent):
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+        remove_empty(RUN_ROOT)
 
 
 def _appears(path: Path, log: Path, timeout_s: float = 15.0) -> None:

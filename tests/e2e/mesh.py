@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,40 @@ PROGRAMS = Path(__file__).with_name("programs")
 NS = "shop"
 HTTP_PORT, ECHO_PORT = 8080, 7000
 TRUST_DOMAIN = "mesh.local"
+FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
 
-NGINX = """daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log stderr crit;
+
+def nginx(folder: Path, says: str) -> str:
+    """A configuration: that on every path, on HTTP_PORT, and its files in `folder`."""
+    return f"""daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr crit;
 events {{ worker_connections 1024; }}
-http {{ access_log off; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
- uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s; keepalive_requests 1000000;
- server {{ listen [::]:8080 ipv6only=off; location / {{ return 200 "{name} for $remote_addr\\n"; }} }} }}
+http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+ uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; keepalive_requests 10000000; keepalive_timeout 600;
+ server {{ listen [::]:{HTTP_PORT} ipv6only=off; location / {{ return 200 "{says}\\n"; }} }} }}
 """
 
 
-def service(name: str, app: str, port: int, protocol: str) -> str:
+def service(name: str, app: str, port: int, protocol: str, target: int = 0) -> str:
+    """`target`: the workloads' port, if it is another."""
     return f"""---
 apiVersion: v1
 kind: Service
 metadata: {{name: {name}, namespace: {NS}}}
 spec:
   selector: {{app: {app}}}
-  ports: [{{name: main, port: {port}, targetPort: {port}, appProtocol: {protocol}}}]
+  ports: [{{name: main, port: {port}, targetPort: {target or port}, appProtocol: {protocol}}}]
 """
 
 
 def policy(name: str, app: str, *, action: str = "ALLOW", who: str = "client", operation: str = "") -> str:
+    """`app`: whose policy it is; empty: of all in the namespace."""
+    selector = f"\n  selector: {{matchLabels: {{app: {app}}}}}" if app else ""
     to = f"\n    to: [{{operation: {operation}}}]" if operation else ""
     return f"""---
 apiVersion: mesh.pillion.dev/v1alpha1
 kind: AuthorizationPolicy
 metadata: {{name: {name}, namespace: {NS}}}
-spec:
-  selector: {{matchLabels: {{app: {app}}}}}
+spec:{selector}
   action: {action}
   rules:
   - from: [{{source: {{principals: ["{TRUST_DOMAIN}/ns/{NS}/sa/{who}"]}}}}]{to}
@@ -92,7 +99,7 @@ class Mesh:
             directory = self.scratch / name
             directory.mkdir(exist_ok=True)
             config = directory / "nginx.conf"
-            config.write_text(NGINX.format(dir=directory, name=name))
+            config.write_text(nginx(directory, f"{name} for $remote_addr"))
             workload.start(["nginx", "-c", str(config), "-e", "stderr"], name="server")
             self.listening(name, HTTP_PORT)
         else:
@@ -180,6 +187,24 @@ def total(text: str, name: str, labels: Mapping[str, str]) -> float:
         for sample in family.samples
         if sample.name == name and all(sample.labels.get(k) == v for k, v in labels.items())
     )
+
+
+def memory(pid: int, field: str) -> int:
+    """Bytes; VmRSS (now) or VmHWM (the peak)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+@contextmanager
+def populated(lab: Lab, scratch: Path) -> Iterator[Mesh]:
+    """A populated mesh; of another of the lab's name nothing is left before, and of this one afterwards."""
+    lab.down()
+    try:
+        mesh = Mesh(lab, scratch)
+        mesh.populate()
+        yield mesh
+    finally:
+        lab.down()
 
 
 class Refused(AssertionError):

@@ -6,41 +6,46 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from lab.vm import VmHandle
+from tests.deploy import shop
+from tests.deploy.shop import answered
 
-PROGRAMS = Path(__file__).with_name("programs")
-COUNTS = "/srv/counts.json"
-ADDRESSES = ("http://web.shop.mesh", "tcp://echo.shop.mesh:7000")
+PATIENCE_S = 60.0  # far more than a restart of anything takes, in emulation too
+KINDS = {
+    f"{url.partition(':')[0]} {kind}": {
+        "url": url,
+        "keep": kind != "fresh",
+        "connections": 1,
+        "pause_s": pause_s,
+        "patience_s": PATIENCE_S,
+    }
+    for url, kind, pause_s in (
+        (shop.WEB, "keep", 0.1),
+        (shop.WEB, "paired", 0.02),  # close upon each other, as a connection must have that the kernel is to carry
+        (shop.WEB, "fresh", 0.3),
+        (shop.ECHO, "keep", 0.1),
+        (shop.ECHO, "fresh", 0.3),
+    )
+}
 WHERE = {"n1": "across", "n2": "within"}  # the servers are on n2
 MORE = 4  # requests of each kind that must have been answered since, before an event counts as over
-Counts = dict[str, dict[str, Any]]
 
 
 def start(vm: VmHandle) -> None:
     """`client` of the mesh, asking from now on."""
-    for name in ("load.py", "echo.py"):
-        vm.put(f"/srv/{name}", (PROGRAMS / name).read_bytes())
-    vm.run(["rm", "-f", COUNTS], check=True)
-    program = ["/usr/bin/python3", "/srv/load.py", COUNTS, *ADDRESSES]
-    unit = ["systemd-run", "-q", "--unit=load", "--collect", "--setenv=HOME=/root"]
-    vm.run([*unit, "/usr/local/bin/pillion", "run", "-n", "shop", "--service", "client", "--", *program], check=True, timeout=120)
+    shop.ask(vm, KINDS)
 
 
-def counts(vm: VmHandle) -> Counts:
-    """By kind, `within fresh http` for example; empty before there are any."""
-    done = vm.run(["cat", COUNTS], timeout=120)
-    if done.returncode != 0:
-        return {}
-    return {f"{WHERE[vm.name]}, {kind}": each for kind, each in json.loads(done.stdout).items()}
+def counts(vm: VmHandle) -> shop.Counts:
+    """By kind, `within, http fresh` for example; empty before there are any."""
+    return {f"{WHERE[vm.name]}, {kind}": each for kind, each in shop.counts(vm).items()}
 
 
 def goes(vm: VmHandle, least: int = MORE) -> bool:
     """Whether each kind was answered so often."""
     found = counts(vm)
-    return bool(found) and all(each["asked"] - each["failed"] > least for each in found.values())
+    return bool(found) and all(answered(each) > least for each in found.values())
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def during(machines: tuple[VmHandle, ...], event: Callable[[], object], patience
     over = {vm.name: counts(vm) for vm in machines}
     while True:
         after = {vm.name: counts(vm) for vm in machines}
-        if all(_answered(after[name][kind]) - _answered(each) >= MORE for name in over for kind, each in over[name].items()):
+        if all(answered(after[name][kind]) - answered(each) >= MORE for name in over for kind, each in over[name].items()):
             break
         assert time.monotonic() - began < took + patience_s, f"not all is answered again: {after}"
         time.sleep(1)
@@ -78,7 +83,3 @@ def during(machines: tuple[VmHandle, ...], event: Callable[[], object], patience
     }
     why = [f"{kind}: {text}" for found in after.values() for kind, each in found.items() for text in each["why"]]
     return Losses(took, kinds, why)
-
-
-def _answered(each: dict[str, Any]) -> int:
-    return int(each["asked"]) - int(each["failed"])

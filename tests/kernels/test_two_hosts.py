@@ -4,16 +4,15 @@ steps, in this order. What they record goes into docs/kernels.md."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from lab.vm import Kind, VmHandle, VmLab, hosts
 from tests.conftest import SESSION
+from tests.deploy import shop
 from tests.kernels import load
 
 KERNELS = os.environ.get("PILLION_HOSTS", "6.1,6.12").split(",")
@@ -23,25 +22,6 @@ SECRET = "the-answer-of-web"
 Record = Callable[[str, object], None]
 Machines = tuple[VmHandle, VmHandle]
 
-WEB = """[Service]
-DynamicUser=yes
-RuntimeDirectory=web
-ExecStart=/usr/sbin/nginx -c /srv/nginx.conf -e stderr
-[Install]
-WantedBy=multi-user.target
-"""
-NGINX = f"""daemon off; worker_processes 1; pid /run/web/pid; error_log stderr crit;
-events {{ worker_connections 1024; }}
-http {{ access_log off; client_body_temp_path /run/web/b; proxy_temp_path /run/web/p; fastcgi_temp_path /run/web/f;
- uwsgi_temp_path /run/web/u; scgi_temp_path /run/web/s; keepalive_requests 1000000; keepalive_timeout 600;
- server {{ listen [::]:8080 ipv6only=off; location / {{ return 200 "{SECRET}\\n"; }} }} }}
-"""
-ECHO = """[Service]
-DynamicUser=yes
-ExecStart=/usr/bin/python3 /srv/echo.py 7000
-[Install]
-WantedBy=multi-user.target
-"""
 # A program outside the mesh that tries from the first second of a boot: a line for each try, with the second since boot
 EAGER = """[Unit]
 DefaultDependencies=no
@@ -60,39 +40,6 @@ ExecStart=/bin/sh -c 'while :; do read now _ </proc/uptime; \\
 StandardOutput=append:/srv/intruder.log
 [Install]
 WantedBy=multi-user.target
-"""
-RESOURCES = """
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: NodeGrant
-metadata: {name: n1}
-spec: {node: n1, serviceAccounts: ["shop/*"]}
----
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: NodeGrant
-metadata: {name: n2}
-spec: {node: n2, serviceAccounts: ["shop/*"]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  selector: {app: web}
-  ports: [{name: main, port: 80, targetPort: 8080, appProtocol: http}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: echo, namespace: shop}
-spec:
-  selector: {app: echo}
-  ports: [{name: main, port: 7000, targetPort: 7000, appProtocol: tcp}]
----
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: clients, namespace: shop}
-spec:
-  action: ALLOW
-  rules:
-  - from: [{source: {principals: ["mesh.local/ns/shop/sa/client"]}}]
 """
 
 
@@ -126,10 +73,6 @@ def ask(vm: VmHandle, account: str) -> str:
     return f"{done.returncode} {done.stdout} {done.stderr}"
 
 
-def active(vm: VmHandle, *units: str) -> bool:
-    return vm.run(["systemctl", "is-active", *units], timeout=120).returncode == 0
-
-
 def shown(vm: VmHandle, unit: str, what: str) -> str:
     return vm.run(["systemctl", "show", "-P", what, unit], check=True, timeout=120).stdout.strip()
 
@@ -137,21 +80,14 @@ def shown(vm: VmHandle, unit: str, what: str) -> str:
 def ready(vm: VmHandle, *units: str) -> float:
     """Until these are, by default those of a node."""
     units = units or ("pillion-agent", "pillion-proxy")
-    return until(lambda: active(vm, *units), lambda: f"{vm.name}: {units}\n{hosts.logs(vm, units[0])}", 600)
-
-
-def enrolled(vm: VmHandle, name: str, unit: str, account: str, *more: str) -> None:
-    vm.put(f"/etc/systemd/system/{name}.service", unit.encode())
-    vm.run(["systemctl", "daemon-reload"], check=True, timeout=120)
-    vm.run(["pillion", "enrol", f"{name}.service", "--as", f"shop/{account}", *more], check=True, timeout=300)
-    vm.run(["systemctl", "enable", "--now", f"{name}.service"], check=True, timeout=300)
+    return until(lambda: vm.active(*units), lambda: f"{vm.name}: {units}\n{hosts.logs(vm, units[0])}", 600)
 
 
 def test_install(machines: Machines, record_property: Record) -> None:
     first, second = machines
     record_property("fact: machines", f"{first.name} on {first.release} (and the controller), {second.name} on {second.release}")
     assert "done: controller" in hosts.install_controller(first)
-    first.put("/srv/mesh.yaml", RESOURCES.encode())
+    first.put("/srv/mesh.yaml", shop.resources(vm.name for vm in machines).encode())
     first.run(["pillion", "apply", "-f", "/srv/mesh.yaml"], check=True, timeout=120)
     for vm in machines:
         assert "done: node" in hosts.install_node(vm, first)
@@ -160,11 +96,7 @@ def test_install(machines: Machines, record_property: Record) -> None:
 
 
 def test_enrol(machines: Machines) -> None:
-    _, second = machines
-    second.put("/srv/nginx.conf", NGINX.encode())
-    second.put("/srv/echo.py", (load.PROGRAMS / "echo.py").read_bytes())
-    enrolled(second, "web", WEB, "web", "--port", "8080")
-    enrolled(second, "echo", ECHO, "echo", "--port", "7000")
+    shop.serve(machines[1], SECRET)
 
 
 def test_a_second_install_changes_nothing(machines: Machines) -> None:
@@ -192,14 +124,9 @@ def test_the_load_runs_and_the_kernel_carries_its_part(machines: Machines, recor
         load.start(vm)
     for vm in machines:
         until(lambda vm=vm: load.goes(vm, 40), lambda vm=vm: f"load on {vm.name}: {load.counts(vm)}", 300)  # type: ignore[misc]  # bound now
-    found = express(machines[1])
+    found = shop.express(machines[1])
     record_property("fact: express on n2", f"{found['pairs']} pairs, {found['carried']['requests']} requests carried")
     assert found["on"] and found["pairs"] >= 1 and found["carried"]["requests"] > 0, found
-
-
-def express(vm: VmHandle) -> dict[str, Any]:
-    told = json.loads(vm.run(["pillion", "express", "status", "-o", "json"], check=True, timeout=120).stdout)
-    return dict(next(iter(told.values())))
 
 
 WITHIN = ("within, http keep", "within, http paired", "within, tcp keep")
@@ -232,7 +159,7 @@ def test_under_load(machines: Machines, event: str, record_property: Record) -> 
     def act() -> None:
         old = shown(vm, unit, "InvocationID")
         vm.run(command, check=True, timeout=300)
-        until(lambda: shown(vm, unit, "InvocationID") != old and active(vm, unit), lambda: hosts.logs(vm, unit), 300)
+        until(lambda: shown(vm, unit, "InvocationID") != old and vm.active(unit), lambda: hosts.logs(vm, unit), 300)
 
     judged(event, load.during(machines, act), planned, record_property)
 
@@ -265,12 +192,12 @@ def test_a_reboot_leaves_all_whole_and_opens_nothing(machines: Machines, record_
     control = second.run(["curl", "-s", "-m", "20", f"http://{first.addresses[0]}:9090/"], timeout=60).stdout
     assert "outside-was-reached" in control
     second.run(["systemctl", "enable", "eager"], check=True, timeout=120)
-    enrolled(second, "intruder", INTRUDER.format(outside=first.addresses[0]), "intruder")
+    shop.enrol(second, "intruder", INTRUDER.format(outside=first.addresses[0]))
 
     def act() -> None:
         second.reboot(900)
         ready(second)
-        until(lambda: active(second, "web", "echo", "intruder"), lambda: hosts.logs(second, "web"), 300)
+        until(lambda: second.active("web", "echo", "intruder"), lambda: hosts.logs(second, "web"), 300)
 
     lost = load.during((first,), act, 600)
     record_property("load: reboot", lost.recorded())

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,7 @@ from lab.vm.precompiled import bcc as stand_in
 from lab.vm.qemu import command_line, mount_of
 from lab.vm.stage import PROJECT
 from lab.vm.switch import LENGTH, Switch
+from nodeagent import express_count
 from nodeagent.loader.layouts import name_of, nested
 
 
@@ -201,12 +203,12 @@ def test_what_was_printed_is_read_where_there_is_no_report() -> None:
 def test_the_table_says_on_off_and_why() -> None:
     run = Run(merge(read_junit(JUNIT), [Outcome("tests/bpf/test_connect.py", "test_b")]), 12.4, "1 May 2026")
     seen = Seen("6.1", "6.1.0-stock", {"kernel": run})
-    text = table([seen])
+    text = table([seen], suites={"kernel": "programs", "attacks": "holes"})
     by_name = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("| ")}
     assert "on (2, 1 at the second try)" in by_name["capture"]
     assert "**off** (1 of 1)" in by_name["egress"] and "not run" in by_name["ingress"]
     assert "- `tests/bpf/test_egress.py::test_c`: no root" in text
-    assert "3 tests, 12 s, 1 May 2026" in by_name["kernel"]
+    assert "3 tests, 12 s, 1 May 2026" in by_name["kernel"] and "| attacks | holes | not run |" in text
     left = missing([seen])
     assert "6.1.0-stock: capture" not in left and "6.1.0-stock: egress" in left and "6.1.0-stock: ingress" in left
 
@@ -279,3 +281,11 @@ def test_the_stand_in_is_what_the_loaders_use() -> None:
         used |= set(re.findall(r"\bBPF\.(\w+)|\blib\.(bpf_\w+)", path.read_text()))
     names = {name for pair in used for name in pair if name}
     assert names and all(hasattr(stand_in.BPF, name) or hasattr(stand_in.lib, name) for name in names), names
+
+
+def test_what_bcc_attaches_by_its_name_goes_to_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's function it belongs to is found by BCC: such a module is never a stored one."""
+    made: list[object] = []
+    monkeypatch.setattr(stand_in, "real", lambda: SimpleNamespace(BPF=lambda text, cflags: made.append(cflags) or "BCC's"))
+    monkeypatch.setattr(stand_in, "place_of", lambda key: pytest.fail("it was looked for among the stored"))
+    assert stand_in.BPF("text", [f"-DTELL={express_count.NAMES[0]}"]) == "BCC's" and made

@@ -3,7 +3,8 @@
     asks.py COUNTS '{"kind": {"url": "http://web.shop.mesh/", "keep": true, "connections": 4, "pause_s": 0.01}, …}'
 
 `keep`: again and again on one connection; else each request has its own. Counts: asked, failed (no whole answer, or a wrong one),
-opened, and the last few reasons. A connection the other end closes at rest is opened again, which is no failure."""
+lost (of these, because the connection ended), opened, and the last few reasons. An HTTP connection the other end closes at rest
+is opened again, which is no failure. `patience_s`, 30 if not given: what takes longer has failed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-PATIENCE_S = 30.0
 WRITE_S = 0.1
 AFTER_FAILURE_S = 0.02
 
@@ -25,11 +25,11 @@ class Wrong(Exception):
 
 
 class Kind:
-    def __init__(self, url: str, keep: bool, connections: int, pause_s: float) -> None:
+    def __init__(self, url: str, keep: bool, connections: int, pause_s: float, patience_s: float = 30.0) -> None:
         parts = urlsplit(url)
         self.http, self.host, self.port = parts.scheme == "http", str(parts.hostname), parts.port or 80
-        self.keep, self.connections, self.pause_s = keep, connections, pause_s
-        self.counts = {"asked": 0, "failed": 0, "opened": 0}
+        self.keep, self.connections, self.pause_s, self.patience_s = keep, connections, pause_s, patience_s
+        self.counts = {"asked": 0, "failed": 0, "lost": 0, "opened": 0}
         self.why: collections.deque[str] = collections.deque(maxlen=8)
 
     async def run(self) -> None:
@@ -38,19 +38,23 @@ class Kind:
     async def one(self, number: int) -> None:
         reader, writer, seen = None, None, 0
         while True:
-            if writer is not None and reader.at_eof():  # closed at rest
+            ended = writer is not None and reader.at_eof()
+            if ended and self.http:
                 writer.transport.abort()
-                writer = None
+                writer, ended = None, False
             self.counts["asked"] += 1
             seen += 1
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(self.patience_s):
+                    if ended:
+                        raise EOFError("ended at rest")
                     if writer is None:
                         reader, writer = await asyncio.open_connection(self.host, self.port)
                         self.counts["opened"] += 1
                     last = await (self.request(reader, writer) if self.http else self.echo(reader, writer, f"{number} {seen}\n"))
             except (OSError, EOFError, TimeoutError, Wrong) as error:
                 self.counts["failed"] += 1
+                self.counts["lost"] += writer is not None and isinstance(error, EOFError | ConnectionError)
                 self.why.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__} {error}"[:200])
                 last = True
                 await asyncio.sleep(AFTER_FAILURE_S)

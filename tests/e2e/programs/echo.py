@@ -1,12 +1,13 @@
-"""A TCP echo server: says who it saw first ("<ip> <port>\\n"), then gives every byte back. argv: port."""
+"""A TCP echo server: says who it saw first ("<ip> <port>\\n"), unless `quiet`; gives every byte back. argv: port [quiet]."""
 
 import asyncio
 import sys
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    host, port = writer.get_extra_info("peername")[:2]
-    writer.write(f"{host.removeprefix('::ffff:')} {port}\n".encode())
+    if sys.argv[2:] != ["quiet"]:
+        host, port = writer.get_extra_info("peername")[:2]
+        writer.write(f"{host.removeprefix('::ffff:')} {port}\n".encode())
     try:
         while data := await reader.read(65536):
             writer.write(data)

@@ -6,37 +6,18 @@ made, and whether the proxy hung up."""
 import json
 import socket
 import ssl
-import struct
 import sys
-import tempfile
 from pathlib import Path
 
-import h2.config
-import h2.connection
+from lab import peer
 
 kind, state, who, host, sni, authority, forwarded, number, seconds = sys.argv[1:10]
 count = int(number)
 
 
-def frame(type_: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    return struct.pack("!I", len(body))[1:] + struct.pack("!BBI", type_, flags, stream) + body
-
-
 def tls() -> ssl.SSLSocket:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(Path(state) / "bundle.pem")
-    namespace, account = who.split("/")
-    for path in Path(state).rglob("*"):
-        if path.is_file() and b'"chain"' in (text := path.read_bytes()):
-            stored = json.loads(text)
-            if stored["spiffe"].endswith(f"/ns/{namespace}/sa/{account}"):
-                with tempfile.NamedTemporaryFile("w") as pem:
-                    pem.write(stored["chain"] + stored["key"])
-                    pem.flush()
-                    context.load_cert_chain(pem.name)
-    context.set_alpn_protocols(["h2"])
-    sock = context.wrap_socket(socket.create_connection((host, 15008), 5), server_hostname=sni)
+    context = peer.certified(Path(state), who)
+    sock = context.wrap_socket(socket.create_connection((host, peer.PORT), 5), server_hostname=sni)
     sock.settimeout(5)
     return sock
 
@@ -54,7 +35,7 @@ def gone(sock: socket.socket) -> bool:
 
 
 def handshakes() -> tuple[int, bool]:
-    held = [socket.create_connection((host, 15008), 5) for _ in range(count)]
+    held = [socket.create_connection((host, peer.PORT), 5) for _ in range(count)]
     ended = 0
     for sock in held:
         sock.settimeout(0.5)
@@ -70,18 +51,13 @@ def handshakes() -> tuple[int, bool]:
 
 
 def resets() -> tuple[int, bool]:
-    sock = tls()
-    peer = h2.connection.H2Connection(
-        h2.config.H2Configuration(client_side=True, header_encoding="utf-8", validate_outbound_headers=False)
-    )
-    peer.initiate_connection()
+    sock, own = tls(), peer.http2()
     made = 0
     try:
         for index in range(count):
-            headers = [(":method", "CONNECT"), (":authority", authority), ("forwarded", forwarded)]
-            peer.send_headers(2 * index + 1, headers)
-            peer.reset_stream(2 * index + 1, 8)
-            sock.sendall(peer.data_to_send())
+            own.send_headers(2 * index + 1, peer.tunnel(authority, forwarded))
+            own.reset_stream(2 * index + 1, 8)
+            sock.sendall(own.data_to_send())
             made += 1
     except OSError:
         return made, True
@@ -89,12 +65,12 @@ def resets() -> tuple[int, bool]:
 
 
 def continuations() -> tuple[int, bool]:
-    sock = tls()
-    sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 0, 1, b"\x00\x01a\x01b"))
+    sock, (begin, more) = tls(), peer.endless_head()
+    sock.sendall(begin)
     made = 0
     try:
         for _ in range(count):
-            sock.sendall(frame(9, 0, 1, (b"\x00\x01a\x7f\x81\x07" + b"b" * 262) * 50))
+            sock.sendall(more)
             made += 1
     except OSError:
         return made, True

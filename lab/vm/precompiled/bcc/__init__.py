@@ -1,6 +1,8 @@
-"""Stands in for BCC in a VM in emulation, where compiling takes a minute and is not what is looked at: what was compiled once,
+"""Stands in for BCC in a VM in emulation, where compiling takes minutes and is not what is looked at: what was compiled once,
 from the same text, is loaded into the VM's own kernel, maps and programs, and judged by its verifier. A text that nobody has
 compiled goes to the distribution's BCC, and what that makes is kept. It has what nodeagent's loaders use and nothing else.
+
+What it is worth, of the guest's CPU for one load of the main programs on 6.1 under TCG: 6 s, 228 s without it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ MAP_CREATE, PROG_LOAD, OBJ_PIN, OBJ_GET, INFO_BY_FD, BTF_LOAD = 0, 5, 6, 7, 15, 
 SK_STORAGE = 24  # the one type of map that must have BTF
 LOG_BYTES = 1 << 24
 PINS = re.compile(r'^#define PL_PINS "(.*)"$', re.MULTILINE)
+ATTACHED_BY_NAME = "kretfunc__"  # BCC attaches it to a kernel's function: not kept
 LOAD_IMM64, PSEUDO_MAP_FD = 0x18, 1
 TYPES = {
     "_Bool": ctypes.c_bool, "char": ctypes.c_char, "signed char": ctypes.c_byte, "unsigned char": ctypes.c_ubyte,
@@ -53,6 +56,8 @@ class BPF:
     """BPF(text=…, cflags=…): a module as BCC's."""
 
     def __new__(cls, text: str, cflags: Sequence[str] = ()) -> Any:
+        if any(each.partition("=")[2].startswith(ATTACHED_BY_NAME) for each in cflags):
+            return real().BPF(text=text, cflags=list(cflags))
         pins = found[1] if (found := PINS.search(text)) else ""
         same = PINS.sub("", text) + "\0" + "\0".join(cflags)
         key = hashlib.sha256(same.encode()).hexdigest()
