@@ -77,8 +77,11 @@ static inline u32 choose(struct pl_config *c, struct pl_member *m, u64 netns, u3
     out->kind = PL_ARRIVAL_LOCAL;
     return PL_R_NATIVE_ALLOWED;
   }
-  if (!outbound_allowed(c, dst, port))
-    return PL_R_OUTBOUND_DENIED;
+  if (!outbound_allowed(c, dst, port)) {
+    verdict = granted(0, m->workload, dst, port, proto, &out->rule);
+    if (verdict != PL_R_OUTBOUND_ALLOWED)
+      return verdict;
+  }
   out->kind = is_loopback(dst) ? PL_ARRIVAL_LOCAL : PL_CONN_OUTBOUND;
   return PL_R_OUTBOUND_ALLOWED;
 }

@@ -290,6 +290,33 @@ static inline bool outbound_allowed(struct pl_config *c, const struct pl_addr *d
   return false;
 }
 
+/* Whether a name that the workload asked for was answered with this address. `netns` 0: of a workload; `workload` 0: of
+ * whoever lives in a netns. PL_R_OUTBOUND_DENIED: no. */
+static inline u32 granted(u64 netns, u32 workload, const struct pl_addr *dst, u16 port, u8 proto, u32 *rule)
+{
+  struct pl_grant_key k = {};
+  struct pl_grant *g;
+
+  k.netns = netns;
+  k.addr = *dst;
+  k.workload = workload;
+  k.port = port;
+  k.proto = proto;
+  g = grants.lookup(&k);
+  if (!g)
+    return PL_R_OUTBOUND_DENIED;
+  *rule = g->rule;
+  return boot_ns() < g->until_ns ? PL_R_OUTBOUND_ALLOWED : PL_R_GRANT_EXPIRED;
+}
+
+/* What is open goes on past the grant's time, for as long as the agent leaves the entry: the policy names it still */
+static inline bool goes_on(struct pl_config *c, u32 workload, const struct pl_addr *dst, u16 port, u8 proto)
+{
+  u32 rule;
+
+  return outbound_allowed(c, dst, port) || granted(0, workload, dst, port, proto, &rule) != PL_R_OUTBOUND_DENIED;
+}
+
 /* The key of a flow. The netns only where loopback makes tuples repeat. */
 static inline void set_flow(struct pl_flow *f, u64 netns, const struct pl_addr *src, u16 sport, const struct pl_addr *dst, u16 dport)
 {

@@ -40,6 +40,7 @@ PL_MAP("hash", policy, struct pl_policy_key, struct pl_policy, 524288, PL_SPARSE
 PL_MAP("hash", listeners, u64, u32, 4096, PL_SPARSE);
 PL_MAP("hash", dials, struct pl_dial_key, u32, 262144, PL_SPARSE);
 PL_MAP("lpm_trie", egress, struct pl_egress_key, struct pl_egress, 16384, PL_SPARSE);
+PL_MAP("hash", grants, struct pl_grant_key, struct pl_grant, 65536, PL_SPARSE);
 
 /* Written by the programs */
 PL_MAP("hash", arriving, struct pl_flow, struct pl_arrival, 16384, 0);

@@ -104,7 +104,7 @@ static inline u32 reconsider(struct pl_config *c, struct pl_member *owner, struc
   if (!server && conn->identity != owner->identity)
     return PL_R_FOREIGN_SOCKET;
   if (conn->kind == PL_CONN_OUTBOUND) {
-    may = outbound_allowed(c, &conn->peer, conn->peer_port);
+    may = goes_on(c, owner->workload, &conn->peer, conn->peer_port, IPPROTO_TCP);
   } else if (!server && (conn->kind == PL_ARRIVAL_CAPTURED || conn->kind == PL_ARRIVAL_LOCAL)) {
     may = true; /* the proxy reconsiders what it holds */
   } else {
@@ -138,7 +138,7 @@ static inline u32 reconsider_peer(struct pl_config *c, struct pl_member *owner, 
   if (p->kind == PL_ARRIVAL_NATIVE)
     may = verdict_of(p->workload, owner->identity, p->port, IPPROTO_UDP, &rule) == PL_ALLOW;
   else if (p->kind == PL_CONN_OUTBOUND)
-    may = outbound_allowed(c, &p->asked, p->asked_port);
+    may = goes_on(c, owner->workload, &p->asked, p->asked_port, IPPROTO_UDP);
   else if (p->kind == PL_CONN_OUTSIDE)
     may = (owner->flags & PL_MEMBER_PERMISSIVE) && verdict_of(owner->workload, 0, own_port, IPPROTO_UDP, &rule) == PL_ALLOW;
   if (!may)

@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 4 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 5 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -56,6 +56,11 @@ struct pl_dial_key { u64 netns; struct pl_addr addr; u16 port; u16 pad; u32 pad2
 struct pl_egress_key { u32 prefixlen; struct pl_addr addr; };
 #define PL_EGRESS_PORTS 8
 struct pl_egress { u32 allow; u32 nports; u16 ports[PL_EGRESS_PORTS]; }; /* nports 0: every port */
+
+/* grants: HASH; addresses outside the mesh that a name was answered with, each twice: for the workload that asked (netns 0),
+ * and for the filter of its cable (workload 0). Past until_ns nothing new is let out; the entry stays while a connection needs it. */
+struct pl_grant_key { u64 netns; struct pl_addr addr; u32 workload; u16 port; u8 proto; u8 pad; };
+struct pl_grant { u64 until_ns; u32 rule, pad; }; /* CLOCK_BOOTTIME */
 
 /* origins: SK_STORAGE on captured client sockets and on the sockets accepted from them */
 struct pl_origin {
@@ -121,7 +126,7 @@ enum pl_reason {
   PL_R_NO_LISTENER, PL_R_INGRESS_PLAINTEXT, PL_R_INGRESS_NO_RECORD, PL_R_EGRESS_PROTOCOL,
   PL_R_EGRESS_NO_CONNECT, PL_R_DIAL_DENIED, PL_R_NO_CALLER, PL_R_UDP_REMOTE, PL_R_LEASE_EXPIRED,
   PL_R_GENERATION_DENIED, PL_R_PORT_UNDECLARED, PL_R_SPOOFED, PL_R_SCHEMA,
-  PL_R_EVENTS_SAMPLED, PL_R_EVENTS_LOST, PL_R_SOCKET_OPTION, PL_R_BUDGET_CONNECTS,
+  PL_R_EVENTS_SAMPLED, PL_R_EVENTS_LOST, PL_R_SOCKET_OPTION, PL_R_BUDGET_CONNECTS, PL_R_GRANT_EXPIRED,
   PL_R_COUNT
 };
 #define PL_R_ALLOWED_MAX PL_R_PROXY_DIAL /* up to here the reason is an admission */
@@ -173,10 +178,15 @@ struct pl_way { struct pl_veth_key key; u32 taken; };
 /* The four sockets of a pair: the application's and the proxy's towards it, the proxy's and the server's */
 enum pl_xside { PL_X_CLIENT = 1, PL_X_SERVER, PL_X_ACCEPTED, PL_X_UPSTREAM };
 
+/* Eight bytes at that place of a head, as the socket sent them last, and where the table goes over them: from `from` to `to`,
+ * with no action on the way. So while the program has this stamp. */
+struct pl_xstep { u64 bytes; u32 stamp; u16 from, to; };
+#define PL_X_STEPS 64
+
 /* xends: SK_STORAGE on all four. key: of an application's socket in the sockhash, its own for life. settled: every reader of
  * the socket knows of redirected bytes; seq: rcv_nxt at enrolment; passed: has since sent, after having read more. reg: of
- * the table's run, by pl_xaction. passed and reg are written by the socket's own program, under the socket's lock. */
-struct pl_xend { u64 record, key; u32 side, slot, settled, seq, passed, pad; u32 reg[8]; };
+ * the table's run, by pl_xaction. passed, reg and steps are written by the socket's own program, under the socket's lock. */
+struct pl_xend { u64 record, key; u32 side, slot, settled, seq, passed, pad; u32 reg[8]; struct pl_xstep steps[PL_X_STEPS]; };
 
 /* clean: bit 32 | rcv_nxt of the server's socket, when it was last seen with all read. up_seq, srv_seq: where the proxy's
  * socket stands, by its last arm, in what it wrote and read; base_out, base_in: at pairing. dirty: wrote unasked. */
@@ -213,12 +223,13 @@ struct pl_xview {
 enum pl_xarm_op { PL_X_ARM = 1, PL_X_HOLD, PL_X_TAKE };
 struct pl_xarm { u32 op, slot, consumed, sent, up_sent, up_consumed, pad[2]; };
 
-/* xprograms: ARRAY. Valid under one generation alone. sample: so many of 65536 go to user space. Slot i of a record is
- * endpoint i. */
+/* xprograms: ARRAY. Valid under one generation alone. sample: so many of 65536 go to user space. stamp: no other has it, nor
+ * has this entry for other tables; entry 0, which is no program, has the last one given. Slot i of a record is endpoint i. */
 struct pl_xprogram {
   u32 generation, root, response, service, nendpoints, sample;
   u32 rate_per_s, burst; /* requests; rate 0: no limit */
   u32 endpoints[PL_X_SLOTS]; /* workload ids */
+  u32 stamp, pad;
 };
 
 /* xverdicts: HASH; no entry: user space decides. upto: cumulated weights; mask: of endpoints */
@@ -282,6 +293,7 @@ _Static_assert(sizeof(struct pl_backend_key) == 8 && sizeof(struct pl_backend) =
 _Static_assert(sizeof(struct pl_policy_key) == 12 && sizeof(struct pl_policy) == 8, "pl_policy");
 _Static_assert(sizeof(struct pl_dial_key) == 32, "pl_dial_key");
 _Static_assert(sizeof(struct pl_egress_key) == 20 && sizeof(struct pl_egress) == 24, "pl_egress");
+_Static_assert(sizeof(struct pl_grant_key) == 32 && sizeof(struct pl_grant) == 16, "pl_grant");
 _Static_assert(sizeof(struct pl_origin) == 64 && sizeof(struct pl_caller) == 24, "pl_origin, pl_caller");
 _Static_assert(sizeof(struct pl_flow) == 48 && sizeof(struct pl_arrival) == 80, "pl_flow, pl_arrival");
 _Static_assert(sizeof(struct pl_usage) == 16, "pl_usage");
@@ -289,7 +301,7 @@ _Static_assert(sizeof(struct pl_conn) == 64, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
-_Static_assert(sizeof(struct pl_xend) == 72 && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xstep) == 16 && sizeof(struct pl_xend) == 72 + 16 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
 _Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
-_Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 64, "pl_xrow, pl_xprogram");
+_Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 72, "pl_xrow, pl_xprogram");
 _Static_assert(sizeof(struct pl_xverdict) == 40 && sizeof(struct pl_xstat_key) == 8, "pl_xverdict, pl_xstat_key");

@@ -120,11 +120,12 @@ static inline int transport(struct __sk_buff *skb, struct pl_veth *v, struct pl_
   peer.addr = *dst;
   peer.proto = IPPROTO_TCP;
   struct pl_dest *mesh = dests.lookup(&peer);
+  bool reply = proto != IPPROTO_TCP; /* opens nothing at the peer; of datagrams the sockets' hooks know */
   if (proto == IPPROTO_TCP) {
     u8 flags = 0;
     if (bpf_skb_load_bytes(skb, l4 + 13, &flags, 1) < 0)
       return drop(PL_R_EGRESS_PROTOCOL);
-    bool reply = flags & TCP_ACK_OR_RST; /* opens nothing at the peer */
+    reply = flags & TCP_ACK_OR_RST;
     if (reply && mesh && sport == PL_PORT_HBONE)
       return TC_OK;
     if (reply && (v->flags & PL_MEMBER_PERMISSIVE))
@@ -133,7 +134,10 @@ static inline int transport(struct __sk_buff *skb, struct pl_veth *v, struct pl_
   struct pl_config *c = configuration();
   if (!mesh && c && outbound_allowed(c, dst, dport)) /* the mesh's own addresses only by tunnel */
     return TC_OK;
-  return drop(PL_R_OUTBOUND_DENIED);
+  u32 rule, way = mesh ? PL_R_OUTBOUND_DENIED : granted(v->netns, 0, dst, dport, proto, &rule);
+  if (way == PL_R_OUTBOUND_ALLOWED || (way == PL_R_GRANT_EXPIRED && reply))
+    return TC_OK;
+  return drop(way);
 }
 
 static inline int ipv4(struct __sk_buff *skb)

@@ -17,7 +17,9 @@ from dns.rdtypes.IN.AAAA import AAAA
 from fuzz.target import Disagreement, Target
 from l7proxy import dns_core
 from l7proxy.dns_core import Asked, Forward, Names, Refused
+from l7proxy.dns_grants import ANSWER_TTL_S_MAX, answered
 from mesh.model import DnsForward, Protocol, Service, ServicePort
+from mesh.outside import GRANT_ADDRESSES_MAX, outside
 
 QUERY, ANSWER = b"Q", b"A"  # a case's first byte: which side it comes from
 SERVICES = {
@@ -69,7 +71,7 @@ class Dns(Target):
 
     def __init__(self) -> None:
         super().__init__()
-        self.compared = {"answered": 0, "forwarded": 0, "believed": 0, "refused": 0}
+        self.compared = {"answered": 0, "forwarded": 0, "believed": 0, "refused": 0, "opened": 0}
 
     def generate(self, rng: Random) -> bytes:
         random = rng.random
@@ -184,7 +186,21 @@ class Dns(Target):
             self.compared["refused" if reason else "believed"] += 1
             for rrset in (*message.answer, *message.authority, *message.additional):
                 for rdata in rrset:
-                    if isinstance(rdata, A | AAAA) and not dns_core.outside(rdata.address):
+                    if isinstance(rdata, A | AAAA) and not outside(rdata.address):
                         raise Disagreement("pillion", "an inner address from outside", str(rrset))
-            kinds.append(f"{reason} {message.rcode()} {len(message.answer)}")
+            kinds.append(f"{reason} {message.rcode()} {len(message.answer)} {self._opened(reply)}")
         return tuple(kinds)
+
+    def _opened(self, reply: bytes) -> int:
+        """How many addresses an answer opens: those the client then reads, no others, and outside."""
+        found = answered(reply)
+        if found is None:
+            return 0
+        self.compared["opened"] += 1
+        message = dns.message.from_wire(found.wire)
+        read = {rdata.address for rrset in message.answer for rdata in rrset if isinstance(rdata, A | AAAA)}
+        if set(found.addresses) != read or len(found.addresses) > GRANT_ADDRESSES_MAX or not all(map(outside, found.addresses)):
+            raise Disagreement("pillion", "opens what it does not answer", f"{found.addresses} {read}")
+        if any(rrset.ttl > ANSWER_TTL_S_MAX for rrset in message.answer):
+            raise Disagreement("pillion", "outlives what it opens", str(message))
+        return len(found.addresses)

@@ -49,7 +49,7 @@ _MESSAGES: tuple[link.Message, ...] = (
     link.Ready(0, 1), link.Ack(1, _DIGEST), link.Nack(1, "no"), link.NeedStock(1, 2, 3), link.Metrics(0, "a 1\n"),
     link.Flow(1.0, "denied", "r"),
     link.Pair(1 << 48, "Service/shop/web", 80, "Workload/shop/a", (link.PairEnd("Workload/shop/b", 8080),)), link.Unpair(1 << 48),
-    link.Leaving(),
+    link.Leaving(), link.Leaving(600.0), link.Left(1 << 48), link.Drained(3),
     link.Paired(1, True, (0, -1), (link.PairEnd("Workload/shop/c", 1),)),
     link.Takeover(2, "Service/shop/web", 80, "Workload/shop/a", (link.PairEnd("Workload/shop/b", 8080),), (0,)),
 )  # fmt: skip

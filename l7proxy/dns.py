@@ -19,7 +19,9 @@ import dns.rcode
 from l7proxy import dns_core
 from l7proxy.accept import Acceptor
 from l7proxy.dns_core import Asked, Askers, Forward, Names, Refused
+from l7proxy.dns_grants import Asking, answered
 from mesh.link import Listener
+from mesh.outside import WaysOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,10 +38,20 @@ TCP_IDLE_S = 10.0
 TCP_QUERIES_MAX = 1000  # on one connection
 
 
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Where a question came from."""
+
+    netns: int
+    address: tuple[str, int]
+    transport: str  # udp | tcp
+
+
 @dataclass(slots=True, eq=False)
 class Pending:
     asked: Asked
-    netns: int
+    name: str
+    client: Client
     upstream: tuple[str, int]
     reply: Any  # Callable[[bytes], None]
     deadline: float
@@ -71,7 +83,8 @@ class UdpListener:
                 wire, client = self._sock.recvfrom(dns_core.MESSAGE_BYTES_MAX)
             except OSError:  # nothing left, or an ICMP error of an earlier reply
                 return
-            self._server.query(wire, self._netns, partial(self._send, client), tcp=False)
+            asking = Client(self._netns, (str(client[0]), int(client[1])), "udp")
+            self._server.query(wire, asking, partial(self._send, client))
 
     def _send(self, client: Any, wire: bytes) -> None:
         try:
@@ -85,6 +98,10 @@ class TcpClient:
 
     def __init__(self, listener: TcpListener, sock: socket.socket) -> None:
         self._listener, self._sock = listener, sock
+        try:
+            self._address = sock.getpeername()[:2]
+        except OSError:  # gone already: its questions are nobody's
+            self._address = "", 0
         self._in, self._out = bytearray(), bytearray()
         self._queries = 0
         self.used = perf_counter()
@@ -120,7 +137,7 @@ class TcpClient:
             wire = bytes(self._in[2 : 2 + length])
             del self._in[: 2 + length]
             self._queries += 1
-            self._listener.query(wire, self._send)
+            self._listener.query(wire, self._address, self._send)
 
     def _send(self, wire: bytes) -> None:
         if self._sock.fileno() < 0:
@@ -159,8 +176,8 @@ class TcpListener:
         for client in list(self.clients):
             client.close()
 
-    def query(self, wire: bytes, reply: Callable[[bytes], None]) -> None:
-        self._server.query(wire, self._netns, reply, tcp=True)
+    def query(self, wire: bytes, address: tuple[str, int], reply: Callable[[bytes], None]) -> None:
+        self._server.query(wire, Client(self._netns, address, "tcp"), reply)
 
     def _begin(self, sock: socket.socket, _address: str) -> None:
         if len(self.clients) >= TCP_CLIENTS_MAX:
@@ -209,8 +226,8 @@ class Upstream:
             return
         del self.pending[pending.asked.id]
         if reason:
-            self._server.denied(reason, str(pending.asked.query.question[0].name), pending.netns)
-        pending.reply(reply)
+            self._server.denied(reason, str(pending.asked.query.question[0].name), pending.client.netns)
+        self._server.answer(pending, reply, refused=bool(reason))
 
 
 @dataclass(slots=True, eq=False)
@@ -221,10 +238,13 @@ class Server:
     names: Names = field(default_factory=lambda: Names({}))
     tcp: set[TcpListener] = field(default_factory=set)
     upstreams: list[Upstream] = field(default_factory=list)
+    asking: Asking = field(init=False)
     _who: dict[int, Askers] = field(default_factory=dict)  # by netns
 
     def __post_init__(self) -> None:
         worker = self.worker
+        self.asking = Asking(worker)
+        worker.hears.append(self.asking.hear)
         worker.handlers["dns-udp"] = partial(UdpListener, self)
         worker.handlers["dns-tcp"] = partial(TcpListener, self)
         worker.handlers["dns-forward"] = partial(Upstream, self)
@@ -251,8 +271,8 @@ class Server:
         )
 
     def _configured(self, _old: Config, new: Config) -> None:
-        forward = new.mesh.dns_forward if new.mesh.dns_upstreams else ()
-        self.names = Names(new.service_names, forward)
+        outside = bool(new.mesh.dns_upstreams)
+        self.names = Names(new.service_names, new.mesh.dns_forward if outside else (), WaysOut(new.state) if outside else None)
         self._who.clear()
 
     def _askers(self, netns: int) -> Askers:
@@ -264,30 +284,47 @@ class Server:
             found = self._who[netns] = tuple(sorted(spiffes))
         return found
 
-    def query(self, wire: bytes, netns: int, reply: Callable[[bytes], None], *, tcp: bool) -> None:
-        answer = self.names.answer(wire, tcp=tcp, askers=self._askers(netns))
+    def query(self, wire: bytes, client: Client, reply: Callable[[bytes], None]) -> None:
+        answer = self.names.answer(wire, tcp=client.transport == "tcp", askers=self._askers(client.netns))
         if isinstance(answer, Forward):
-            self._forward(answer, netns, reply, tcp)
+            self._forward(answer, client, reply)
         elif isinstance(answer, Refused):
-            self.denied("dns_name_denied", answer.name, netns)
+            self.denied("dns_name_denied", answer.name, client.netns)
             reply(answer.reply)
         elif answer is not None:
             self.count("dns_answer")
             reply(answer)
 
-    def _forward(self, forward: Forward, netns: int, reply: Callable[[bytes], None], tcp: bool) -> None:
+    def answer(self, pending: Pending, reply: bytes, *, refused: bool) -> None:
+        """What came from outside, to the client: when the addresses are open that it may reach."""
+        netns, name = pending.client.netns, pending.name
+        opens = not refused and self.names.opens(name, self._askers(netns))
+        found = answered(reply) if opens else None
+        if found is None:
+            pending.reply(reply)
+            return
+
+        def opened(reason: str) -> None:
+            if reason:
+                self.denied("grant_refused", name, netns)
+            pending.reply(found.wire)
+
+        self.asking.ask(netns, pending.client.address, pending.client.transport, name, found, opened)
+
+    def _forward(self, forward: Forward, client: Client, reply: Callable[[bytes], None]) -> None:
         servers = [a for text in self.worker.config.mesh.dns_upstreams if (a := upstream_address(text)) is not None]
         server = secrets.choice(servers) if servers else None
         family = socket.AF_INET6 if server and ":" in server[0] else socket.AF_INET
         ways = [u for u in self.upstreams if u.family == family]
         total = sum(len(u.pending) for u in self.upstreams)
-        mine = sum(p.netns == netns for u in self.upstreams for p in u.pending.values()) if total > PENDING_PER_NETNS_MAX else 0
+        crowded = total > PENDING_PER_NETNS_MAX
+        mine = sum(p.client.netns == client.netns for u in self.upstreams for p in u.pending.values()) if crowded else 0
         if server is None or not ways or total >= PENDING_MAX or mine >= PENDING_PER_NETNS_MAX:
             self.count("dns_forward_unavailable" if not ways else "dns_forward_full")
             reply(dns_core.refused(forward.query, dns.rcode.SERVFAIL))
             return
         way = secrets.choice(ways)
-        asked, wire = dns_core.ask(forward, tcp=tcp)
+        asked, wire = dns_core.ask(forward, tcp=client.transport == "tcp")
         if asked.id in way.pending:
             reply(dns_core.refused(forward.query, dns.rcode.SERVFAIL))
             return
@@ -297,7 +334,7 @@ class Server:
             self.count("dns_forward_failed")
             reply(dns_core.refused(forward.query, dns.rcode.SERVFAIL))
             return
-        way.pending[asked.id] = Pending(asked, netns, server, reply, perf_counter() + UPSTREAM_TIMEOUT_S)
+        way.pending[asked.id] = Pending(asked, forward.name, client, server, reply, perf_counter() + UPSTREAM_TIMEOUT_S)
         self.count("dns_forwarded")
 
     def _sweep(self, now: float) -> None:

@@ -8,7 +8,6 @@ import random
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import dns.exception
 import dns.flags
@@ -26,6 +25,7 @@ from dns.rdtypes.svcbbase import ParamKey, SVCBBase
 
 from mesh.matching import any_pattern
 from mesh.model import DnsForward, Protocol, Service
+from mesh.outside import WaysOut, outside
 
 # The confined proxy may not be able to read a file of the library any more (an installation below /root is enough)
 dns.rdata.load_all_types()  # type: ignore[no-untyped-call]  # the library types it not
@@ -42,8 +42,6 @@ CACHE_ENTRIES_MAX = 4096
 _IN = dns.rdataclass.IN
 _ZONE = dns.name.from_text(f"{ZONE}.")
 _SOA = dns.rdata.from_text(_IN, dns.rdatatype.SOA, f"ns.mesh. pillion.mesh. 1 60 60 60 {NEGATIVE_TTL_S}")
-_SHARED = ip_network("100.64.0.0/10")
-_VIPS = (ip_network("240.0.0.0/4"), ip_network("fd50:494c::/64"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +65,12 @@ Askers = tuple[str, ...]  # SPIFFE URIs of all that could have asked: more than 
 
 
 class Names:
-    """One configuration's names. ``services``: "web.shop" -> Service."""
+    """One configuration's names. ``services``: "web.shop" -> Service; ``forward``, ``ways_out``: what may be asked outside."""
 
-    def __init__(self, services: Mapping[str, Service], forward: tuple[DnsForward, ...] = ()) -> None:
-        self._services = services
+    def __init__(
+        self, services: Mapping[str, Service], forward: tuple[DnsForward, ...] = (), ways_out: WaysOut | None = None
+    ) -> None:
+        self._services, self._ways_out = services, ways_out or WaysOut({})
         self._namespaces = {service.namespace for service in services.values()}
         self._forward = [(tuple(name.rstrip(".").lower() for name in rule.names), rule.principals) for rule in forward]
         self._cache: dict[tuple[bytes, bool, Askers], bytes | Refused] = {}  # of an answer no askers: it is anybody's
@@ -95,6 +95,10 @@ class Names:
             self._cache.pop(next(iter(self._cache)))
         self._cache[key] = reply
 
+    def opens(self, name: str, askers: Askers) -> bool:
+        """Whether somebody who could have asked may reach, not only know, what this name is answered with."""
+        return any(self._ways_out.open_to(asker, name) for asker in askers)
+
     def _answer(self, wire: bytes, tcp: bool, askers: Askers) -> Answer:
         if len(wire) < 12 or wire[2] & 0x80:  # too short for a head, or a response
             return None
@@ -109,7 +113,9 @@ class Names:
         if len(query.question) != 1 or query.answer or query.authority:
             return _bare(wire, dns.rcode.FORMERR)
         try:
-            response = dns.message.make_response(query, our_payload=UDP_BYTES_MAX, recursion_available=bool(self._forward))
+            response = dns.message.make_response(
+                query, our_payload=UDP_BYTES_MAX, recursion_available=bool(self._forward or self._ways_out)
+            )
             if query.edns > 0:
                 response.set_rcode(dns.rcode.BADVERS)
                 return _wire(response, query, tcp)
@@ -132,6 +138,7 @@ class Names:
         rules = [principals for names, principals in self._forward if any_pattern(names, name)]
         return all(
             any(not principals or any_pattern(principals, asker.removeprefix("spiffe://")) for principals in rules)
+            or self._ways_out.open_to(asker, name)
             for asker in askers or ("",)
         )
 
@@ -230,20 +237,6 @@ def ask(forward: Forward, *, tcp: bool) -> tuple[Asked, bytes]:
     message = dns.message.make_query(name, question.rdtype, use_edns=0, payload=4096 if tcp else UDP_BYTES_MAX)
     message.id = secrets.randbelow(65536)
     return Asked(message.id, name, question.rdtype, forward.query, tcp), message.to_wire()
-
-
-def outside(address: str) -> bool:
-    """Whether an answer for a name outside the mesh may carry this address: nothing private, local, or ours."""
-    ip: IPv4Address | IPv6Address = ip_address(address)
-    if isinstance(ip, IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            ip = inner
-        elif ip in ip_network("64:ff9b::/96"):
-            ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-    if any(ip in net for net in _VIPS if net.version == ip.version) or (ip.version == 4 and ip in _SHARED):
-        return False
-    return ip.is_global and not ip.is_multicast
 
 
 def _named(rdata: dns.rdata.Rdata) -> Iterable[str]:

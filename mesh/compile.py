@@ -37,6 +37,7 @@ from mesh.model import (
     RouteRule,
     Rule,
     Service,
+    ServiceEntry,
     ServicePort,
     Source,
     State,
@@ -148,6 +149,8 @@ def compile_state(resources: Iterable[Resource], allocations: Allocations) -> St
             items.append(_route(resource, allocations))
         elif isinstance(resource, kinds.AuthorizationPolicy):
             items.append(_policy(resource, config.root_namespace))
+        elif isinstance(resource, kinds.ServiceEntry):
+            items.append(_entry(resource))
         elif isinstance(resource, kinds.IdentityBudget):
             principals = tuple(sorted(set(resource.spec.principals)))
             items.append(IdentityBudget(resource.name, resource.namespace, _budget_change(resource.spec.budgets), principals))
@@ -197,6 +200,12 @@ def _dns_forward(entry: str | kinds.DnsForwardSpec) -> DnsForward:
     if isinstance(entry, str):
         return DnsForward((entry.lower(),))
     return DnsForward(tuple(sorted({name.lower() for name in entry.names})), tuple(sorted(set(entry.principals))))
+
+
+def _entry(entry: kinds.ServiceEntry) -> ServiceEntry:
+    ports = {(port.number, port.transport) for port in entry.spec.ports}
+    hosts, principals = tuple(sorted(set(entry.spec.hosts))), tuple(sorted(set(entry.spec.principals)))
+    return ServiceEntry(entry.name, entry.namespace, hosts, tuple(sorted(ports)), principals)
 
 
 def _budget_change(spec: BudgetsSpec) -> BudgetChange:

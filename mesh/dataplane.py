@@ -18,6 +18,7 @@ from enum import StrEnum
 
 from mesh.link import LocalWorkload
 from mesh.model import IDENTITY_UNKNOWN, Action, Config, Identity, Protocol, Service, ServicePort, State, TlsMode, Workload
+from mesh.outside import WayOut, WaysOut
 from mesh.policy import Peer, PolicySet, Request, authorize, port_needs_proxy
 from mesh.routing import RouteTable
 from mesh.snapshot import config_of
@@ -128,6 +129,7 @@ class NodePlan:
     backends: dict[BackendKey, BackendEntry] = field(default_factory=dict)
     policy: dict[PolicyKey, PolicyEntry] = field(default_factory=dict)
     egress: dict[str, Egress] = field(default_factory=dict)  # by CIDR
+    ways_out: dict[int, tuple[WayOut, ...]] = field(default_factory=dict)  # by workload here: what it may reach by name
     dials: frozenset[Dial] = frozenset()
     rules: dict[int, str] = field(default_factory=dict)  # what policy entries' numbers stand for
 
@@ -164,6 +166,7 @@ class _Planner:
         self.config: Config = config_of(state)
         self.policies = PolicySet(state)
         self.routes = RouteTable(state)
+        self.ways_out = WaysOut(state)
         self.workloads = {key: item for key, item in state.items() if isinstance(item, Workload)}
         self.services = {key: item for key, item in sorted(state.items()) if isinstance(item, Service)}
         self.identities = [item for item in state.values() if isinstance(item, Identity)]
@@ -189,6 +192,8 @@ class _Planner:
         for key, workload in self.workloads.items():
             self._addresses(key, workload)
         policy, rules = self._verdicts()
+        ways_out = {workload.id: ways for workload, _ in self.local.values() if (ways := self.ways_out.of(workload.spiffe))}
+        rules |= {rule_number(way.rule): way.rule for ways in ways_out.values() for way in ways}
         return NodePlan(
             outbound_allow=self.config.outbound is Action.ALLOW,
             connects_max=self.config.connects_max,
@@ -200,6 +205,7 @@ class _Planner:
             backends=self.backends,
             policy=policy,
             egress=plan_egress(self.config),
+            ways_out=ways_out,
             dials=frozenset(self._dials()),
             rules=rules,
         )

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from mesh.budget_kinds import BudgetsSpec, IdentityBudget
+from mesh.entry_kinds import ServiceEntry
 from mesh.fields import (
     APP_PROTOCOLS,
     Address,
@@ -47,6 +48,7 @@ __all__ = [
     "PeerAuthentication",
     "Resource",
     "Service",
+    "ServiceEntry",
     "Workload",
 ]
 
@@ -385,5 +387,7 @@ class MeshConfig(Resource):
 
 KINDS: dict[str, type[Resource]] = {
     kind.__name__: kind
-    for kind in (Service, Workload, NodeGrant, HTTPRoute, AuthorizationPolicy, PeerAuthentication, IdentityBudget, MeshConfig)
-}
+    for kind in (
+        Service, Workload, NodeGrant, HTTPRoute, AuthorizationPolicy, PeerAuthentication, ServiceEntry, IdentityBudget, MeshConfig
+    )
+}  # fmt: skip

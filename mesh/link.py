@@ -135,12 +135,19 @@ class Takeover(Base, frozen=True, tag="takeover"):
     slots: tuple[int, ...]  # of each upstream
 
 
+class Granted(Base, frozen=True, tag="granted"):
+    """The answer to Grant; ``reason`` of a refusal, from a closed list, "" for what is open now."""
+
+    number: int
+    reason: str = ""
+
+
 class Scrape(Base, frozen=True, tag="scrape"):
     """Asks for Metrics."""
 
 
 class Drain(Base, frozen=True, tag="drain"):
-    """Finish what is open within ``seconds``, take nothing new."""
+    """Finish what is open within ``seconds``, take nothing new. To one that is `Leaving`: a successor serves."""
 
     seconds: float = 30.0
 
@@ -151,6 +158,7 @@ class Drain(Base, frozen=True, tag="drain"):
 class Ready(Base, frozen=True, tag="ready"):
     worker: int
     pid: int
+    generation: int = 0  # of its proxy: the greater is the newer
 
 
 class Ack(Base, frozen=True, tag="ack"):
@@ -188,9 +196,37 @@ class Unpair(Base, frozen=True, tag="unpair"):
     session: int
 
 
+class Grant(Base, frozen=True, tag="grant"):
+    """A name outside the mesh was answered: asks that who asked for it may reach these addresses, as its ServiceEntries say.
+    The agent tells by itself who that was, and whether it may."""
+
+    number: int
+    netns: int
+    client: tuple[str, int]  # where the question came from
+    transport: str  # of the question: udp | tcp
+    name: str  # lower case, without the last dot
+    addresses: tuple[str, ...]  # GRANT_ADDRESSES_MAX at most
+    ttl_s: float
+
+
 class Leaving(Base, frozen=True, tag="leaving"):
-    """The worker ends by plan, and another comes in its place: what it has paired it leaves to that one, without a word about
-    each. The agent, which has the sockets, stays until then."""
+    """The worker ends by plan, and another comes in its place: what it has paired it leaves to that one. The agent, which has
+    the sockets, stays until then. Said again on each link. Without ``seconds`` it stops at once; with them it serves on until
+    Drain, which comes when a worker of a newer generation serves, and then has so long for what is open."""
+
+    seconds: float = 0.0
+
+
+class Left(Base, frozen=True, tag="left"):
+    """This pair of a worker that is `Leaving` rests, and is for its successor."""
+
+    session: int
+
+
+class Drained(Base, frozen=True, tag="drained"):
+    """The last word of a worker: its time was over, and so many connections were cut."""
+
+    cut: int
 
 
 class Metrics(Base, frozen=True, tag="metrics"):
@@ -220,8 +256,9 @@ class Flow(Base, frozen=True, tag="flow"):
 
 
 Message = (
-    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Scrape | Drain
-    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Leaving | Metrics | Flow
+    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Granted | Scrape | Drain
+    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Grant | Leaving | Left | Drained | Metrics
+    | Flow
 )  # fmt: skip
 
 _encoder = msgspec.json.Encoder()

@@ -184,6 +184,17 @@ class DnsForward(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     principals: tuple[str, ...] = ()  # patterns without ``spiffe://``; none: all
 
 
+class ServiceEntry(Base, frozen=True, tag="ServiceEntry"):
+    """key ``ServiceEntry/<ns>/<name>``: hosts outside the mesh that identities of its namespace may reach by name, in the root
+    namespace those of any."""
+
+    name: str
+    namespace: str
+    hosts: tuple[str, ...]  # lower case, without the last dot; ``*.example.com`` is every name below
+    ports: tuple[tuple[int, Literal["tcp", "udp"]], ...]
+    principals: tuple[str, ...] = ()  # patterns without ``spiffe://``; none: all
+
+
 class Budget(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What one identity may take of one worker of a node's proxy. The defaults fit a node of 2 CPUs and 4 GiB."""
 
@@ -242,7 +253,7 @@ class Config(Base, frozen=True, tag="Config"):
     express: Express = "auto"
 
 
-Item = Identity | Service | Workload | Policy | Route | IdentityBudget | Config
+Item = Identity | Service | Workload | Policy | Route | ServiceEntry | IdentityBudget | Config
 State = dict[str, Item]
 
 CONFIG_KEY = "Config//mesh"

@@ -1,18 +1,18 @@
 """A node's part of the State: what its workloads can reach, what can reach them, and what decides between the two.
 
-Kept for a node: the Config and every IdentityBudget; its own workloads; services whose endpoints an identity of the node
-could connect to, was denied by a named rule, or that share a namespace with one of its workloads (so that a denial names its
-rule instead of looking like a missing name); the routes of these services and the services they lead to; all their
-endpoints; workloads elsewhere that could connect to the node's own; the identities of every workload kept; every policy that
-selects a kept workload, and the services such policies name. A decision about a kept workload is so the same on the node as
-on the whole State.
+Kept for a node: the Config and every IdentityBudget; its own workloads and the ServiceEntries of their namespaces;
+services whose endpoints an identity of the node could connect to, was denied by a named rule, or that share a namespace
+with one of its workloads (so that a denial names its rule instead of looking like a missing name); the routes of these
+services and the services they lead to; all their endpoints; workloads elsewhere that could connect to the node's own; the
+identities of every workload kept; every policy that selects a kept workload, and the services such policies name. A
+decision about a kept workload is so the same on the node as on the whole State.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mesh.model import CONFIG_KEY, Identity, IdentityBudget, Policy, Route, Service, State, Workload, key_of
+from mesh.model import CONFIG_KEY, Config, Identity, IdentityBudget, Policy, Route, Service, ServiceEntry, State, Workload, key_of
 from mesh.policy import Peer, PolicySet, Request, authorize
 
 
@@ -30,6 +30,9 @@ class Reach:
                 for service, _ in item.parents:
                     self._routes.setdefault(service, []).append(key)
         self._budgets = [key for key, item in state.items() if isinstance(item, IdentityBudget)]
+        self._entries = {key: item for key, item in state.items() if isinstance(item, ServiceEntry)}
+        config = state.get(CONFIG_KEY)
+        self._root = config.root_namespace if isinstance(config, Config) else ""
         self._by_node: dict[str, list[str]] = {}
         self._by_identity: dict[str, list[str]] = {}
         for key, workload in self._workloads.items():
@@ -69,6 +72,7 @@ class Reach:
         if CONFIG_KEY in self._state:
             keep.add(CONFIG_KEY)
         keep.update(self._budgets)
+        keep.update(key for key, entry in self._entries.items() if own and entry.namespace in (*namespaces, self._root))
         for key in services:
             keep.update(self._routes.get(key, ()))
         seen = {self._workloads[key].spiffe for key in keep if key in self._workloads}

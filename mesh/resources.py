@@ -25,6 +25,7 @@ from mesh.kinds import (
     PeerAuthentication,
     Resource,
     Service,
+    ServiceEntry,
     Workload,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "ResourceError",
     "ResourceErrors",
     "Service",
+    "ServiceEntry",
     "Workload",
     "dump",
     "dump_yaml",

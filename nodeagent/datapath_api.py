@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from mesh.dataplane import NodePlan
-from mesh.link import Flow
+from mesh.link import Flow, Grant
 
 if TYPE_CHECKING:
     from nodeagent.express_path import ExpressPath
@@ -127,6 +127,10 @@ class DatapathApi(Protocol):
 
     def repair(self) -> int:
         """Read the maps, put back what differs from the last applied plan and members. Returns how many entries differed."""
+
+    def grant(self, asked: Grant) -> str:
+        """Open to who asked what the last plan's ``ways_out`` say of a name; the reason where it does not. Raises MapFull,
+        DatapathError, OSError."""
 
     def end_denied(self, plan: NodePlan) -> int:
         """Destroy (RST both ends) established native connections the plan denies, idle ones too. Returns how many; none

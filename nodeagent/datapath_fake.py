@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.dataplane import NodePlan
-from mesh.link import Flow
+from mesh.link import Flow, Grant
 from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener
 from nodeagent.express_path import ExpressPath
 
@@ -31,6 +31,8 @@ class FakeDatapath:
         self.guarded: dict[str, tuple[tuple[str, ...], bool]] = {}
         self.enrolled: list[int] = []
         self.ended = 0
+        self.granted: list[Grant] = []
+        self.grant_refused = ""
         self.repairs = 0
         self.unguarded: tuple[str, ...] = ()
         self.lacking: dict[str, str] = {}
@@ -89,6 +91,10 @@ class FakeDatapath:
 
     def repair(self) -> int:
         return self.repairs
+
+    def grant(self, asked: Grant) -> str:
+        self.granted.append(asked)
+        return self.grant_refused
 
     def end_denied(self, plan: NodePlan) -> int:  # noqa: ARG002  # as the API has it
         return self.ended

@@ -14,7 +14,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from mesh.dataplane import NodePlan
-from mesh.link import Flow
+from mesh.link import Flow, Grant
 from nodeagent import cgroups, counters, optional, tc
 from nodeagent import netns as spaces  # the API's parameters are called netns
 from nodeagent.datapath import FORMER_AGENTS_KEPT, PLANNED, Codec, Contents, digest, former_agents
@@ -22,6 +22,7 @@ from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull
 from nodeagent.denied import denied, owners
 from nodeagent.enrol import PROTOCOLS, enrol
 from nodeagent.express_path import ExpressPath
+from nodeagent.grants import Grants, asker, leads_to, own_addresses
 from nodeagent.layouts import Layouts, address
 from nodeagent.loading import run_loader, unload
 from nodeagent.map_set import MapSet
@@ -55,6 +56,7 @@ class Datapath:
         self._config: dict[str, int] = {}
         self._names = Names()
         self._reader: FlowReader | None = None
+        self._grants = Grants()
         self._veths: tc.VethGuard | None = None
         self._veths_tried = 0.0
         self._off: dict[str, str] = {}
@@ -98,6 +100,7 @@ class Datapath:
             self._layouts = Layouts.read(self.run_dir / "layouts.json")
             self._codec = Codec(self._layouts)
             self._maps.open(self.bpf_dir / "maps", self._layouts, self._codec.openness)
+            self._grants.attach(self._maps["grants"], self._layouts)
             self._names.reasons = self._layouts.reasons
             found = self._layouts["pl_config"].unpack(self._maps["config"].get(_KEY0) or bytes(self._layouts["pl_config"].size))
             level = cgroups.level(self.cgroup)
@@ -260,6 +263,7 @@ class Datapath:
                 if self._config["outbound_allow"] and not plan.outbound_allow:  # closing comes first
                     self._config["outbound_allow"] = 0
                     self._write_config()
+                self._grants.settle(plan)
                 self._maps.execute(ops)
             except (DatapathError, ValueError, KeyError) as error:
                 self._own["map_full" if isinstance(error, MapFull) else "apply_failed"] += 1
@@ -294,6 +298,7 @@ class Datapath:
             ops = self._maps.difference(wanted)
             self._maps.execute(ops)
             found = len(ops)
+            self._grants.sweep(lambda netns: leads_to(self._places[netns].diag.dump(OPEN_STATES, PROTOCOLS)))
             if self._maps["config"].get(_KEY0) != self._layouts["pl_config"].pack(**self._config):
                 self._write_config()
                 found += 1
@@ -328,6 +333,13 @@ class Datapath:
 
     # ---- connections
 
+    def grant(self, asked: Grant) -> str:
+        with self._lock:
+            if (plan := self._plan) is None:
+                return "not_ready"
+            who = asker(asked, plan, lambda: self._place(asked.netns).diag, lambda: cgroups.lineages(self.cgroup))
+            return self._grants.ask(asked, plan, who, own_addresses)
+
     def end_denied(self, plan: NodePlan) -> int:
         with self._lock:
             if optional.ENDING in self._off:
@@ -341,6 +353,7 @@ class Datapath:
                 conns.id,
                 owners(plan, lineages),
                 lambda cgroup: not trusted.isdisjoint(lineages.get(cgroup, (cgroup,))),
+                self._grants.allows,
             )
             ended = 0
             for place in self._places:
@@ -378,8 +391,9 @@ class Datapath:
             self._own["map_ops"] = self._maps.ops_done
             if self._reader is not None:
                 self._own["flows_lost"] = self._reader.lost
+            self._own |= self._grants.counts
             counts = counters.read(self._maps["counters"], self._layouts.reasons, self._cpus)
-            full = self._maps.used() | counters.occupancy(self._maps[name] for name in ("arriving", "datagrams"))
+            full = self._maps.used() | counters.occupancy(self._maps[name] for name in ("arriving", "datagrams", "grants"))
             return counters.text(counts, full, self._own)
 
     def hello_layouts(self) -> dict[str, tuple[str, tuple[str, ...]]]:

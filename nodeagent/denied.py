@@ -31,12 +31,18 @@ class EgressTable:
 
 
 def denied(
-    plan: NodePlan, layouts: Layouts, conns_id: int, owner_of: Callable[[int], Member | None], trusted: Callable[[int], bool]
+    plan: NodePlan,
+    layouts: Layouts,
+    conns_id: int,
+    owner_of: Callable[[int], Member | None],
+    trusted: Callable[[int], bool],
+    granted: Callable[[int, str, int], bool] = lambda _workload, _address, _port: False,
 ) -> Callable[[Sock], bool]:
     """A predicate for sockets dumped with the storage of ``conns`` (map id ``conns_id``).
 
     ``owner_of``: cgroup id -> the plan's workload it belongs to, None for nobody's; ``trusted``: whether it is the agent's
-    or the proxy's. Captured and proxied connections the proxy judges itself, but for a plain denial.
+    or the proxy's; ``granted``: whether a name opens this address and port to a workload. Captured and proxied connections
+    the proxy judges itself, but for a plain denial.
     """
     conn_of, enums = layouts["pl_conn"], layouts.enums
     native, proxy, local = enums["PL_ARRIVAL_NATIVE"], enums["PL_ARRIVAL_PROXY"], enums["PL_ARRIVAL_LOCAL"]
@@ -58,7 +64,8 @@ def denied(
         if not server and conn["identity"] != owner.identity:
             return True
         if kind == outbound:
-            return not egress.allows(text_address(conn["peer"]), conn["peer_port"])
+            peer = text_address(conn["peer"]), conn["peer_port"]
+            return not egress.allows(*peer) and not granted(owner.workload, *peer)
         if kind == captured or (kind == local and not server):
             return False
         workload = owner.workload if server else conn["workload"]

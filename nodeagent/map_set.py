@@ -12,7 +12,7 @@ from nodeagent.layouts import Layouts
 from nodeagent.maps import BpfMap, close_all, open_all
 
 FILLED = (*PLANNED, "sources", "members", "listeners")  # what the agent writes, besides config
-OPENED = (*FILLED, "config", "arriving", "datagrams", "origins", "conns", "counters", "events")
+OPENED = (*FILLED, "config", "grants", "arriving", "datagrams", "origins", "conns", "counters", "events")
 
 
 class MapSet:

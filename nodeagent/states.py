@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from mesh import snapshot
-from mesh.model import CONFIG_KEY, Config, Identity, Policy, Service, State, Workload
+from mesh.model import CONFIG_KEY, Config, Identity, Policy, Service, ServiceEntry, State, Workload
 from mesh.snapshot import SnapshotError, Versioned
 from nodeagent import reconcile_events as ev
 
@@ -22,7 +22,7 @@ def generation_changes(old: State, new: State) -> bool:
         before, after = old.get(key), new.get(key)
         if before is after or before == after:
             continue
-        if isinstance(before or after, (Policy, Config, Identity)):
+        if isinstance(before or after, (Policy, Config, Identity, ServiceEntry)):
             return True
         if isinstance(before, Workload):
             if not isinstance(after, Workload):

@@ -44,7 +44,7 @@ class Requests(Cycle):
 
     def decide(self, head: RequestHead) -> None:
         self.exchanges.append((head, []))
-        self.forward(head.raw, reused=False)
+        self.forward(head.onward, reused=False)
 
     def _to_upstream(self, data: bytes) -> None:
         self.exchanges[-1][1].append(data)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mesh.express.dfa import ACT, DONE, FIRST, LOOP, Kind, Table
 
-WINDOW_BYTES = 1024  # of a head; what the grammar promises (see `mesh.express.grammar`) holds for no larger one
+WINDOW_BYTES = 1024  # of a head; what the grammar promises (see `mesh.express.request`) holds for no larger one
 HEAD_METHOD = 0x8000  # in a RULE's value: the method is HEAD, so that the response has no body
 
 

@@ -15,7 +15,7 @@ from nodeagent.loader.attach import HOOKS, LoadError, SchemaError
 from nodeagent.loader.layouts import layout_of, name_of, nested
 
 MAPS = (
-    "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "arriving", "usage",
+    "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "grants", "arriving", "usage",
     "datagrams", "origins", "callers", "conns", "peers", "xends", "xrecords", "xloads", "counters", "events",
     "shapes",
 )  # fmt: skip

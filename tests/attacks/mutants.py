@@ -31,7 +31,7 @@ from pathlib import Path
 
 from lab import Lab
 from tests.conftest import SESSION
-from tests.e2e.mesh import Mesh, until
+from tests.e2e.mesh import Mesh, populated, until
 
 PROJECT = Path(__file__).resolve().parents[2]
 PRODUCT = ("bpf", "mesh", "nodeagent", "l7proxy", "controller", "pillion")
@@ -79,13 +79,8 @@ def mutated(tree: Path, mutants: Iterable[Mutant]) -> Path:
 def without(group: str, number: int, scratch: Path) -> Iterator[Mesh]:
     """A populated mesh that runs the product without the defences of a group."""
     lab = Lab(f"{SESSION}m{number}", code=mutated(scratch / "code", members(group)))
-    lab.down()
-    try:
-        mesh = Mesh(lab, scratch)
-        mesh.populate()
+    with populated(lab, scratch) as mesh:
         yield mesh
-    finally:
-        lab.down()
 
 
 class Counted:

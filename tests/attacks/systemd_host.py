@@ -19,15 +19,9 @@ from tests.attacks import mutants
 from tests.attacks.actions import PROGRAMS
 from tests.attacks.mutants import PROJECT, Mutant, mutated
 from tests.conftest import SESSION, opened
-from tests.e2e.mesh import policy, service, total
+from tests.e2e.mesh import HTTP_PORT, nginx, policy, service, total
 
 GROUP = "hosts"  # of mutants: their trees are not run as a lab
-NGINX = """daemon off; worker_processes 1; pid /run/web/pid; error_log stderr crit;
-events { worker_connections 64; }
-http { access_log off; client_body_temp_path /run/web/b; proxy_temp_path /run/web/p; fastcgi_temp_path /run/web/f;
- uwsgi_temp_path /run/web/u; scgi_temp_path /run/web/s;
- server { listen [::]:8080 ipv6only=off; location / { return 200 "hello\\n"; } } }
-"""
 OUT = "/srv/out"
 VICTIM = "/sys/fs/cgroup/pillion.slice/pillion-workloads.slice/pillion-workloads-victim.slice"
 CAPLESS_ROOT = ("CapabilityBoundingSet=",)
@@ -45,15 +39,14 @@ class Host:
 
     def __init__(self, mesh: HostMesh, trees: Path) -> None:
         self.mesh, self.trees = mesh, trees
-        mesh.container.put("/srv/nginx.conf", NGINX.encode())
+        mesh.container.put("/srv/nginx.conf", nginx(Path("/run/web"), "hello").encode())
         mesh.container.put("/srv/as_service.py", (PROGRAMS / "as_service.py").read_bytes())
         mesh.run(["sh", "-c", f"mkdir -m 0777 {OUT}; useradd -r shopper; useradd -r stranger"], check=True)
         mesh.unit("web", "DynamicUser=yes", "RuntimeDirectory=web", "ExecStart=/usr/sbin/nginx -c /srv/nginx.conf -e stderr")
         mesh.unit("victim", "User=shopper", self._runs("hold", "-"))
-        mesh.pillion("enrol", "web.service", "--as", "shop/web", "--port", "8080")
+        mesh.pillion("enrol", "web.service", "--as", "shop/web", "--port", str(HTTP_PORT))
         mesh.pillion("enrol", "victim.service", "--as", "shop/client")
-        web = service("web", "web", 80, "http").replace("targetPort: 80", "targetPort: 8080")
-        mesh.apply(web + policy("web", "web"))
+        mesh.apply(service("web", "web", 80, "http", HTTP_PORT) + policy("web", "web"))
         mesh.run(["systemctl", "start", "web", "victim"], check=True, timeout=120)
         mesh.until(lambda: self.answer("hold"), "the victim has its connection")
 

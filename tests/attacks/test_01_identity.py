@@ -1,4 +1,4 @@
-"""threats.md 1: a joined node, or a stolen join token, says "I run payments".
+"""security.md 1: a joined node, or a stolen join token, says "I run payments".
 
 The attacker is root on n2: it has the node's certificate and key, and asks the controller by curl for what n2 has no grant for.
 """
@@ -23,7 +23,7 @@ from tests.attacks.actions import on_host
 from tests.attacks.mutants import Counted, Mutant
 from tests.conftest import SESSION, opened
 from tests.e2e.certificates import new_key, request_pem
-from tests.e2e.mesh import ECHO_PORT, TRUST_DOMAIN, Mesh, Refused, policy, until
+from tests.e2e.mesh import ECHO_PORT, TRUST_DOMAIN, Mesh, Refused, policy, populated, until
 
 CONTROLLER = "https://10.77.0.2:15443"
 CUT_S = 5.0
@@ -231,15 +231,8 @@ def test_a_token_serves_again_without(broken: Mesh) -> None:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh that loses a node."""
-    scratch = opened(tmp_path_factory.mktemp("own"))
-    lab = Lab(f"{SESSION}id")
-    lab.down()
-    try:
-        made = Mesh(lab, scratch)
-        made.populate()
+    with populated(Lab(f"{SESSION}id"), opened(tmp_path_factory.mktemp("own"))) as made:
         yield made
-    finally:
-        lab.down()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""threats.md 2: a head that the kernel leaves to user space, and its body sent apart, a request by itself: the kernel, asked
+"""security.md 2: a head that the kernel leaves to user space, and its body sent apart, a request by itself: the kernel, asked
 about the body, must know that it is one, or the server reads it first."""
 
 from __future__ import annotations

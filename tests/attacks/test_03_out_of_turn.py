@@ -1,4 +1,4 @@
-"""threats.md 3: a server that answers before it is asked, or while another one is."""
+"""security.md 3: a server that answers before it is asked, or while another one is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""threats.md 4: make the proxy read a wrong original destination."""
+"""security.md 4: make the proxy read a wrong original destination."""
 
 from __future__ import annotations
 

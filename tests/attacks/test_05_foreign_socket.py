@@ -1,4 +1,4 @@
-"""threats.md 5: a socket made outside the workload and used inside it: no hook knows it, or the wrong one does."""
+"""security.md 5: a socket made outside the workload and used inside it: no hook knows it, or the wrong one does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""threats.md 5 on a host with systemd: sockets made for a service by the service manager, or handed to `pillion run` by who
+"""security.md 5 on a host with systemd: sockets made for a service by the service manager, or handed to `pillion run` by who
 starts it. No hook saw them being made, and none ever runs for them."""
 
 from __future__ import annotations

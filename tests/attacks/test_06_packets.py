@@ -1,4 +1,4 @@
-"""threats.md 6: what never calls connect(): packets by AF_PACKET, raw, ping, UDP-Lite and SCTP sockets, foreign source addresses.
+"""security.md 6: what never calls connect: packets by AF_PACKET, raw, ping, UDP-Lite and SCTP sockets, foreign source addresses.
 
 The attacker is root in a pod with NET_RAW and NET_ADMIN. The peer is watched on its own interface: not one packet may arrive.
 """

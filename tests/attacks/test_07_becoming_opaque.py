@@ -1,4 +1,4 @@
-"""threats.md 7: make a connection "opaque", so that nobody reads what is in it: h2c, refused WebSockets, PRI, junk, silence."""
+"""security.md 7: make a connection "opaque", so that nobody reads what is in it: h2c, refused WebSockets, PRI, junk, silence."""
 
 from __future__ import annotations
 

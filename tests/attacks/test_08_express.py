@@ -1,4 +1,4 @@
-"""threats.md 8 on a connection that the kernel carries: what its tables do not read as the server does is left to user space."""
+"""security.md 8 on a connection that the kernel carries: what its tables do not read as the server does is left to user space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""threats.md 8: a path, a host or a header that policy reads one way and the server another.
+"""security.md 8: a path, a host or a header that policy reads one way and the server another.
 
 One DENY on /admin before nginx and Python's own server, and the corpus of spellings: not one may fetch what is behind it.
 """

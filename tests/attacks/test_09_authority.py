@@ -1,4 +1,4 @@
-"""threats.md 9: a joined workload asks the far proxy, by HBONE, for what is not its to have.
+"""security.md 9: a joined workload asks the far proxy, by HBONE, for what is not its to have.
 
 The attacker has taken n2 over: it has the certificate of n2's `far-client` and that workload's address, speaks HTTP/2 by
 hand, no hook watches its sockets, and the filter on the workload's cable is off.
@@ -248,7 +248,7 @@ def test_no_policy_a_stream_without(broken: Mesh) -> None:
 @pytest.mark.attack("a claimed address")
 @pytest.mark.usefixtures("far_client_allowed")
 def test_a_claimed_address_must_be_the_certificates(mesh: Mesh, counted: Counted) -> None:
-    """threats.md 12: whoever calls as `client` shows the certificate of `client`."""
+    """security.md 12: whoever calls as `client` shows the certificate of `client`."""
     with counted(mesh, "n1", "forwarded_foreign", times=2):
         for claimed in (mesh.w["client"].addresses[0], "127.0.0.1"):
             assert ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", forwarded=f'for="{claimed}:4242"') != "200"

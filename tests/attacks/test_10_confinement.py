@@ -1,4 +1,4 @@
-"""threats.md 10: the proxy is taken over. Code runs as it does (user, cgroup, seccomp filter, netns), with sockets as the agent
+"""security.md 10: the proxy is taken over. Code runs as it does (user, cgroup, seccomp filter, netns), with sockets as the agent
 hands them out. (Every system call that its filter refuses: tests/l7proxy/test_confine.py.)"""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""threats.md 10, the other half: a hostile process in the place of a proxy's worker, with its user, seccomp filter, descriptors
+"""security.md 10, the other half: a hostile process in the place of a proxy's worker, with its user, seccomp filter, descriptors
 and messages to the agent. What it may still do stands in docs/security.md, "What remains"."""
 
 from __future__ import annotations

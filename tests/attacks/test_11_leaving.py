@@ -1,4 +1,4 @@
-"""threats.md 11: a service leaves its cgroup, or makes another process speak for it: by writing to cgroup files, by the service
+"""security.md 11: a service leaves its cgroup, or makes another process speak for it: by writing to cgroup files, by the service
 manager, by tracing, by a cgroup of its own.
 
 What an enrolment of a systemd service closes is attacked on a host with systemd, by services that run as root without

@@ -1,4 +1,4 @@
-"""threats.md 12: be seen as somebody else: by a pooled connection, a foreign claim, or the most trusted address."""
+"""security.md 12: be seen as somebody else: by a pooled connection, a foreign claim, or the most trusted address."""
 
 from __future__ import annotations
 

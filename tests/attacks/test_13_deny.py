@@ -1,4 +1,4 @@
-"""threats.md 13: a deny that never reaches what is open: native connections, tunnelled streams, idle ones.
+"""security.md 13: a deny that never reaches what is open: native connections, tunnelled streams, idle ones.
 
 (A frozen agent and the lease: tests/e2e/test_lease.py. Under load: tests/e2e/test_deny_under_load.py.)
 """

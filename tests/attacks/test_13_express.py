@@ -1,4 +1,4 @@
-"""threats.md 13 on connections that the kernel carries: a deny that user space knows of and the kernel's tables do not."""
+"""security.md 13 on connections that the kernel carries: a deny that user space knows of and the kernel's tables do not."""
 
 from __future__ import annotations
 

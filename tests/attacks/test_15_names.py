@@ -1,4 +1,4 @@
-"""threats.md 15: names as a way in (rebinding, forged answers), as a way out (tunnels), or as somebody else's right.
+"""security.md 15: names as a way in (rebinding, forged answers), as a way out (tunnels), or as somebody else's right.
 
 The mesh asks a resolver outside for names that MeshConfig lets out; that resolver is the attacker's, on n2's host.
 """

@@ -1,4 +1,4 @@
-"""threats.md 16: take the proxy's port in one's own namespace, join its listener, or be there before it."""
+"""security.md 16: take the proxy's port in one's own namespace, join its listener, or be there before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""threats.md 17: what an application does to its socket while the kernel carries its bytes."""
+"""security.md 17: what an application does to its socket while the kernel carries its bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ REPAIRED = Mutant(
         "    if (0)\n",
     ),
 )
-DENIED = ("TCP_ULP", "TCP_REPAIR")
+ULP = Mutant(
+    "b10",
+    "no TLS of its own on a socket that the kernel carries",
+    (
+        "bpf/origin.c",
+        "    if (ctx->level == IPPROTO_TCP && ctx->optname == OPT_TCP_ULP && sk && xends.sk_storage_get(sk, 0, 0))\n",
+        "    if (0)\n",
+    ),
+)
 ENDED = ("disconnect", "listen")  # by the application itself
 HARMLESS = ("SO_RCVLOWAT", "SO_RCVBUF", "TCP_MAXSEG", "SO_ZEROCOPY", "TCP_INQ")
 
@@ -30,11 +38,19 @@ def fast(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
+def denied(mesh: Mesh, counted: Counted, what: str) -> None:
+    with counted(mesh, "n1", "socket_option"):
+        assert attack(mesh, "options", what=what) == {"answer": "PermissionError", "after": "right"}
+
+
 @pytest.mark.attack("options of a paired socket")
-@pytest.mark.parametrize("what", DENIED)
-def test_what_excludes_redirection_is_denied(fast: Mesh, counted: Counted, what: str) -> None:
-    with counted(fast, "n1", "socket_option"):
-        assert attack(fast, "options", what=what) == {"answer": "PermissionError", "after": "right"}
+def test_nobody_repairs_a_connection(fast: Mesh, counted: Counted) -> None:
+    denied(fast, counted, "TCP_REPAIR")
+
+
+@pytest.mark.attack("TLS on a paired socket")
+def test_tls_and_redirection_exclude_each_other(fast: Mesh, counted: Counted) -> None:
+    denied(fast, counted, "TCP_ULP")
 
 
 @pytest.mark.attack("options of a paired socket")
@@ -55,3 +71,12 @@ def test_who_takes_his_socket_away_has_none(fast: Mesh, what: str) -> None:
 def test_connections_are_repaired_without(broken: Mesh) -> None:
     with carried(broken):
         assert attack(broken, "options", what="TCP_REPAIR")["answer"] == "PASSED"
+
+
+@pytest.mark.red("TLS on a paired socket", ULP)
+def test_tls_takes_a_paired_socket_without(broken: Mesh) -> None:
+    """The kernel is asked; one that was built without TLS has none to give."""
+    before = broken.denied("n1", "socket_option")
+    with carried(broken):
+        assert attack(broken, "options", what="TCP_ULP")["answer"] in ("PASSED", "FileNotFoundError")
+    assert broken.denied("n1", "socket_option") == before

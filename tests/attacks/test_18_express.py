@@ -1,4 +1,4 @@
-"""threats.md 18 on the path that spends none of the proxy's time: a budget of requests that an operator named holds there too."""
+"""security.md 18 on the path that spends none of the proxy's time; a budget of requests an operator named holds there too."""
 
 from __future__ import annotations
 

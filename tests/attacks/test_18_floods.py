@@ -1,4 +1,4 @@
-"""threats.md 18: one identity takes what the others need. How long a neighbour waits: `make bench ONLY=noisy-neighbour`; that
+"""security.md 18: one identity takes what the others need. How long a neighbour waits: `make bench ONLY=noisy-neighbour`; that
 memory stays bounded, and that every refusal is counted: tests/e2e/test_noisy_neighbour.py."""
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""What is outside the mesh: which addresses a name there may lead to, and which names an identity may reach. Pure; the proxy
+asks before it forwards a question, the agent before it opens an address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from mesh.identity import IdentityError, SpiffeId
+from mesh.matching import any_pattern, matches_pattern
+from mesh.model import CONFIG_KEY, Config, ServiceEntry, State
+
+# How long an address stays open after its name was answered: the record's own TTL and a little, within these
+GRANT_S_MIN = 30.0
+GRANT_S_MAX = 3600.0
+GRANT_GRACE_S = 10.0  # from the answer to the connect() it was for
+GRANT_ADDRESSES_MAX = 16  # of one answer
+
+_SHARED = ip_network("100.64.0.0/10")
+_VIPS = (ip_network("240.0.0.0/4"), ip_network("fd50:494c::/64"))
+_NAT64 = ip_network("64:ff9b::/96")
+
+
+def outside(address: str) -> bool:
+    """Whether an answer for a name outside the mesh may carry this address: nothing private, local, or ours. Raises
+    ValueError for no address."""
+    ip: IPv4Address | IPv6Address = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is not None:
+            ip = inner
+        elif ip in _NAT64:
+            ip = IPv4Address(int(ip) & 0xFFFFFFFF)
+    if any(ip in net for net in _VIPS if net.version == ip.version) or (ip.version == 4 and ip in _SHARED):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
+def grant_s(ttl_s: float) -> float:
+    """For how long an answer of this TTL opens its addresses."""
+    return min(max(ttl_s + GRANT_GRACE_S, GRANT_S_MIN), GRANT_S_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """One host of a ServiceEntry, and what it opens."""
+
+    rule: str  # "shop/api#api.example.com"
+    host: str  # a name or ``*.suffix``
+    ports: tuple[tuple[int, str], ...]  # (port, "tcp" or "udp")
+
+    def names(self, name: str) -> bool:
+        """``name``: lower case, without the last dot."""
+        return matches_pattern(self.host, name)
+
+
+class WaysOut:
+    """The ServiceEntries of one State, by identity."""
+
+    def __init__(self, state: State) -> None:
+        config = state.get(CONFIG_KEY)
+        self._root = config.root_namespace if isinstance(config, Config) else ""
+        found = (item for item in state.values() if isinstance(item, ServiceEntry))
+        self._entries = sorted(found, key=lambda entry: (entry.namespace, entry.name))
+        self._known: dict[str, tuple[WayOut, ...]] = {}
+
+    def of(self, spiffe: str) -> tuple[WayOut, ...]:
+        """What this identity may reach by name."""
+        if not self._entries:
+            return ()
+        found = self._known.get(spiffe)
+        if found is None:
+            found = self._known[spiffe] = tuple(self._make(spiffe))
+        return found
+
+    def open_to(self, spiffe: str, name: str) -> bool:
+        """Whether the identity may ask for, and reach, this name."""
+        return any(way.names(name) for way in self.of(spiffe))
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def _make(self, spiffe: str) -> Iterable[WayOut]:
+        try:
+            namespace = SpiffeId.parse(spiffe).namespace
+        except IdentityError:
+            return
+        principal = spiffe.removeprefix("spiffe://")
+        for entry in self._entries:
+            if entry.namespace not in (namespace, self._root):
+                continue
+            if entry.principals and not any_pattern(entry.principals, principal):
+                continue
+            for host in entry.hosts:
+                yield WayOut(f"{entry.namespace}/{entry.name}#{host}", host, entry.ports)
