@@ -2,15 +2,22 @@
 
 The question is what they share: the proxy. Whose program gets a processor first is the node's scheduler's affair, with a mesh
 and without; so the victim and its server never wait for one (SCHED_FIFO), alone as well as beside the flood. The proxy does.
+
+Each row also holds, or it fails: the victim's worker stays below what one identity's budget allows, and what was denied is
+counted exactly, where the flood hears of each denial. Its line says how much it was.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from bench import report
@@ -30,6 +37,14 @@ FLOODS = {
     "denials": ("redis", REDIS_PORT),
 }
 FRAMES = ("rapid-reset", "continuation")  # of the other node, at the tunnel's end
+CONNECTIONS = {"requests": 32, "connections": 401, "sleepers": 200}  # that flood.py holds; of the others' none stays
+#: what one identity may make a worker keep: docs/budgets.md; and what a worker itself grows by
+HELD_BYTES, CONNECTION_BYTES, OWN_BYTES = 64 << 20, 400 << 10, 24 << 20
+#: the kernel's reasons that are no denials
+ADMISSIONS = frozenset(
+    {"native_allowed", "captured", "outbound_allowed", "ingress_allowed", "proxy_dial", "events_sampled", "events_lost"}
+)
+FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
 PREFIX = "noisy-neighbour-"
 NAMES = tuple(PREFIX + flood for flood in (*FLOODS, *FRAMES))
 
@@ -63,22 +78,68 @@ def begin(flood: str, world: World) -> Process:
     return world.lab.nodes["n2"].start(argv, name="flood")
 
 
+class Held:
+    """The victim's worker, and what its node denied, from now on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        (self._worker,) = world.lab.pids("n1", "proxy-worker")
+        Path(f"/proc/{self._worker}/clear_refs").write_text(FORGET_PEAK)
+        self._bytes, self._denied = self._memory("VmRSS"), self._counted()
+
+    def _memory(self, field: str) -> int:
+        lines = Path(f"/proc/{self._worker}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+    def _counted(self) -> Counter[str]:
+        """Refusals by reason, of kernel and proxy."""
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self._world.lab.agent_api("n1", "GET", "/metrics")):
+            for sample in family.samples:
+                if sample.name in ("pillion_datapath_total", "pillion_denied_total"):
+                    found[sample.labels["reason"]] += int(sample.value)
+        return found
+
+    def judge(self, flood: str, heard: int | None) -> str:
+        """One line about it. ``heard``: denials as the flood counted them. Raises LoadError."""
+        grown = self._memory("VmHWM") - self._bytes
+        most = HELD_BYTES + CONNECTION_BYTES * CONNECTIONS.get(flood, 0) + OWN_BYTES
+        denied = {reason: count for reason, count in (self._counted() - self._denied).items() if reason not in ADMISSIONS}
+        if grown > most:
+            raise LoadError(f"the worker grew by {grown >> 20} MiB, {most >> 20} MiB are allowed")
+        if heard is not None and denied.get("policy_denied", 0) != heard:
+            raise LoadError(f"{heard} denials were heard of, {denied.get('policy_denied', 0)} are counted")
+        return f"memory +{grown >> 20} of {most >> 20} MiB; denied {denied or 'nothing'}"
+
+
+def end(noise: Process) -> int | None:
+    """How many denials the flood heard of; None: it does not say."""
+    noise.signal(signal.SIGTERM)
+    noise.wait(10)
+    last = (noise.output().splitlines() or [""])[-1]
+    return int(json.loads(last)["denied"]) if last.startswith("{") else None
+
+
 def measure(name: str, world: World, rounds: int, console: Console) -> report.Row:
     """Rounds alternate: alone, beside the flood."""
     flood = name.removeprefix(PREFIX)
     samples: dict[str, list[float]] = {"self": [], "pillion": []}
+    said = ""
     with console.status(name):
         first(world)
         p99_ms(world)  # warm
         for _ in range(rounds):
             samples["self"].append(p99_ms(world))
+            held = Held(world)
             noise = begin(flood, world)
             try:
                 time.sleep(SETTLE_S)
                 if not noise.alive:
                     raise LoadError(f"the flood ended: {noise.output()[-300:]}")
                 samples["pillion"].append(p99_ms(world))
+                said = held.judge(flood, end(noise))
             finally:
                 noise.kill()
             time.sleep(SETTLE_S)
+    console.print(f"{name}: {said}")
     return report.row(name, "ms p99", samples)

@@ -1,6 +1,7 @@
 /* What a client sends: a request, or more of one. */
 
 #define STICKY_NS 1000
+#define SAMPLED_AT_ONCE 16
 #define REFS_KNOWN_NS 100000000 /* after so long without an answer, references are timers' */
 
 /* More of a body whose head went fast. It follows its head whatever has changed since: the server waits for it */
@@ -54,10 +55,31 @@ static inline u32 not_now(struct pl_config *c, struct pl_xrecord *r, struct pl_x
   return 0;
 }
 
+/* User space sees some requests, `sample` of 65536 on average, several in a row: to wake it, and to fill the CPU's caches with
+ * it, costs more than a request does */
+static inline bool sampled(u32 sample, u32 random)
+{
+  u32 zero = 0, *more;
+
+  if (!sample)
+    return false;
+  more = xsampled.lookup(&zero);
+  if (!more)
+    return true;
+  if (*more) {
+    (*more)--;
+    return true;
+  }
+  if (random >= (sample / SAMPLED_AT_ONCE ?: 1) && sample < 65536)
+    return false;
+  *more = SAMPLED_AT_ONCE - 1;
+  return true;
+}
+
 static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_xrecord *r, void *tp)
 {
   struct pl_config *c = configuration();
-  u32 program = r->program, busy = *(volatile u32 *)&r->busy, reason, n, length, slot, random, refs, load;
+  u32 program = r->program, busy = *(volatile u32 *)&r->busy, stamp, reason, n, length, slot, random, refs, load;
   struct pl_xprogram *p;
   struct pl_xverdict_key k = {};
   struct pl_xverdict *v;
@@ -71,16 +93,20 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   p = xprograms.lookup(&program);
   if (!c || !p)
     return to_user(r, PL_XR_NO_RECORD);
+  stamp = *(volatile u32 *)&p->stamp; /* before whatever it stands for */
+  BARRIER;
   now = boot_ns();
   reason = not_now(c, r, e, p, tp, now);
   if (reason)
     return to_user(r, reason);
+  if (!stamp)
+    return to_user(r, PL_XR_GENERATION);
 
   if (!contiguous(m))
     return to_user(r, PL_XR_HEAD);
   d = m->data;
   end = m->data_end;
-  n = scan(e, d, end, p->root);
+  n = scan(e, d, end, p->root, stamp);
   if (!n)
     return to_user(r, e->reg[REG_END] != UNENDED ? PL_XR_HEAD : m->size < PL_X_HEAD_BYTES ? PL_XR_HEAD_PART : PL_XR_HEAD_LONG);
   length = e->reg[PL_XA_DIGIT];
@@ -96,7 +122,7 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   if (!v)
     return to_user(r, PL_XR_VERDICT);
   random = bpf_get_prandom_u32();
-  if (random >> 16 < p->sample)
+  if (sampled(p->sample, random >> 16))
     return to_user(r, PL_XR_SAMPLE);
   slot = choose_slot(v, program, random);
 
@@ -122,6 +148,8 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   if (*(volatile u64 *)&s->clean != clean_at(s->up_seq))
     return to_user(r, PL_XR_UNCLEAN);
   /* The last word before the bytes move: the tables may have been exchanged meanwhile, the record armed anew */
+  if (*(volatile u32 *)&p->stamp != stamp)
+    return to_user(r, PL_XR_GENERATION);
   if (*(volatile u32 *)&p->generation != generation_of(c))
     return to_user(r, PL_XR_GENERATION);
   if (p->rate_per_s && spent(p, program, now))

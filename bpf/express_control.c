@@ -67,7 +67,7 @@ static inline u32 proxy_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_x
   struct bpf_sock *sk = established(skb, o->family, &o->remote, o->remote_port, &o->local, o->local_port);
   struct pl_xslot *s = &r->slots[o->slot & (PL_X_SLOTS - 1)];
   u32 result = PL_XQ_OK, read, written, side;
-  struct pl_xend *e, fresh = {};
+  struct pl_xend *e;
   struct pl_caller *caller;
   struct pl_origin *origin;
   struct pl_conn *conn;
@@ -123,7 +123,7 @@ static inline u32 proxy_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_x
     goto out;
   }
   side = o->side == PL_X_CLIENT ? PL_X_ACCEPTED : PL_X_UPSTREAM;
-  e = xends.sk_storage_get(sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+  e = xends.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
   if (!e) {
     result = PL_XQ_NO_STORAGE;
     goto out;
@@ -191,7 +191,7 @@ static inline void leave_former(struct pl_xend *e, u64 record)
 static inline u32 enrol(struct __sk_buff *skb, struct pl_xop *o, struct pl_xrecord *r)
 {
   struct pl_xslot *s = &r->slots[o->slot & (PL_X_SLOTS - 1)];
-  struct pl_xend *e, fresh = {};
+  struct pl_xend *e;
   struct bpf_sock *sk;
   u32 result, rcv;
   u64 key;
@@ -212,7 +212,7 @@ static inline u32 enrol(struct __sk_buff *skb, struct pl_xop *o, struct pl_xreco
   result = may_enrol(sk, o, tp);
   if (result != PL_XQ_OK)
     goto out;
-  e = xends.sk_storage_get(sk, &fresh, BPF_SK_STORAGE_GET_F_CREATE);
+  e = xends.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
   if (!e) {
     result = PL_XQ_NO_STORAGE;
     goto out;

@@ -30,6 +30,7 @@ PL_MAP("array", xacts, u32, struct pl_xact, PL_X_BLOCKS, 0);
 PL_MAP("hash", xverdicts, struct pl_xverdict_key, struct pl_xverdict, 262144, PL_SPARSE);
 PL_MAP("percpu_hash", xstats, struct pl_xstat_key, struct pl_xstat, 8192, PL_SPARSE);
 PL_MAP("array", xblank, u32, struct pl_xstat, 1, 0); /* stays zero */
+PL_MAP("percpu_array", xsampled, u32, u32, 1, 0); /* how many more are, of those that come next */
 PL_MAP("percpu_array", xcounters, u32, u64, PL_COUNTERS, 0);
 
 /* By socket cookie: where TCP's own bytes go on. Of no harm if one is forgotten while its socket lives */

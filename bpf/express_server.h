@@ -55,14 +55,19 @@ static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, u32 slot)
 /* The response's head: 0, or why it is handed over. total: its bytes, head and body */
 static inline u32 response_head(struct sk_msg_md *m, struct pl_xend *e, struct pl_xrecord *r, struct pl_xprogram *p, u32 *total)
 {
-  u32 n, length, status;
+  u32 n, length, status, stamp = *(volatile u32 *)&p->stamp; /* before whatever it stands for */
   u8 *d, *end;
 
+  BARRIER;
+  if (!stamp)
+    return PL_XR_GENERATION;
   if (!contiguous(m))
     return PL_XR_RESPONSE_HEAD;
   d = m->data;
   end = m->data_end;
-  n = scan(e, d, end, p->response);
+  n = scan(e, d, end, p->response, stamp);
+  if (*(volatile u32 *)&p->stamp != stamp)
+    return PL_XR_GENERATION;
   if (!n)
     return PL_XR_RESPONSE_HEAD;
   status = e->reg[PL_XA_STATUS];

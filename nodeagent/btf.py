@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 
 SYMBOLS = Path("/proc/kallsyms")
@@ -26,6 +27,11 @@ WANTED = {
     "O_WQE_FUNC": ("wait_queue_entry", "func"),
     "O_WQE_PRIVATE": ("wait_queue_entry", "private"),
     "O_WQE_ENTRY": ("wait_queue_entry", "entry"),
+}
+WANTED_TO_COUNT = {  # beside those, by bpf/express_count.c
+    "O_MSG_LIST": ("sk_msg", "list"),
+    "O_MSG_SIZE": ("sk_msg", "sg.size"),
+    "O_SAVED_READY": ("sk_psock", "saved_data_ready"),
 }
 
 
@@ -95,11 +101,11 @@ class Btf:
         return None
 
 
-def offsets() -> dict[str, int]:
-    """Everything in WANTED, bytes. Raises NoTypes."""
+def offsets(wanted: Mapping[str, tuple[str, str]] = WANTED) -> dict[str, int]:
+    """Everything wanted, bytes. Raises NoTypes."""
     btf = Btf()
     try:
-        return {name: btf.offset(*where) for name, where in WANTED.items()}
+        return {name: btf.offset(*where) for name, where in wanted.items()}
     finally:
         btf.close()
 

@@ -89,7 +89,7 @@ class Operations:
         self._fd = _check(_libbpf.bpf_obj_get(os.fsencode(program)), f"program {program}")
         self._layout, self._enums = layouts["pl_xop"], layouts.enums
         self._names = {code: name.removeprefix(RESULTS).lower() for name, code in self._enums.items() if name.startswith(RESULTS)}
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()  # SimpleQueue can miss a deadline
         self._unsettled: list[_Unsettled] = []
         self._order = itertools.count()
         self.failures = 0  # sockets never settled since the kernel refused

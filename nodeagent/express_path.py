@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from nodeagent import counters, express_probes
+from nodeagent import counters, express_count, express_probes
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_ops import OK, Enrolment, Operations
 from nodeagent.layouts import Layout, Layouts
@@ -68,7 +68,8 @@ class ExpressPath:
 
     def __init__(self, bpf_dir: Path, run_dir: Path) -> None:
         path = run_dir / "layouts-express.json"
-        run_child("nodeagent.express_load", ["--bpf-dir", str(bpf_dir), "--src", str(SOURCES), "--layouts", str(path)])
+        self._arguments = ["--bpf-dir", str(bpf_dir), "--src", str(SOURCES), "--layouts", str(path)]
+        run_child("nodeagent.express_load", self._arguments)
         self._layouts = Layouts.read(path)
         self._maps = open_all(bpf_dir / "maps", MAPS)
         self._maps["xrecords"].expect(8, self._layouts["pl_xrecord"].size)
@@ -163,8 +164,18 @@ class ExpressPath:
             rate_per_s=rate_per_s,
             burst=max(1, burst),
             endpoints=struct.pack(f"={slots}I", *endpoints, *(0,) * (slots - len(endpoints))),
+            stamp=self._stamp(),
         )
         self._maps["xprograms"].put(_U32.pack(index), value)
+
+    def _stamp(self) -> int:
+        """One that no program had, of a former agent's neither. The last is kept where no program is."""
+        layout = self._layouts["pl_xprogram"]
+        with self._lock:
+            last = layout.unpack(self._maps["xprograms"].get(_U32.pack(0)) or bytes(layout.size))["stamp"]
+            stamp: int = last % 0xFFFFFFFF + 1
+            self._maps["xprograms"].put(_U32.pack(0), layout.pack(stamp=stamp))
+        return stamp
 
     def drop_program(self, index: int) -> None:
         """Its records' requests go to user space; its verdicts are gone."""
@@ -266,7 +277,23 @@ class ExpressPath:
     def probes(self) -> dict[str, str]:
         """Name -> "ok" or why not, of what this kernel does with redirected bytes. One that fails disqualifies the node.
         Takes some ms; seconds when something is wrong."""
+        found = express_probes.run(self._bpf_dir / "maps", self._layouts["pl_xend"])
+        if found["fionread"] == "ok" or self.counts:
+            return found
+        try:
+            self.count()
+        except DatapathError as error:
+            return {**found, "fionread": f"{found['fionread']}; it can not be told: {str(error)[-200:]}"}
         return express_probes.run(self._bpf_dir / "maps", self._layouts["pl_xend"])
+
+    @property
+    def counts(self) -> bool:
+        """Whether FIONREAD is told of redirected bytes, by a program of this node's, on a kernel that does not by itself."""
+        return (self._bpf_dir / express_count.PINNED).exists()
+
+    def count(self) -> None:
+        """From now on. Raises DatapathError."""
+        run_child("nodeagent.express_count", self._arguments)
 
     def counters(self) -> dict[str, int]:
         """By pl_xreason, lower case."""

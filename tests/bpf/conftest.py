@@ -44,6 +44,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 def express(loaded: World) -> Iterator[ExpressPath]:
     """The express programs, in the same world."""
     made = ExpressPath(loaded.fs, loaded.tmp)
+    made.probes()  # as an agent: what this kernel needs beside, it has then
     yield made
     made.close()
 

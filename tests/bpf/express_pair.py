@@ -28,8 +28,8 @@ OKAY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 _numbers = itertools.count(1)
 
 
-def request_table() -> Table:
-    """GET, HEAD and POST of a few paths; `POST` and a header `x-seen` set bits of seen."""
+def request_table(seen: bytes = b"x-seen") -> Table:
+    """GET, HEAD and POST of a few paths; `POST` and the header ``seen`` set bits of seen."""
     builder = Builder()
     lines = Lines(builder)
     value = builder.state()
@@ -39,7 +39,7 @@ def request_table() -> Table:
     lines.field(b"transfer-encoding", 0)
     lines.field(b"host", value, Kind.ONCE, HOST)
     lines.field(b"content-length", lines.length(6), Kind.ONCE, LENGTH)
-    lines.field(b"x-seen", value, Kind.MATCH, 2)
+    lines.field(seen, value, Kind.MATCH, 2)
     version = builder.state()
     builder.chain(version, b"HTTP/1.1\r\n", lines.line)
     root = builder.state()

@@ -79,9 +79,11 @@ def test_a_dropped_syn_says_where_it_came_from(world: World, family: Family) -> 
         world.out(f"s.connect(({family.spell(family.host('b'))!r}, {PORT}))")
     except TimeoutError:
         pass
-    event = drain(world)[0]
+    events = [event for event in drain(world) if event["dport"] == PORT]  # others may have said something meanwhile
+    assert events, "the dropped SYN is not told"
+    event = events[0]
     assert event["reason"] == world.layouts["constants"]["PL_R_INGRESS_PLAINTEXT"]
-    assert (event["src"], event["dst"], event["dport"]) == (addr(family.host("out")), addr(family.host("b")), PORT)
+    assert (event["src"], event["dst"]) == (addr(family.host("out")), addr(family.host("b")))
     assert (event["dst_workload"], event["src_identity"]) == (WORKLOAD["b"], 0)
 
 

@@ -206,7 +206,7 @@ def test_a_request_in_the_last_message_of_a_body_hands_over(pairs: Pairs) -> Non
 
 
 def test_a_punted_heads_body_is_no_request(pairs: Pairs) -> None:
-    """threats.md 2"""
+    """security.md 2"""
     pair = pairs()
     for head in (
         b"POST / HTTP/1.1\r\nHost: shop.test\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -348,7 +348,7 @@ def test_the_budget_of_a_response(pairs: Pairs) -> None:
 
 @pytest.mark.parametrize("at", [0, 1, len(OKAY) - 2, len(OKAY) - 1, len(OKAY), len(OKAY) + 5])
 def test_bytes_behind_a_response_reach_the_proxy_alone(pairs: Pairs, at: int) -> None:
-    """threats.md 3"""
+    """security.md 3"""
     pair = pairs()
     whole = OKAY + b"HTTP/1.1 200 OK"
     pair.client.sendall(GET)
@@ -369,7 +369,7 @@ def test_bytes_behind_a_response_reach_the_proxy_alone(pairs: Pairs, at: int) ->
 
 
 def test_an_unasked_response_reaches_no_client(pairs: Pairs, express: ExpressPath) -> None:
-    """threats.md 3"""
+    """security.md 3"""
     pair = pairs()
     before = express.counters()["unasked"]
     pair.server.sendall(OKAY)
@@ -382,7 +382,7 @@ def test_an_unasked_response_reaches_no_client(pairs: Pairs, express: ExpressPat
 
 
 def test_only_the_server_that_was_asked_answers(pairs: Pairs, programs: Programs, express: ExpressPath) -> None:
-    """threats.md 3"""
+    """security.md 3"""
     programs.put(endpoints=[PLACES, PLACES + 1])
     express.set_verdicts(1, {(1, 0): Verdict(1, ((1, 0b01),))})
     pair = pairs(servers=2)

@@ -4,6 +4,7 @@ with it is in tests/bpf/test_express*.py."""
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import shutil
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -258,18 +260,33 @@ def test_each_probe_sees_its_fault(
     assert says in run(path, place, Faulty)[probe]
 
 
-def test_the_count_of_bytes_is_wrong_without_the_second_map(
-    path: ExpressPath, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kernels with 929e30f93125 (and this one): what the no-op verdict is for."""
+def test_a_count_of_bytes_that_is_wrong_is_seen(path: ExpressPath, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Linux 6.1 with redirected bytes, and on 6.18 with TCP's own where there is no second map."""
+    ioctl = fcntl.ioctl
 
-    class Half(Four):
-        def read_all(self) -> None:
-            """Redirection alone."""
+    def none(sock: socket.socket, what: int, number: object) -> object:
+        return 0 if what == termios.FIONREAD else ioctl(sock, what, number)  # type: ignore[call-overload]  # as it came
 
     monkeypatch.setattr(express_probes, "WAIT_S", 0.2)
     monkeypatch.setattr(express_probes, "PROBES", {"fionread": PROBES["fionread"]})
-    assert "FIONREAD says" in run(path, place, Half)["fionread"]
+    monkeypatch.setattr(fcntl, "ioctl", none)
+    assert run(path, place, Four) == {"fionread": "redirected bytes: FIONREAD says 0 of 10 bytes"}
+
+
+def test_where_the_count_is_wrong_it_is_told_and_tried_again(path: ExpressPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [{"fionread": "FIONREAD says 0", "epoll": "ok"}, {"fionread": "ok", "epoll": "ok"}]
+    asked: list[str] = []
+    monkeypatch.setattr(express_probes, "run", lambda *_: said[len(asked)])
+    monkeypatch.setattr(ExpressPath, "counts", False)
+    monkeypatch.setattr(ExpressPath, "count", lambda self: asked.append("count"))
+    assert path.probes() == said[1] and asked == ["count"]
+
+    def refused(self: ExpressPath) -> None:
+        raise DatapathError("lockdown")
+
+    asked.clear()
+    monkeypatch.setattr(ExpressPath, "count", refused)
+    assert path.probes() == {"fionread": "FIONREAD says 0; it can not be told: lockdown", "epoll": "ok"}
 
 
 def test_most_of_a_long_segment_sent_again_is_read_once(path: ExpressPath, place: Path) -> None:
