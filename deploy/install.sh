@@ -168,7 +168,13 @@ environment() { # the venv, one for each content, and `current` points at it: an
 
 old_environments() { # after the restart: processes may import late
     for old in "$root"/venv-*; do
-        if [ -d "$old" ] && [ "$old" != "$(readlink $root/current)" ]; then rm -rf "$old"; did "removed $old"; fi
+        [ -d "$old" ] && [ "$old" != "$(readlink $root/current)" ] || continue
+        if grep -qsF "$old/" /proc/[0-9]*/maps; then
+            say "kept $old: open connections still go through a proxy of it; the next run removes it"
+        else
+            rm -rf "$old"
+            did "removed $old"
+        fi
     done
 }
 
@@ -332,6 +338,10 @@ remove() {
     if [ "$role" = node ]; then
         withdraw_all
         systemctl -q disable --now pillion-agent.service pillion-proxy.service 2>/dev/null || :
+        # What drains ends here
+        rest=/sys/fs/cgroup/pillion.slice/pillion-proxy.slice
+        if [ -e $rest/cgroup.kill ]; then echo 1 >$rest/cgroup.kill; fi
+        for _ in 1 2 3 4 5 6 7 8 9 10; do grep -qs 'populated 1' $rest/cgroup.events || break; sleep 0.5; done
         did "stopped agent and proxy"
         # Links and maps are gone with their file system, and with the links all enforcement
         systemctl stop run-pillion-bpf.mount 2>/dev/null || :

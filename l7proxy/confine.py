@@ -130,3 +130,8 @@ def confine(uid: int, gid: int) -> None:
 def die_with_parent(signal: int) -> None:
     """This child gets ``signal`` when the process that forked it is gone, however it went."""
     _prctl(_PR_SET_PDEATHSIG, signal)
+
+
+def live_without_parent() -> None:
+    """It takes that back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)

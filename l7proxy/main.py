@@ -1,4 +1,7 @@
-"""The proxy's first process: makes the workers' sockets, confines itself, forks workers and keeps them alive."""
+"""The proxy's first process: makes the workers' sockets, confines itself, forks workers and keeps them alive.
+
+SIGTERM is a planned end: it leaves its workers to themselves, and ends at once, so that a successor may start. They serve until
+that one's do, and drain (`l7proxy.drain`). SIGINT stops them all within seconds. Whoever kills it kills them."""
 
 from __future__ import annotations
 
@@ -21,19 +24,22 @@ from pathlib import Path
 
 import structlog
 
-from l7proxy.confine import ConfineError, confine, die_with_parent, user_ids
+from l7proxy.confine import ConfineError, confine, die_with_parent, live_without_parent, user_ids
+from l7proxy.drain import LIMIT_S
+from l7proxy.places import Place, PlacesError, claim
 from mesh.notify import Notify
 
 WORKERS_MAX = 256
-BACKLOG = 16
+DRAIN_LIMIT_MAX_S = 86_400.0
+RETIRE = signal.SIGUSR2  # to a worker: see `Tie.cut`
 STEADY_S = 10.0  # a worker that lived this long is restarted at once
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 5.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-DRAIN_S = 35.0  # after SIGTERM; then SIGKILL
+DRAIN_S = 35.0  # after SIGINT; then SIGKILL
+RETIRE_S = 5.0  # after SIGTERM; a worker that has not gone its own way by then dies with us
 SILENCE_S = 30.0  # a worker whose loop does not turn for so long is killed
 
 log = structlog.get_logger()
-Beat = Callable[[], None]
 
 
 def configure_logging() -> None:
@@ -51,21 +57,6 @@ def configure_logging() -> None:
     )
 
 
-def worker_socket(run_dir: Path, index: int) -> socket.socket:
-    """``worker-<i>.sock``, listening, for root alone."""
-    path = run_dir / f"worker-{index}.sock"
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-    finally:
-        os.umask(before)
-    sock.listen(BACKLOG)
-    sock.setblocking(False)
-    return sock
-
-
 def tune_allocator() -> None:
     """Buffers of a bulk transfer come and go: keep their memory instead of giving it back each time."""
     libc = ctypes.CDLL(None)
@@ -74,8 +65,34 @@ def tune_allocator() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
-def run_worker(index: int, listen: socket.socket, beat: Beat = lambda: None) -> int:
-    """One worker, until it is drained; ``beat`` is called every second. Returns the exit status."""
+class Tie:
+    """What binds a worker to the process that forked it: that one hears of it, and it dies with that one."""
+
+    def __init__(self, fd: int, number: int) -> None:
+        self._fd, self._number = fd, number
+
+    def beat(self) -> None:
+        """Called every second; a loop that does not turn for `SILENCE_S` is the end of its worker."""
+        if self._fd < 0:
+            signal.alarm(int(SILENCE_S))
+            return
+        with suppress(OSError):  # the pipe is full: the main process has been told often enough
+            os.write(self._fd, bytes((self._number,)))
+
+    def cut(self) -> None:
+        """From here on nobody watches but itself."""
+        if self._fd >= 0:
+            live_without_parent()
+            fd, self._fd = self._fd, -1
+            self.beat()
+            os.close(fd)
+
+
+Run = Callable[[int, socket.socket, Tie], int]
+
+
+def run_worker(index: int, listen: socket.socket, tie: Tie, generation: int = 0, limit_s: float = LIMIT_S) -> int:
+    """One worker, until it is drained. Returns the exit status."""
     import uvloop
 
     from l7proxy import inbound
@@ -85,26 +102,29 @@ def run_worker(index: int, listen: socket.socket, beat: Beat = lambda: None) -> 
 
     async def live() -> None:
         worker = Worker(index, listen)
+        worker.generation = generation
         inbound.install(worker)
-        worker.on_sweep.append(lambda _: beat())
-        asyncio.get_running_loop().call_soon(beat)  # its loop turns, so it listens
+        worker.on_sweep.append(lambda _: tie.beat())
+
+        def retire() -> None:
+            tie.cut()
+            worker.ending.retire(limit_s)
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(RETIRE, retire)
+        loop.call_soon(tie.beat)  # its loop turns, so it listens
         await worker.run()
 
     uvloop.run(live())
     return 0
 
 
-def _beat(fd: int, index: int) -> None:
-    with suppress(OSError):  # the pipe is full: the main process has been told often enough
-        os.write(fd, bytes((index,)))
-
-
 @dataclass(slots=True)
 class Slot:
-    """A worker's place."""
+    """Where a worker lives. ``number``: among those of this process."""
 
-    index: int
-    listen: socket.socket
+    number: int
+    place: Place
     pid: int = 0
     started: float = 0.0
     delay: float = 0.0
@@ -115,26 +135,30 @@ class Slot:
 class Supervisor:
     """Forks a worker for each slot and replaces those that die. ``run``: the worker's life, returns its exit status."""
 
-    def __init__(
-        self, listens: list[socket.socket], notify: Notify, run: Callable[[int, socket.socket, Beat], int] = run_worker
-    ) -> None:
-        self._slots = [Slot(index, sock) for index, sock in enumerate(listens)]
+    def __init__(self, places: list[Place], notify: Notify, run: Run = run_worker) -> None:
+        self._slots = [Slot(number, place) for number, place in enumerate(places)]
         self._notify, self._told_at, self._ready = notify, 0.0, False
         self._run = run
-        self._beats, self._beat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # workers write their index
-        self._stopping = 0.0
+        self._beats, self._beat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # workers write their number
+        self._stopping = self._retiring = 0.0
+        self._retires = False
 
     def serve(self) -> int:
-        """Until SIGTERM and the last worker's end."""
+        """Until SIGTERM, and no worker would die with us; or SIGINT and the last worker's end."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        signal.signal(signal.SIGTERM, self._retire)
+        signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
             now = time.monotonic()
             self._reap(now)
-            if self._stopping:
+            if self._retires and not self._retiring:
+                self._leave()
+            if self._retiring:
+                if now > self._retiring:
+                    return 0
+            elif self._stopping:
                 if not any(slot.pid for slot in self._slots):
                     return 0
                 if now > self._stopping:
@@ -144,24 +168,28 @@ class Supervisor:
                     if not slot.pid and slot.due <= now:
                         self._fork(slot, now, (wake_read, wake_write))
                 self._watch(now)
-            waits = [slot.due - now for slot in self._slots if not slot.pid and not self._stopping]
+            ending = self._stopping or self._retiring
+            waits = [slot.due - now for slot in self._slots if not slot.pid and not ending]
             waits.append(min(SILENCE_S, self._notify.interval_s))
-            if self._stopping:
-                waits.append(max(0.2, self._stopping - now))
+            if ending:
+                waits.append(max(0.2, ending - now))
             with suppress(InterruptedError):
                 select.select([wake_read, self._beats], [], [], max(0.0, min(waits)))
             with suppress(BlockingIOError):
                 while os.read(wake_read, 512):
                     pass
             with suppress(BlockingIOError):
-                for index in os.read(self._beats, 4096):
-                    self._slots[index].heard = time.monotonic()
+                beats = os.read(self._beats, 4096)
+                if not beats:  # all its writers are gone
+                    return 0
+                for number in beats:
+                    self._slots[number].heard = time.monotonic()
 
     def _watch(self, now: float) -> None:
         """Ready once every worker listens. One that hangs is killed here, alone; who hears no more of us kills us all."""
         for slot in self._slots:
             if slot.pid and now - max(slot.heard, slot.started) > SILENCE_S:
-                log.error("worker hangs; killed", worker=slot.index, pid=slot.pid, silent_s=SILENCE_S)
+                log.error("worker hangs; killed", worker=slot.place.index, pid=slot.pid, silent_s=SILENCE_S)
                 with suppress(ProcessLookupError):
                     os.kill(slot.pid, signal.SIGKILL)
         if not self._ready and all(slot.heard for slot in self._slots):
@@ -171,8 +199,17 @@ class Supervisor:
             self._told_at = now
             self._notify.tell(WATCHDOG=1)
 
+    def _retire(self, *_: object) -> None:
+        self._retires = not self._stopping
+
+    def _leave(self) -> None:
+        self._notify.tell(STOPPING=1, STATUS="left to its workers and to who comes next")
+        self._retiring = time.monotonic() + RETIRE_S
+        self._signal(RETIRE)
+        os.close(self._beat)  # workers that go on without us close theirs
+
     def _stop(self, *_: object) -> None:
-        if not self._stopping:
+        if not self._stopping and not self._retires:
             self._notify.tell(STOPPING=1, STATUS="draining")
             self._stopping = time.monotonic() + DRAIN_S
             self._signal(signal.SIGTERM)
@@ -198,10 +235,9 @@ class Supervisor:
                     slot.delay = 0.0 if lived > STEADY_S else min(BACKOFF_MAX_S, max(BACKOFF_MIN_S, 2 * slot.delay))
                     slot.due = now + slot.delay
                     code = os.waitstatus_to_exitcode(status)
-                    if not self._stopping:
-                        log.error(
-                            "worker ended", worker=slot.index, pid=pid, code=code, lived_s=round(lived, 1), again_s=slot.delay
-                        )
+                    if not self._stopping and not self._retiring:
+                        told = {"code": code, "lived_s": round(lived, 1), "again_s": slot.delay}
+                        log.error("worker ended", worker=slot.place.index, pid=pid, **told)
 
     def _fork(self, slot: Slot, now: float, close: tuple[int, int]) -> None:
         parent = os.getpid()
@@ -222,10 +258,10 @@ class Supervisor:
                 os.close(fd)
             for other in self._slots:
                 if other is not slot:
-                    other.listen.close()
-            code = self._run(slot.index, slot.listen, partial(_beat, self._beat, slot.index))
+                    other.place.close()
+            code = self._run(slot.place.index, slot.place.listen, Tie(self._beat, slot.number))
         except BaseException:
-            log.exception("worker failed", worker=slot.index)
+            log.exception("worker failed", worker=slot.place.index)
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -237,6 +273,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", type=Path, required=True, help="where the workers' sockets are made, for the agent")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--drain-limit-s",
+        type=float,
+        default=LIMIT_S,
+        help="how long open connections may last after a planned end (%(default)g)",
+    )
     parser.add_argument("--user", default=None, help="name or uid to run as (default: pillion-proxy, else 65471)")
     return parser.parse_args(argv)
 
@@ -247,6 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < arguments.workers <= WORKERS_MAX:
         log.error("--workers is out of range", workers=arguments.workers, most=WORKERS_MAX)
         return 2
+    if not 0 < arguments.drain_limit_s <= DRAIN_LIMIT_MAX_S:
+        log.error("--drain-limit-s is out of range", given=arguments.drain_limit_s, most=DRAIN_LIMIT_MAX_S)
+        return 2
     # Everything is imported before the fork: workers share its pages, and need less of the file system.
     import uvloop  # noqa: F401
 
@@ -256,13 +301,14 @@ def main(argv: list[str] | None = None) -> int:
         uid, gid = user_ids(arguments.user)
         notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))  # while it may make a socket
         arguments.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        listens = [worker_socket(arguments.run_dir, index) for index in range(arguments.workers)]
+        places = claim(arguments.run_dir, arguments.workers)
         os.chdir("/")
         confine(uid, gid)
-    except (ConfineError, OSError) as error:
+    except (ConfineError, PlacesError, OSError) as error:
         log.error("the proxy cannot start", error=str(error))
         return 1
     gc.collect()
     gc.freeze()
-    log.info("proxy started", workers=arguments.workers, uid=uid)
-    return Supervisor(listens, notify).serve()
+    generation = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    log.info("proxy started", workers=[place.index for place in places], uid=uid, generation=generation)
+    return Supervisor(places, notify, partial(run_worker, generation=generation, limit_s=arguments.drain_limit_s)).serve()

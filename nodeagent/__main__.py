@@ -21,6 +21,7 @@ from mesh.notify import Notify
 from nodeagent.agent import Agent
 from nodeagent.api import serve
 from nodeagent.datapath_api import DatapathApi
+from nodeagent.fd_store import FdStore
 from nodeagent.files import private_directory
 from nodeagent.notify import follow
 from nodeagent.options import Options
@@ -101,9 +102,10 @@ async def _run(arguments: argparse.Namespace) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stopping.add(asyncio.create_task(stop())))
+    store = FdStore(os.environ)
     notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))
     runner = await serve(agent, arguments.run_dir / "agent.sock")
-    following = asyncio.create_task(follow(agent, notify), name="notify")
+    following = asyncio.create_task(follow(agent, notify, store), name="notify")
     try:
         await agent.run()
     finally:

@@ -22,6 +22,7 @@ from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express import Express
 from nodeagent.files import many_descriptors
 from nodeagent.flows import FlowRing
+from nodeagent.grant_desk import GrantDesk
 from nodeagent.kernel_work import KernelWork, Result, frames
 from nodeagent.lease import Lease
 from nodeagent.local_workloads import LocalWorkloads
@@ -53,8 +54,10 @@ class Agent:
         self.membership = Membership(options, self.workloads, self.post, lambda: self.core.resume)
         self.svids = Svids(SvidDirectory(options.state_dir / "svids"), self.membership.sign, self._svid_held, self._svid_gone)
         self.fleet = ProxyFleet(options.proxy_dir, self._hello, self)
-        self.express = Express(datapath, self.fleet, wanted=options.express)
+        self.express = Express(datapath, self.fleet, wanted=options.express, ledger=options.run_dir / "pairs.json")
         self.express_asked, self.worker_equipped = self.express.message, self.express.worker_ready
+        kernel = self._in_kernel_thread
+        self.grant_asked = GrantDesk(self.fleet, lambda grant: kernel(datapath.grant, grant), self._spawn).asked
         self.load_error = ""
         self.lease = Lease()
         self._datapath = datapath
@@ -257,14 +260,8 @@ class Agent:
             return
         self.fleet.listeners, self.fleet.netns = frames(result.listeners), result.families
         self.fleet.forward = result.forward
-        log.info(
-            "applied",
-            revision=order.revision,
-            generation=order.generation,
-            workloads=len(order.enrolled),
-            errors=result.errors,
-            ms=round((time.monotonic() - started) * 1e3, 1),
-        )
+        ms, many = round((time.monotonic() - started) * 1e3, 1), len(order.enrolled)
+        log.info("applied", revision=order.revision, generation=order.generation, workloads=many, errors=result.errors, ms=ms)
         local = (link.LocalWorkload(entry.spec.key, entry.netns, entry.cgroup) for entry in order.enrolled)
         self.express.state(order.state, order.generation, local)
         self.post(ev.KernelApplied(order.token, result.digest, result.serving, result.errors))
@@ -353,6 +350,9 @@ class Agent:
 
     def worker_up(self, worker: str) -> None:
         self.post(ev.WorkerUp(worker))
+
+    def worker_leaving(self, worker: str) -> None:
+        self.post(ev.WorkerLeaving(worker))
 
     def worker_down(self, worker: str, gone: bool) -> None:
         self.express.worker_down(worker)

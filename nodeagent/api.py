@@ -118,6 +118,7 @@ class LocalApi:
                     {
                         "worker": worker.index,
                         "pid": worker.pid,
+                        "leaving": worker.leaving,
                         "connected": name in core.workers.views,
                         "revision": worker.acked_revision,
                         "digest_ok": name in core.workers.views and core.workers.holds(name),

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,11 +18,12 @@ from mesh import link
 from mesh.link import Paired, Takeover
 from mesh.model import State
 from nodeagent.datapath_api import DatapathApi, DatapathError
+from nodeagent.express_ledger import Ledger
 from nodeagent.express_pairs import Pairs
 from nodeagent.express_path import ExpressPath
 from nodeagent.express_programs import Program, Programs, View
 from nodeagent.express_report import label_of, metrics_text, top
-from nodeagent.proxy_link import ProxyFleet
+from nodeagent.proxy_link import Asked, ProxyFleet
 from nodeagent.worker_link import close_all
 
 log = structlog.get_logger()
@@ -29,6 +32,7 @@ REAP_EVERY_S = 1.0
 # An agent that is to end waits so long for the successor of a worker that ends too; one that was told to at the same moment
 # has said so by then, and a successor has its first sockets so long after what was left to it
 HAND_OVER_S, TOLD_S = 5.0, 0.2
+SEEK_S = 0.01  # what was left at about the same time goes to the same worker
 FORMER_S = 30.0  # a former agent's pairs are told to a new one within this time
 QUEUE_MAX = 4096  # questions of workers that wait
 
@@ -36,13 +40,14 @@ QUEUE_MAX = 4096  # questions of workers that wait
 class Express:
     """``path`` is None while it is off; ``why`` says why then."""
 
-    def __init__(self, datapath: DatapathApi, fleet: ProxyFleet, *, wanted: bool = True) -> None:
+    def __init__(self, datapath: DatapathApi, fleet: ProxyFleet, *, wanted: bool = True, ledger: Path | None = None) -> None:
         self._datapath, self._fleet, self._wanted = datapath, fleet, wanted
+        self._ledger = Ledger(ledger) if ledger else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="express-agent")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting = 0
         self._reaped = 0.0
-        self._reaping = False
+        self._reaping = self._seeking = False
         self._awaited: set[str] = set()  # workers that leave, or left, what they had to the next
         self._came = asyncio.Event()  # ... which has it
         self._former: list[int] = []
@@ -79,6 +84,7 @@ class Express:
             pairs = Pairs(path, self._datapath, self._wish)
             found = {record: path.read_record(record) for record in path.records()}  # a former agent's: workers pair anew
             self._former = list(found)
+            self._count_lost(path, pairs, found)
             taken = {int(fields["program"]) for fields in found.values() if fields}
             self._programs, self._pairs = Programs(path, pairs.moved, taken), pairs
         except (DatapathError, OSError) as error:
@@ -86,6 +92,18 @@ class Express:
             self.why = str(error)
             return
         self.path, self.why = path, ""
+
+    def _count_lost(self, path: ExpressPath, pairs: Pairs, found: Mapping[int, Mapping[str, Any] | None]) -> None:
+        """Pairs whose worker died while no agent was there who had their sockets too. Their connections have ended."""
+        paired = [record for record, fields in found.items() if fields and fields["client_key"] and not fields["off"]]
+        lost, others = self._ledger.orphans(len(paired)) if self._ledger else (0, True)
+        if lost:
+            pairs.counts["lost_while_away"] = lost
+            log.warning("pairs_lost_while_away", pairs=lost, why="the proxy ended while there was no agent")
+        if not others:
+            for record in self._former:
+                path.forget_record(record)
+            self._former = []
 
     async def close(self) -> None:
         await self._run(self._close)
@@ -128,15 +146,17 @@ class Express:
         now = time.monotonic()
         if self.on and now - self._reaped >= REAP_EVERY_S:
             self._reaped = now
-            self._submit(self._tick, now)
+            self._submit(self._tick, now, {name: worker.pid for name, worker in self._fleet.links.items()})
             if self._loop is not None and not self._reaping:
                 self._reaping = True
                 self._loop.run_in_executor(None, self._reap)
 
-    def _tick(self, now: float) -> None:
+    def _tick(self, now: float, workers: Mapping[str, int]) -> None:
         self._started = self._started or now
         if self._pairs is not None:
             self._pairs.tick(now)
+            if self._ledger:
+                self._ledger.keep(Counter(workers[owner] for owner, _ in self._pairs.all if owner in workers))
         if self._former and self.path is not None and now - self._started > FORMER_S:
             for record in self._former:  # nobody's any more, or in the hands of a worker that does not say so
                 self.path.forget_record(record)
@@ -163,12 +183,14 @@ class Express:
 
     # ---- from the workers
 
-    def message(self, worker: str, message: link.Pair | link.Unpair | link.Leaving, fds: list[int]) -> None:
+    def message(self, worker: str, message: Asked, fds: list[int]) -> None:
         """``fds`` are owned here from now on."""
         if isinstance(message, link.Leaving):
-            if self._pairs is not None and any(owner == worker for owner, _ in list(self._pairs.all)):
-                self._awaited.add(worker)
-                self._came.clear()
+            if not message.seconds and self._pairs is not None and any(owner == worker for owner, _ in list(self._pairs.all)):
+                self._awaits(worker)
+        elif isinstance(message, link.Left):
+            self._awaits(worker)
+            self._submit(self._left, worker, message.session)
         elif isinstance(message, link.Unpair):
             self._submit(self._unpair, worker, message.session)
         elif not self.on or self._waiting >= QUEUE_MAX:
@@ -202,6 +224,26 @@ class Express:
     def _soon(self, call: Callable[..., None], *arguments: object) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _awaits(self, worker: str) -> None:
+        self._awaited.add(worker)
+        self._came.clear()
+
+    def _left(self, worker: str, session: int) -> None:
+        if self._pairs is not None:
+            self._pairs.orphan(worker, time.monotonic(), session)
+            self._soon(self._seek_heir)
+
+    def _seek_heir(self) -> None:
+        """Several at once: each look is at all pairs."""
+        if self._loop is not None and not self._seeking:
+            self._seeking = True
+            self._loop.call_later(SEEK_S, self._to_heir)
+
+    def _to_heir(self) -> None:
+        self._seeking = False
+        if (heir := self._fleet.heir()) is not None:  # else who is equipped next
+            self.worker_ready(heir)
 
     def worker_down(self, worker: str) -> None:
         if self._pairs is not None:

@@ -221,10 +221,11 @@ class Pairs:
 
     # ---- workers that go and come
 
-    def orphan(self, worker: str, now: float) -> None:
-        """The worker is gone. Its pairs go on in the kernel; who takes them over is seen later."""
-        for key in [key for key in self.all if key[0] == worker]:
-            self.all[key].orphaned = now
+    def orphan(self, worker: str, now: float, session: int | None = None) -> None:
+        """The worker is gone, or has left this one. Its pairs go on in the kernel; who takes them over is seen later."""
+        for key in [key for key in self.all if key[0] == worker] if session is None else [(worker, session)]:
+            if key in self.all:
+                self.all[key].orphaned = now
 
     def hand_over(self, worker: str) -> list[tuple[Takeover, list[int]]]:
         """What a new worker is to go on with: pairs whose sockets stand where they were armed. The others were in the

@@ -10,14 +10,15 @@ from mesh.notify import Notify
 
 if TYPE_CHECKING:
     from nodeagent.agent import Agent
+    from nodeagent.fd_store import FdStore
 
 LOOK_S = 0.2
 STATUS_CHARS_MAX = 500
 
 
-async def follow(agent: Agent, notify: Notify) -> None:
+async def follow(agent: Agent, notify: Notify, store: FdStore) -> None:
     """Ready when the node first enforces and serves all it should, in the words of `readiness`; alive while the loop turns
-    and the kernel thread answers. Runs until cancelled."""
+    and the kernel thread answers. The manager keeps our listeners. Runs until cancelled."""
     told, ready, beaten = "", False, 0.0
     asked: asyncio.Task[None] | None = None
     while True:
@@ -31,6 +32,7 @@ async def follow(agent: Agent, notify: Notify) -> None:
         if readiness.ready and not ready:
             ready = True
             notify.tell(READY=1)
+        store.keep(agent.fleet.listeners, settled=ready)
         if now - beaten >= notify.interval_s and (asked is None or asked.done()):
             if asked is not None:
                 notify.tell(WATCHDOG=1)

@@ -3,6 +3,9 @@
 The fleet holds what every worker must have besides the state: listeners and certificates. A worker is equipped when
 the core says its state stands; then it gets what it lacks, and later what changes. What a worker sends is untrusted:
 bounded, counted, and never more than a request for sockets of this node's workloads.
+
+A proxy that is restarted by plan leaves its workers behind: they serve until one of a newer generation is equipped, then drain.
+They are kept supplied with state and certificates to their end.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import os
 import random
 import socket
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,10 +31,16 @@ log = structlog.get_logger()
 
 DIAL_EVERY_S = 0.2
 HELLO_S = 5.0  # from dialling to Ready
-WORKERS_MAX = 256
+WORKERS_MAX = 1024  # of all generations
+LEAVING_MAX = 4  # generations that drain side by side; of more, the oldest has no time left
+HURRY_S = 3.0
+CUT_MAX = 1 << 20  # connections that one worker can say it cut
 SCRAPE_S = 1.0
 STOCK_INITIAL = 32  # for each netns and family
 METRICS_CHARS_MAX = 16 << 20
+
+
+Asked = link.Pair | link.Unpair | link.Leaving | link.Left
 
 
 class FleetHandler(Protocol):
@@ -42,8 +52,19 @@ class FleetHandler(Protocol):
     def worker_refused(self, worker: str, revision: int, error: str) -> None: ...
     def flow(self, flow: link.Flow) -> None: ...
     def stock_wanted(self, worker: str, netns: int, family: int, count: int) -> None: ...
-    def express_asked(self, worker: str, message: link.Pair | link.Unpair | link.Leaving, fds: list[int]) -> None: ...
+    def worker_leaving(self, worker: str) -> None: ...
+    def express_asked(self, worker: str, message: Asked, fds: list[int]) -> None: ...
+    def grant_asked(self, worker: str, grant: link.Grant) -> None: ...
     def worker_equipped(self, worker: str) -> None: ...
+
+
+def _made(path: Path) -> tuple[int, int] | None:
+    """Tells one socket of this name from the next; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 class ProxyFleet:
@@ -58,7 +79,7 @@ class ProxyFleet:
         self.forward: frozenset[int] = frozenset()  # families of sockets to resolvers outside
         self.netns: dict[int, frozenset[int]] = {}  # cookie -> families the workers may have sockets of
         self.leased_ns = 0
-        self.counts = {"dials": 0, "lost": 0, "protocol_errors": 0, "stock_sent": 0, "stock_refused": 0}
+        self.counts = {"dials": 0, "lost": 0, "protocol_errors": 0, "stock_sent": 0, "stock_refused": 0, "drain_cut": 0}
 
     async def run(self) -> None:
         """Watches the directory until cancelled."""
@@ -84,21 +105,24 @@ class ProxyFleet:
         """Dials one worker again and again, until its socket is taken away."""
         name = path.name.removesuffix(".sock")
         pause = DIAL_EVERY_S
-        gone = False
+        gone: tuple[int, int] | None = None  # this socket: nobody listens there
         try:
             while True:
+                found = _made(path)
                 sock = await self._dial(path)
                 if sock is None:
-                    if not gone:
-                        gone = True
+                    if gone is None:
                         self._handler.worker_down(name, True)
-                    if not path.exists():
+                    gone = found
+                    if found is None:
                         return
                 else:
-                    gone = False
+                    gone = None
                     if await self._serve(name, sock):
                         pause = DIAL_EVERY_S
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+                until = time.monotonic() + pause * random.uniform(0.8, 1.2)
+                while time.monotonic() < until and (gone is None or _made(path) == gone):  # noqa: ASYNC110  # another is dialled at once
+                    await asyncio.sleep(min(pause, DIAL_EVERY_S))
                 pause = min(pause * 1.5, 2.0)
         finally:
             self._tasks.pop(path.name, None)
@@ -133,7 +157,7 @@ class ProxyFleet:
             reason = await asyncio.shield(worker.closed)  # a cancelled wait must not look like a closed link
             if worker.pid:
                 self.counts["lost"] += 1
-                log.warning("worker_lost", worker=name, pid=worker.pid, reason=reason)
+                (log.info if worker.leaving else log.warning)("worker_lost", worker=name, pid=worker.pid, reason=reason)
             return bool(worker.pid)
         finally:
             worker.close("the agent stops")
@@ -143,9 +167,9 @@ class ProxyFleet:
 
     def _message(self, worker: WorkerLink, message: link.Message, fds: list[int]) -> None:
         match message:
-            case link.Ready(index, pid):
+            case link.Ready(index, pid, generation):
                 if not worker.pid and pid > 0:
-                    worker.pid, worker.index = pid, index
+                    worker.pid, worker.index, worker.generation = pid, index, generation
                     worker.ready.set_result(None)
                     self.links[worker.name] = worker
                     log.info("worker_ready", worker=worker.name, pid=pid)
@@ -154,8 +178,15 @@ class ProxyFleet:
                 close_all(fds)
                 self.counts["protocol_errors"] += 1
                 worker.close("spoke before it was ready")
-            case link.Pair() | link.Unpair() | link.Leaving():
+            case link.Pair() | link.Unpair() | link.Leaving() | link.Left():
                 self._handler.express_asked(worker.name, message, fds)
+                if isinstance(message, link.Leaving):
+                    self._leaves(worker, message.seconds)
+            case link.Drained(cut):
+                self.counts["drain_cut"] += max(0, min(cut, CUT_MAX))
+                log.info("worker_drained", worker=worker.name, pid=worker.pid, cut=cut)
+            case link.Grant():
+                self._handler.grant_asked(worker.name, message)
             case link.Ack(revision, digest):
                 worker.acked_revision = revision
                 self._handler.worker_acked(worker.name, revision, digest[:128])
@@ -174,6 +205,35 @@ class ProxyFleet:
             case _:
                 self.counts["protocol_errors"] += 1
                 worker.close(f"a worker does not send {type(message).__name__}")
+
+    # ---- generations
+
+    def _leaves(self, worker: WorkerLink, seconds: float) -> None:
+        log.info("worker_leaves", worker=worker.name, pid=worker.pid, seconds=round(seconds, 1))
+        worker.leaving, worker.leaves_s = True, seconds
+        worker.drains = worker.drains or not seconds
+        self._handler.worker_leaving(worker.name)
+        self._relieve()
+
+    def heir(self) -> str | None:
+        """Who serves in place of those that leave: an equipped worker of the newest generation."""
+        serving = [worker for worker in self.links.values() if worker.equipped and not worker.leaving]
+        newest = max((worker.generation for worker in serving), default=0)
+        return random.choice([worker.name for worker in serving if worker.generation == newest]) if serving else None
+
+    def _relieve(self) -> None:
+        """Workers that wait for a newer generation, which serves now, drain. Those of too many hurry."""
+        heir = self.heir()
+        leaving = [worker for worker in self.links.values() if worker.leaving]
+        kept = sorted({worker.generation for worker in leaving})[-LEAVING_MAX:]
+        for worker in leaving:
+            if worker.generation not in kept:
+                if not worker.hurries:
+                    worker.hurries = worker.drains = True
+                    worker.send(link.Drain(HURRY_S))
+            elif heir is not None and not worker.drains and worker.generation < self.links[heir].generation:
+                worker.drains = True
+                worker.send(link.Drain(worker.leaves_s))
 
     # ---- what the core and the shell ask
 
@@ -213,6 +273,8 @@ class ProxyFleet:
         for missing in worker.listeners - self.listeners.keys():
             worker.listeners.discard(missing)
             worker.send(link.CloseListener(missing))
+        if worker.leaving:
+            return  # it has what it has
         for netns, families in self.netns.items():
             for family in families:
                 if (netns, family) not in worker.stocked:
@@ -226,6 +288,7 @@ class ProxyFleet:
         forwarders.supply(worker, self.forward)
         if fresh:
             self._handler.worker_equipped(name)
+            self._relieve()
 
     def tell(self, name: str, message: link.Message, fds: Iterable[int] = ()) -> None:
         """``fds`` are owned here from now on; dropped when the worker is gone."""

@@ -290,9 +290,6 @@ class Reconciler:
 
     # ---- proxy workers
 
-    def _worker_up(self, event: ev.WorkerUp) -> None:
-        self.workers.up(event.worker, self._now)
-
     def _worker_down(self, event: ev.WorkerDown) -> None:
         self.workers.down(event.worker, event.gone)
         self._advance()
@@ -349,7 +346,7 @@ class Reconciler:
 
     def _tell_readiness(self) -> None:
         rollout = self._rollout
-        served = bool(self.workers.views) and not self.workers.lagging
+        served = bool(serving := self.workers.serving()) and not self.workers.lagging
         if served and rollout is not None and self.readiness.ready and self._now - rollout.started_at < ROLLOUT_S:
             return  # an ordinary change makes no node unready
         waiting, refused = self.unserved()
@@ -363,7 +360,7 @@ class Reconciler:
                 persist_error=self.persist_error,
                 cut=self.intake.cut,
                 specs_error=self.roster.error,
-                workers={name: self.workers.holds(name) for name in self.workers.views},
+                workers=serving,
                 lagging=tuple(sorted(self.workers.lagging)),
                 waiting=waiting,
                 refused=refused,
@@ -391,8 +388,9 @@ class Reconciler:
         ev.Ended: _ended,
         ev.Persisted: _persisted,
         ev.Observed: _observed,
-        ev.WorkerUp: _worker_up,
+        ev.WorkerUp: lambda core, event: core.workers.up(event.worker, core._now),
         ev.WorkerDown: _worker_down,
+        ev.WorkerLeaving: lambda core, event: core.workers.leave(event.worker),
         ev.WorkerAcked: _worker_acked,
         ev.WorkerRefused: _worker_refused,
         ev.SvidsChanged: _svids_changed,

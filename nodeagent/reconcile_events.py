@@ -156,6 +156,13 @@ class WorkerUp:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """It ends by plan, and serves what it has; whether it takes new connections is its proxy's next generation's matter."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDown:
     """The link is closed. ``gone``: nothing listens there any more, so nothing serves by an old state either."""
 
@@ -190,8 +197,8 @@ class Tick:
 
 Event = (
     Restored | Started | ControllerUp | ControllerDown | Received | Garbled | CutOff | SpecsChanged | Registered | RegisterRefused
-    | RegisterFailed | Unregistered | KernelApplied | KernelFailed | Ended | Persisted | Observed | WorkerUp | WorkerDown
-    | WorkerAcked | WorkerRefused | SvidsChanged | Tick
+    | RegisterFailed | Unregistered | KernelApplied | KernelFailed | Ended | Persisted | Observed | WorkerUp
+    | WorkerLeaving | WorkerDown | WorkerAcked | WorkerRefused | SvidsChanged | Tick
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Getting back a listener a former agent had handed to the proxy. The proxy serves it on while agents come and go; the
-new agent needs its own descriptor, to hand out again when the proxy dies. The kernel copies it (pidfd_getfd)."""
+new agent needs its own descriptor, to hand out again when the proxy dies. The kernel copies it (pidfd_getfd). Or the service
+manager has kept it (`fd_store`), and it is among our own."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def take(diag: SockDiag, wanted: OpenListener, holders: Path) -> int | None:
-    """A descriptor of the socket bound to ``wanted``'s address and port, from a process of the cgroup ``holders``; None
-    if none of them has it (then it is a stranger's). Needs CAP_SYS_PTRACE."""
+    """A descriptor of the socket bound to ``wanted``'s address and port, our own or from a process of the cgroup ``holders``;
+    None if none of them has it (then it is a stranger's). Needs CAP_SYS_PTRACE."""
     udp = wanted.kind == "dns-udp"
     inodes = {
         sock.inode
@@ -27,7 +28,7 @@ def take(diag: SockDiag, wanted: OpenListener, holders: Path) -> int | None:
         if (sock.local, sock.local_port) == (wanted.address, wanted.port) and (udp or sock.state == State.LISTEN)
     }
     names = {f"socket:[{inode}]" for inode in inodes}
-    for pid in cgroups.pids(holders):
+    for pid in (os.getpid(), *cgroups.pids(holders)):
         try:
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 if os.readlink(entry.path) in names:

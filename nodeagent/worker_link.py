@@ -34,7 +34,9 @@ class WorkerLink:
         self.closed: asyncio.Future[str] = self._loop.create_future()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.pid = 0
-        self.index = -1
+        self.index, self.generation = -1, 0
+        self.leaving = self.drains = self.hurries = False  # it ends by plan; takes nothing new any more; has no time left
+        self.leaves_s = 0.0  # how long it may go on with what is open
         self.acked_revision = self.leased_ns = 0
         self.equipped = False
         self.listeners: set[str] = set()

@@ -23,6 +23,7 @@ class WorkerView:
     asked_at: float = 0.0
     waiting: bool = False
     refused: str = ""
+    leaving: bool = False  # serves what it has until a successor does
 
 
 class Workers:
@@ -47,6 +48,14 @@ class Workers:
         """Whether the worker acknowledged what is in force."""
         view, state = self.views[name], self._state
         return state is not None and view.sent is state and not view.waiting and view.acked == state.digest
+
+    def leave(self, name: str) -> None:
+        if name in self.views:
+            self.views[name].leaving = True
+
+    def serving(self) -> dict[str, bool]:
+        """Those who take new connections -> whether they hold what is in force."""
+        return {name: self.holds(name) for name, view in self.views.items() if not view.leaving}
 
     def all_hold(self) -> bool:
         return all(self.holds(name) for name in self.views) and not self.lagging

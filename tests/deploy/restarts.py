@@ -6,29 +6,29 @@ connection. Counts, not times: they are as good on a busy machine."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lab.host import Container
 from lab.state import LabError
-from lab.vm import VmHandle, hosts
+from lab.vm import hosts
+from tests.deploy import shop
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, service
 
-HERE = Path(__file__).parent
-COUNTS = "/srv/counts.json"
 BEGIN, END = "<!-- restarts: made by python -m tests.deploy.restarts -->", "<!-- restarts: end -->"
 AFTER = 300  # requests of each kind that must have been answered since, before an event counts as over
 WAIT_S = 300.0
 NODE, CONTROLLER = ("pillion-agent", "pillion-proxy"), ("pillion-controller",)
 
 KINDS: dict[str, dict[str, Any]] = {
-    "native, open": {"url": "tcp://echo.shop.mesh:7000", "keep": True, "connections": 8, "pause_s": 0.02},
-    "native, new": {"url": "tcp://echo.shop.mesh:7000", "keep": False, "connections": 2, "pause_s": 0.01},
-    "HTTP, paired": {"url": "http://web.shop.mesh", "keep": True, "connections": 8, "pause_s": 0.02},
+    "native, open": {"url": shop.ECHO, "keep": True, "connections": 8, "pause_s": 0.02},
+    "native, new": {"url": shop.ECHO, "keep": False, "connections": 2, "pause_s": 0.01},
+    "TCP, open": {"url": f"tcp://raw.shop.mesh:{ECHO_PORT}", "keep": True, "connections": 8, "pause_s": 0.02},
+    "HTTP, paired": {"url": shop.WEB, "keep": True, "connections": 8, "pause_s": 0.02},
     "HTTP, open": {"url": "http://plain.shop.mesh", "keep": True, "connections": 8, "pause_s": 0.02},
     "HTTP, new": {"url": "http://plain.shop.mesh", "keep": False, "connections": 4, "pause_s": 0.005},
 }
@@ -39,38 +39,9 @@ EVENTS: dict[str, tuple[str, list[str]]] = {  # event -> (unit, command)
         for unit in NODE + CONTROLLER
     },
 }
+BOTH = "kill -9 of agent and proxy at once"  # nobody is left who holds the proxy's sockets
+EVENTS[BOTH] = "pillion-agent", ["systemctl", "kill", "-s", "KILL", *NODE]
 UPGRADE = "upgrade of the package"
-RESOURCES = """
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: NodeGrant
-metadata: {name: n1}
-spec: {node: n1, serviceAccounts: ["shop/*"]}
----
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: clients, namespace: shop}
-spec:
-  action: ALLOW
-  rules:
-  - from: [{source: {principals: ["mesh.local/ns/shop/sa/client"]}}]
-"""
-SERVICE = """---
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}, namespace: shop}}
-spec:
-  selector: {{app: {app}}}
-  ports: [{{name: main, port: {port}, targetPort: {target}, appProtocol: {protocol}}}]
-"""
-UNIT = "[Service]\nDynamicUser=yes\nRuntimeDirectory={name}\nExecStart={command}\n[Install]\nWantedBy=multi-user.target\n"
-NGINX = """daemon off; worker_processes 1; pid /run/web/pid; error_log stderr crit;
-events { worker_connections 1024; }
-http { access_log off; client_body_temp_path /run/web/b; proxy_temp_path /run/web/p; fastcgi_temp_path /run/web/f;
- uwsgi_temp_path /run/web/u; scgi_temp_path /run/web/s; keepalive_requests 10000000; keepalive_timeout 600;
- server { listen [::]:8080 ipv6only=off; location / { return 200 "hello\\n"; } } }
-"""
-
-Counts = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -95,60 +66,37 @@ class Host:
 
     def __init__(self, machine: Container, say: Callable[[str], None]) -> None:
         self.machine, self.say = machine, say
-        self.vm = cast(VmHandle, machine)  # what hosts.py calls of it, it has
 
     def install(self) -> None:
-        hosts.prepare(self.vm, self.say)
-        hosts.install_controller(self.vm)
-        services = (("echo", "echo", 7000, 7000, "tcp"), ("web", "web", 80, 8080, "http"), ("plain", "web", 80, 8080, "http"))
-        fields = ("name", "app", "port", "target", "protocol")
-        text = RESOURCES + "".join(SERVICE.format(**dict(zip(fields, each, strict=True))) for each in services)
-        self.machine.put("/srv/mesh.yaml", text.encode())
+        hosts.prepare(self.machine, self.say)
+        hosts.install_controller(self.machine)
+        plain = service("plain", "web", 80, "http", HTTP_PORT)
+        raw = service("raw", "echo", ECHO_PORT, "tcp").replace(", appProtocol: tcp", "")  # not native: it might be HTTP
+        self.machine.put("/srv/mesh.yaml", shop.resources([self.machine.name], plain, raw).encode())
         self.machine.run(["pillion", "apply", "-f", "/srv/mesh.yaml"], check=True)
         self.machine.run(["pillion", "express", "off", "--service", "shop/plain"], check=True)
-        hosts.install_node(self.vm, self.vm)
-        until(lambda: self.active(*NODE, *CONTROLLER), "the units are up")
-        self.machine.put("/srv/nginx.conf", NGINX.encode())
-        for name in ("asks.py", "echo.py"):
-            place = HERE / "programs" / name
-            self.machine.put(f"/srv/{name}", (place if place.exists() else HERE.parent / "kernels/programs" / name).read_bytes())
-        self.enrol("web", "/usr/sbin/nginx -c /srv/nginx.conf -e stderr", 8080)
-        self.enrol("echo", "/usr/bin/python3 /srv/echo.py 7000", 7000)
-
-    def enrol(self, name: str, command: str, port: int) -> None:
-        self.machine.put(f"/etc/systemd/system/{name}.service", UNIT.format(name=name, command=command).encode())
-        self.machine.run(["systemctl", "daemon-reload"], check=True)
-        enrol = ["pillion", "enrol", f"{name}.service", "--as", f"shop/{name}", "--port", str(port)]
-        self.machine.run(enrol, check=True, timeout=200)
-        self.machine.run(["systemctl", "enable", "--now", f"{name}.service"], check=True, timeout=200)
-
-    def active(self, *units: str) -> bool:
-        return set(self.machine.run(["systemctl", "is-active", *units]).stdout.split()) == {"active"}
+        hosts.install_node(self.machine, self.machine)
+        until(lambda: self.machine.active(*NODE, *CONTROLLER), "the units are up")
+        shop.serve(self.machine, "hello")
 
     def load(self) -> None:
-        program = ["/usr/bin/python3", "/srv/asks.py", COUNTS, json.dumps(KINDS)]
-        unit = ["systemd-run", "-q", "--unit=load", "--collect", "--setenv=HOME=/root"]
-        run = ["/usr/local/bin/pillion", "run", "-n", "shop", "--service", "client", "--", *program]
-        self.machine.run([*unit, *run], check=True)
+        shop.ask(self.machine, KINDS)
         until(lambda: self.answered(self.counts(), {}, AFTER), f"the load goes: {self.counts()}")
         until(self.carries, "the kernel carries requests")
 
     def carries(self) -> bool:
-        told = self.machine.run(["pillion", "express", "status", "-o", "json"], check=True).stdout
-        found = next(iter(json.loads(told).values()))
+        found = shop.express(self.machine)
         return bool(found["pairs"] >= KINDS["HTTP, paired"]["connections"] and found["carried"]["requests"] > AFTER)
 
-    def counts(self) -> Counts:
-        done = self.machine.run(["cat", COUNTS])
-        return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+    def counts(self) -> shop.Counts:
+        return shop.counts(self.machine)
 
     @staticmethod
-    def answered(after: Counts, before: Counts, least: int) -> bool:
+    def answered(after: shop.Counts, before: shop.Counts, least: int) -> bool:
         """Whether of each kind so many were answered in between."""
 
-        def good(found: Counts, kind: str) -> int:
-            each = found.get(kind, {"asked": 0, "failed": 0})
-            return int(each["asked"]) - int(each["failed"])
+        def good(found: shop.Counts, kind: str) -> int:
+            return shop.answered(found[kind]) if kind in found else 0
 
         return bool(after) and all(good(after, kind) - good(before, kind) >= least for kind in KINDS)
 
@@ -173,11 +121,20 @@ class Host:
 
         old = invocation()
         self.machine.run(command, check=True, timeout=200)
-        until(lambda: invocation() != old and self.active(unit), f"{unit} is back")
+        until(lambda: invocation() != old and self.machine.active(unit), f"{unit} is back")
 
     def upgrade(self) -> None:
-        hosts.upgrade(self.vm)
-        until(lambda: self.active(*NODE), "the units are up")
+        hosts.upgrade(self.machine)
+        until(lambda: self.machine.active(*NODE), "the units are up")
+
+
+def never_lost(event: str) -> tuple[str, ...]:
+    """The kinds of which this event costs nothing."""
+    if event == BOTH:
+        return ("native, open",)
+    if event == "kill -9 of the proxy":
+        return "native, open", "native, new", "HTTP, paired"
+    return tuple(KINDS)
 
 
 def table(found: dict[str, Lost]) -> str:
@@ -201,10 +158,11 @@ def main() -> int:
     """The exit code: 1 if something was lost that must not be."""
     parser = argparse.ArgumentParser(prog="tests.deploy.restarts", description=__doc__)
     parser.add_argument("--write", type=Path, help="the document whose table is replaced")
+    parser.add_argument("--name", default="n1", help="of the host")
     parser.add_argument("--only", action="append", help="an event; may repeat")
     options = parser.parse_args()
     found: dict[str, Lost] = {}
-    with Container("n1", print) as machine:
+    with Container(options.name, print) as machine:
         host = Host(machine, print)
         host.install()
         host.load()
@@ -215,7 +173,7 @@ def main() -> int:
     print(text)
     if options.write:
         options.write.write_text(written(options.write.read_text(), text))
-    return int(any(lost.failed["native, open"] or lost.failed["HTTP, paired"] for lost in found.values()))
+    return int(any(lost.failed[kind] for event, lost in found.items() for kind in never_lost(event)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,14 +94,17 @@ class Host:
         """In place of the distribution's: it sorts last."""
         self.put("usr/share/python-wheels/pip-99.whl/pip/__main__.py", PIP)
 
+    @property
+    def enter(self) -> list[str]:
+        return ["nsenter", "-t", str(self.holder.pid), "-m", "-n", "-r", "sh", "-c", 'cd / && exec "$@"', "sh"]
+
     def install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """install.sh of this checkout."""
         for name in ("calls", "pip"):
             (self.root / "run/fake" / name).write_text("")
-        enter = ["nsenter", "-t", str(self.holder.pid), "-m", "-n", "-r", "sh", "-c", 'cd / && exec "$@"', "sh"]
         more = () if "--remove" in arguments else ("--wheelhouse", "/wheels")
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
-        argv = [*enter, str(ROOT / "deploy/install.sh"), *arguments, *more]
+        argv = [*self.enter, str(ROOT / "deploy/install.sh"), *arguments, *more]
         return subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=environment)
 
     def calls(self, *verbs: str) -> list[str]:
@@ -187,6 +191,23 @@ def test_an_upgrade_restarts_both_roles_from_one_new_environment(host: Host) -> 
     # All, or one would go on from an environment that is no more; the agent before the proxy, which then gets all from it
     order = ("pillion-controller", "pillion-agent", "pillion-proxy")
     assert host.calls("restart") == [f"restart {unit}.service" for unit in order]
+
+
+def test_what_still_runs_keeps_its_environment(host: Host) -> None:
+    """A proxy of before that has open connections; the first run after it has ended removes that."""
+    host.fake_pip()
+    ok(host.install(*NODE))
+    old = os.readlink(host.root / "opt/pillion/current")
+    shutil.copy2("/bin/sleep", host.root / old.lstrip("/") / "bin/held")
+    host.put("wheels/pillion-1.0-py3-none-any.whl", "another build")
+    with subprocess.Popen([*host.enter, f"{old}/bin/held", "60"]) as running:
+        while f"{old}/bin/held" not in Path(f"/proc/{running.pid}/maps").read_text():
+            assert running.poll() is None
+        said = ok(host.install("node"))
+        assert f"kept {old}" in said and (host.root / old.lstrip("/")).exists()
+        running.kill()
+    assert f"removed {old}" in ok(host.install("node"))
+    assert "nothing to do" in ok(host.install("node"))
 
 
 def test_only_what_the_lock_names_is_installed(host: Host) -> None:

@@ -243,8 +243,8 @@ class FakeController:
 class FakeWorker:
     """Listens as a proxy worker does and keeps what it is told. ``answers``: whether it acknowledges."""
 
-    def __init__(self, path: Path, index: int = 0) -> None:
-        self.path, self.index = path, index
+    def __init__(self, path: Path, index: int = 0, born: int = 0) -> None:
+        self.path, self.index, self.born = path, index, born  # born: its proxy's generation
         self.answers = True
         self.lies = False
         self.connections = 0
@@ -261,6 +261,7 @@ class FakeWorker:
         self.listeners: dict[str, link.Listener] = {}
         self.stock: dict[tuple[int, int], int] = {}
         self.order: list[str] = []
+        self.drains: list[float] = []
         self.leased_ns = 0
 
     def start(self) -> None:
@@ -292,7 +293,7 @@ class FakeWorker:
                 self._connection, _ = await loop.sock_accept(listening)
                 self.reset()
                 self.connections += 1
-                self.say(link.Ready(self.index, os.getpid()))
+                self.say(link.Ready(self.index, os.getpid(), self.born))
                 await self._serve(self._connection)
                 self._connection.close()
         finally:
@@ -351,6 +352,8 @@ class FakeWorker:
             case link.Stock():
                 key = message.netns, message.family
                 self.stock[key] = self.stock.get(key, 0) + len(fds)
+            case link.Drain():
+                self.drains.append(message.seconds)
             case link.Lease():
                 self.leased_ns = message.until_ns
             case link.Scrape():

@@ -242,13 +242,16 @@ def test_the_port_of_a_stranger_is_an_error_not_a_takeover(mesh: Setup, at: str)
     datapath.forget(cookie)
     place = datapath.adopt(world.a.path)
     squatter = datapath._places[place].run(lambda: spaces.listen_tcp(at, 15001))  # as if older than the programs
+    stranger = subprocess.Popen(["sleep", "60"], pass_fds=[squatter.fileno()])
+    squatter.close()
     try:
         with pytest.raises(OSError, match="15001"):
             datapath.open_listeners(place, world.a.addresses)
         datapath.repair()
         assert struct.pack("=Q", place) not in datapath._maps["listeners"].items()  # so connects fail closed
     finally:
-        squatter.close()
+        stranger.kill()
+        stranger.wait()
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])

@@ -63,6 +63,17 @@ def test_denied(cgroup: int, kind: str, conn: dict[str, object], expected: bool)
     assert doomed(sock) is expected
 
 
+def test_what_a_name_opens_goes_on() -> None:
+    layouts = compiled_layouts()
+    peer = {"peer": address("198.51.100.1"), "peer_port": 443}
+    stored = layouts["pl_conn"].pack(kind=layouts.enums["PL_CONN_OUTBOUND"], identity=301, proto=6, generation=1, **peer)  # type: ignore[arg-type]
+    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "198.51.100.1", 443, 3, CLIENT, b"", {CONNS: stored}, 0)
+    for whose, expected in ((501, False), (502, True)):
+        granted = {(whose, "198.51.100.1", 443)}
+        doomed = denied(PLAN, layouts, CONNS, owners(PLAN, {}), lambda _: False, lambda *asked: asked in granted)
+        assert doomed(sock) is expected
+
+
 def test_sockets_without_a_record_are_left_alone() -> None:
     sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "10.0.0.2", 2, 3, CLIENT, b"", {}, 0)
     assert not denied(PLAN, compiled_layouts(), CONNS, owners(PLAN, {}), lambda _: False)(sock)

@@ -22,6 +22,9 @@ class Pairs:
         self.calls.append(("hand over", worker))
         return []
 
+    def orphan(self, worker: str, _now: float, session: int) -> None:
+        self.calls.append(("left", worker, session))
+
     def revoked(self, spiffes: frozenset[str]) -> None:
         self.calls.append(("revoked", spiffes))
 
@@ -46,6 +49,30 @@ async def test_it_stays_until_the_next_worker_has_it(express: Express) -> None:
     express.worker_ready("worker-0")
     await asyncio.wait_for(ending, 5)
     assert express._pairs is not None and express._pairs.calls == [("hand over", "worker-0")]  # type: ignore[attr-defined]
+
+
+async def test_what_is_left_one_by_one_goes_to_who_serves(express: Express) -> None:
+    """Soon, several at once; an agent that ends waits for it. Where nobody serves yet, it waits for whoever comes."""
+
+    class Fleet:
+        serving: str | None = None
+
+        def heir(self) -> str | None:
+            return self.serving
+
+    express._fleet = fleet = Fleet()  # type: ignore[assignment]  # all that is asked of it
+    express.message("worker-0", link.Leaving(60.0), [])
+    await asyncio.wait_for(express.handed_over(), 5)  # the pairs are its worker's still
+    pairs: Any = express._pairs
+    for session in (1, 2):
+        express.message("worker-0", link.Left(session), [])
+    ending = asyncio.create_task(express.handed_over())
+    await asyncio.wait([ending], timeout=0.1)
+    assert pairs.calls == [("left", "worker-0", 1), ("left", "worker-0", 2)] and not ending.done()
+    fleet.serving = "worker-1"
+    express.message("worker-0", link.Left(3), [])
+    await asyncio.wait_for(ending, 5)
+    assert pairs.calls[2:] == [("left", "worker-0", 3), ("hand over", "worker-1")]
 
 
 @pytest.mark.parametrize("who", ["worker-0", "worker-1"], ids=["who stays", "who has nothing paired"])

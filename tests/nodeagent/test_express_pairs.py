@@ -179,6 +179,19 @@ def test_a_pair_outlives_its_worker(desk: Desk) -> None:
     desk.pairs.close()
 
 
+def test_one_that_was_left_is_another_workers(desk: Desk) -> None:
+    """Its former worker lives on, with the others it has."""
+    desk.pair(session=1)
+    desk.pair(session=2)
+    desk.pairs.orphan("worker-0", 5.0, 2)
+    desk.pairs.orphan("worker-0", 5.0, 3)  # none of its
+    ((takeover, _),) = desk.pairs.hand_over("worker-1")
+    assert takeover.session == 2 and set(desk.pairs.all) == {("worker-0", 1), ("worker-1", 2)}
+    desk.pairs.unpair("worker-0", 2)  # it has no say in it any more
+    assert set(desk.pairs.all) == {("worker-0", 1), ("worker-1", 2)}
+    desk.pairs.close()
+
+
 @pytest.mark.parametrize("standing", ["moved", "unread"])
 def test_what_stood_in_the_middle_of_something_is_reset(desk: Desk, standing: str) -> None:
     with connection() as (client, accepted), connection(8080) as (upstream, server):
