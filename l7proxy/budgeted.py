@@ -31,6 +31,15 @@ class Budgeted:
     worker: Worker
     sockets: int | None
     holds: int
+    metered: bool
+
+    @property
+    def meter(self) -> Account | None:
+        """See `SocketTransport`."""
+        return self.account if self.metered else None
+
+    def waits(self) -> bool:
+        return True
 
     def cut(self) -> None:
         raise NotImplementedError

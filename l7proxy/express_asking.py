@@ -375,7 +375,7 @@ class Asking(asyncio.Protocol):
         self._end_limbo()
         ends, self.ends = self.ends, []
         for end in ends:
-            if safe:
+            if safe and end.slot < 0:
                 end.part()
             else:
                 end.drop()

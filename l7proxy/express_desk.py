@@ -22,7 +22,7 @@ from l7proxy.session import HttpSession
 from l7proxy.target import Caller
 from l7proxy.upstream import Pool, Sink, UpstreamConnection
 from mesh import link
-from mesh.link import PAIR_ASKS_MAX, Paired, PairEnd, Takeover
+from mesh.link import PAIR_ASKS_MAX, Left, Paired, PairEnd, Takeover
 
 if TYPE_CHECKING:
     from l7proxy.worker import Worker
@@ -85,6 +85,7 @@ class Desk:
             and len(self.asks) < PAIR_ASKS_MAX
             and session.scope.config is worker.config
             and not session.ending
+            and not session.last
             and not session.client_ended
             and not worker.draining
         )
@@ -182,9 +183,10 @@ class Desk:
         pair.number = 0
 
     def left(self, pair: Asking) -> None:
-        """To the next worker, with all that is the agent's by now: nobody is told of an end."""
+        """To the next worker, with all that is the agent's by now: its connections do not end with our descriptors."""
         self.pairs.pop(pair.number, None)
         self._left.add(pair.number)
+        self.worker.send(Left(pair.number))
         self.worker.sessions.discard(pair.session)
         self.count("express_left")
 

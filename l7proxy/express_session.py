@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
 LEAVE_LOOK_S = 0.01  # whether all is written
 LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges, or that old when one ends, is paired
+VAIN_S = 0.1  # a pair that ends sooner has cost more than it saved: to make one takes the agent about 3 ms
+BRIEF_MANY = 8  # in a row that were not worth it: after them age is no sign,
+BRIEF_TIMES = 1.5  # and it takes so many times the exchanges
 UNUSED_S = 300.0  # a pair without an exchange for this long goes apart
 
 
@@ -97,6 +100,8 @@ class Pair(Asking):
             if view is not None and view.busy:
                 self._adopt(view)
         shut(session.transport)
+        scope = session.scope
+        scope.brief = scope.brief + 1 if self.desk.now() - session.since < VAIN_S else 0
         session.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -274,6 +279,8 @@ class Pair(Asking):
         self._stop_timer()
         self.state = OVER
         self.desk.left(self)
+        for transport in transports:
+            transport.abort()  # of ours; the agent has its own
 
     # ---- from the worker
 
@@ -357,13 +364,22 @@ class Newcomer:
         session.exchanges += 1
         if session.exchanges == 1:
             session.since = self.desk.now()
-        lasts = session.exchanges >= LASTING_EXCHANGES or self.desk.now() - session.since > LASTING_S
+        if session.scope.brief < BRIEF_MANY:
+            lasts = session.exchanges >= LASTING_EXCHANGES or self.desk.now() - session.since > LASTING_S
+        else:
+            lasts = session.exchanges >= LASTING_EXCHANGES * BRIEF_TIMES
         if lasts and self.desk.open(session) and self.desk.carries(session, connection.pool.endpoint):
+            session.since = self.desk.now()
             pair = session.pair = Pair(self.desk, session)
             session.rest = pair.rest
             pair.keep(session, connection)
         else:
             connection.upstreams.keep(connection)
+
+    def ended(self, session: HttpSession) -> None:
+        """It was not paired."""
+        if session.exchanges or session.last:
+            session.scope.brief += 1
 
     quiet = True
 

@@ -19,6 +19,7 @@ from l7proxy.upstream import Dial, Health, reset
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from l7proxy.budget import Account
     from l7proxy.learn import Learner
     from l7proxy.worker import Worker
 
@@ -271,6 +272,14 @@ class Far(asyncio.Protocol):
     def __init__(self, relay: Relay, endpoint: Endpoint, rule: str) -> None:
         self.relay, self.endpoint, self.rule = relay, endpoint, rule
         self.lost = self.ended = False
+
+    @property
+    def meter(self) -> Account | None:
+        """See `SocketTransport`."""
+        return self.relay.meter
+
+    def waits(self) -> bool:
+        return True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

@@ -5,13 +5,13 @@ Why it exists: an exchange costs a worker more in calls and attributes than in a
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from l7proxy.errors import Reply
+from l7proxy.http1.added import last_answer
 from l7proxy.http1.cycle import Cycle
-from l7proxy.http1.exchange import HEAD, IDLE, NONE, SENT, WAITING
-from l7proxy.http1.head import NO_BODY, RequestHead
+from l7proxy.http1.exchange import CLOSED, HEAD, IDLE, NONE, SENT, WAITING
+from l7proxy.http1.head import RequestHead
 from l7proxy.upstream import IDLE_PER_POOL_MAX
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Quick(Cycle):
 
     account: Account
     candidate: Candidate | None
+    heard: float  # when what the client sent was read
     pair: Newcomer | Pair | None
     plan: Plan | None
     scope: Scope
@@ -41,21 +42,18 @@ class Quick(Cycle):
 
     def client_data(self, data: bytes) -> None:
         """See `RequestSide`; with `_begin`, `decide`, `_go` and `forward`."""
-        head = self.heads.requests.get(data)
         scope, worker = self.scope, self.worker
-        if head is None or self.rq != IDLE or self.pending or self.client_full or scope.config is not worker.config:
+        plan = scope.known.get(data)
+        if plan is None or self.rq != IDLE or self.pending or self.client_full or scope.config is not worker.config:
             super().client_data(data)
             return
-        plan = scope.plans.get(head)
-        if plan is None or plan.error is not None:
-            self._begin(head)
-            return
-        self.request, self.rq = head, WAITING
+        self.request = head = plan.head
+        self.rq = WAITING
         self.retried = self.response_bytes = False
         self.interim = 0
         self.deadline = self.clock.now + self.limits.request_timeout_s
+        self.started = now = self.heard
         account = self.account
-        now = self.started = perf_counter()
         if not account.request(now) or account.held > account.budget.bytes_in_flight:
             self._over_budget(account)
             return
@@ -69,59 +67,62 @@ class Quick(Cycle):
                 self.refuse(picked)
                 return
             candidate = picked
-        pool = candidate.pool
-        if not (self._alone() and pool.idle and candidate.plain and head.framing == NO_BODY) or pool.retired:
+        pool, pair = candidate.pool, self.pair
+        idle = pool.idle
+        if not idle or not candidate.plain or pool.retired or not (pair is None or pair is worker.express.newcomer):
             self._go(candidate, head)
             return
-        connection = pool.idle[-1]
+        connection = idle[-1]
         tunnel = connection.tunnel
         if connection.lost or (tunnel is not None and tunnel.retired):
             self._go(candidate, head)
             return
-        pool.idle.pop()
+        del idle[-1]
         pool.health.outstanding += 1
         self.candidate, self.upstream = candidate, connection
         connection.sink = self  # type: ignore[assignment]  # HttpSession is a Sink
         self.to_upstream = write = connection.write
         self.reused, self.rs, self.rq = True, HEAD, SENT
-        write(head.raw)
+        write(head.onward)
 
     def upstream_data(self, data: bytes) -> None:
         """See `ResponseSide`; with `_response_done`, `release`, `keep`, `finished` and `_next`."""
-        request, candidate, connection, worker = self.request, self.candidate, self.upstream, self.worker
+        request, candidate, connection, worker, pair = self.request, self.candidate, self.upstream, self.worker, self.pair
         if (
             self.rs == HEAD and self.rq == SENT
             and request is not None and request.plain and candidate is not None and candidate.plain and connection is not None
             and not (self.uppending or self.pending or self.client_ended or self.client_paused or self.ending)
             and not connection.full and worker.flow_budget <= 0 and worker.access is None
-            and self._alone()
+            and (pair is None or pair is worker.express.newcomer)  # the kernel has no part in it yet
         ):  # fmt: skip
             end = data.find(b"\r\n\r\n") + 4
             head = self.heads.responses.get(data[:end])
             if head is not None and head.plain and head.framing == len(data) - end:
-                self.to_client(data)
+                last, write = request.last, self.to_client
+                write(last_answer(head) + data[end:] if last else data)
                 self.upstream = connection.sink = None
-                pool, pair = connection.pool, self.pair
+                pool, now = connection.pool, self.clock.now
                 pool.health.outstanding -= 1
-                if pair is not None and candidate.endpoint.local:  # it counts: a connection that lasts is paired
+                if pair is not None and not last and candidate.endpoint.local:  # it counts: a connection that lasts is paired
                     pair.keep(self, connection)  # type: ignore[arg-type]  # `HttpSession` is all there is
                 elif connection.lost or connection.reader_paused or len(pool.idle) >= IDLE_PER_POOL_MAX:
                     worker.upstreams.keep(connection)
                 else:
-                    connection.idle_since = self.clock.now
+                    connection.idle_since = now
                     pool.idle.append(connection)
-                candidate.series.done(head.status, perf_counter() - self.started)
+                candidate.series.done(head.status, connection.heard - self.started)
                 self.request = self.candidate = self.plan = None
-                self.rq, self.rs = IDLE, NONE
-                self.deadline = self.clock.now + self.limits.idle_timeout_s
+                self.rs = NONE
+                if last:
+                    self.last, self.rq = True, CLOSED
+                    self.close_client()
+                    return
+                self.rq = IDLE
+                self.deadline = now + self.limits.idle_timeout_s
                 if self.rest is not None:
                     self.rest()
                 return
         super().upstream_data(data)
-
-    def _alone(self) -> bool:
-        """Whether the kernel has no part in it yet."""
-        return self.pair is None or self.pair is self.worker.express.newcomer
 
     # ---- `HttpSession`'s
 

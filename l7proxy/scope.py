@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from l7proxy.config import Config, Destination, Endpoint
 from l7proxy.errors import Reply, denied, reply
-from l7proxy.http1.head import RequestHead
+from l7proxy.http1.head import NO_BODY, RequestHead
 from l7proxy.metrics import Series
 from l7proxy.target import Caller
 from l7proxy.upstream import Pool
@@ -51,13 +51,18 @@ class Plan:
 class Scope:
     """``inbound``: the destination's side of a tunnel."""
 
-    __slots__ = ("caller", "config", "destination", "express", "inbound", "label", "peer", "plans", "refused", "v6", "worker")
+    __slots__ = (
+        "brief", "caller", "config", "destination", "express", "inbound", "known", "label", "peer", "plans", "refused", "v6",
+        "worker",
+    )  # fmt: skip
 
     def __init__(self, worker: Worker, config: Config, caller: Caller, destination: Destination, *, inbound: bool) -> None:
         self.worker, self.config, self.caller, self.destination, self.inbound = worker, config, caller, destination, inbound
         self.peer = Peer(caller.spiffe, caller.identity, caller.address)
         self.v6 = ":" in caller.address
         self.plans: dict[RequestHead, Plan] = {}
+        self.brief = 0  # connections in a row that were not worth pairing
+        self.known: dict[bytes, Plan] = {}  # of them, those of heads that are whole requests and not refused out of hand
         self.label = config.label(caller.spiffe)
         self.refused = worker.metrics.http(self.label, self.service_label, "refused")
         self.express = not inbound and worker.express.allows(config, caller, destination)  # until the agent says no
@@ -77,7 +82,10 @@ class Scope:
             if head.memo:
                 if len(self.plans) >= PLANS_MAX:
                     self.plans.clear()
+                    self.known.clear()
                 self.plans[head] = plan
+                if plan.error is None and head.framing == NO_BODY:
+                    self.known[head.raw] = plan
         return plan
 
     def _make(self, head: RequestHead) -> Plan:

@@ -35,6 +35,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         "caller",
         "candidate",
         "exchanges",
+        "heard",
         "holds",
         "late",
         "late_eof",
@@ -60,7 +61,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         self.candidate: Candidate | None = None
         self.upstream: UpstreamConnection | None = None
         self.tried: list[Endpoint] = []
-        self.started = self.since = 0.0  # of this exchange; the end of the first one
+        self.started = self.since = self.heard = 0.0  # of this exchange; the end of the first one; the last read
         self.exchanges = 0  # until it is paired
         self.lost = False
         self.account = worker.budgets.of(caller.identity, caller.spiffe)
@@ -86,10 +87,11 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
             if self.late is not None or (account.spent > account.limit and account.over()):
                 self._put_off(data)
                 return
-            started = perf_counter()
+            started = self.heard = perf_counter()
             self.client_data(data)
             account.spent += perf_counter() - started
         else:
+            self.heard = perf_counter()
             self.client_data(data)
         if self.pending or self.holds:
             self._count_held()
@@ -110,7 +112,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
             return
         if not self.client_paused:
             self.transport.resume_reading()
-        started = perf_counter()
+        started = self.heard = perf_counter()
         self.client_data(data)
         if self.late_eof:
             self.late_eof = False
@@ -139,7 +141,10 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         self.lost, self.late = True, None
         self.worker.sessions.discard(self)
         self.client_lost()
-        if self.pair is not None:
+        newcomer = self.worker.express.newcomer
+        if self.pair is newcomer:
+            newcomer.ended(self)
+        elif self.pair is not None:
             self.pair.lost()
         self.ended()
         if self.metered:
@@ -227,14 +232,14 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         connection.sink = self
         pool.health.outstanding += 1
         self.to_upstream = connection.write
-        self.forward(head.raw if not candidate.add_headers else self._rewritten(candidate, head), reused=True)
+        self.forward(head.onward if not candidate.add_headers else self._rewritten(candidate, head), reused=True)
 
     def upstream_open(self, connection: UpstreamConnection) -> None:
         head, candidate = self.request, self.candidate
         if head is None or candidate is None:
             return
         self.to_upstream = connection.write
-        self.forward(head.raw if not candidate.add_headers else self._rewritten(candidate, head), reused=False)
+        self.forward(head.onward if not candidate.add_headers else self._rewritten(candidate, head), reused=False)
 
     def upstream_failed(self, error: DialError) -> None:
         """Before any byte was sent: another endpoint may do."""

@@ -134,20 +134,20 @@ class StreamTransport(asyncio.Transport):
 
     def on_data(self, data: bytes) -> None:
         protocol = self.protocol
-        if self._closing:
-            self.core.reset(self.stream, CANCEL)
-            self.tunnel.loop.call_soon(self.lose, None)
-        elif self._paused or protocol is None or self._received:
-            self._received.append(data)
-            if not self.tunnel.hold(len(data)):
-                self.core.reset(self.stream, ENHANCE_YOUR_CALM)
-                self.tunnel.loop.call_soon(self.lose, ConnectionAbortedError("too much was held for readers that do not read"))
-        else:
+        if not (self._paused or self._closing or self._received) and protocol is not None:  # nearly always
             stream = self.stream
             stream.credit += len(data)
             if stream.credit >= stream.window >> 1:
                 self.core.credited(stream, len(data))
             protocol.data_received(data)
+        elif self._closing:
+            self.core.reset(self.stream, CANCEL)
+            self.tunnel.loop.call_soon(self.lose, None)
+        else:
+            self._received.append(data)
+            if not self.tunnel.hold(len(data)):
+                self.core.reset(self.stream, ENHANCE_YOUR_CALM)
+                self.tunnel.loop.call_soon(self.lose, ConnectionAbortedError("too much was held for readers that do not read"))
 
     def on_end(self) -> None:
         self._eof = True

@@ -7,7 +7,11 @@ import asyncio
 from collections import deque
 from itertools import islice
 from socket import SHUT_WR, socket
-from typing import Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l7proxy.budget import Account
 
 READ_FIRST_BYTES = 16_384  # what is asked for at first: most messages are smaller
 READ_BYTES = 256_000  # once that was not enough
@@ -27,11 +31,14 @@ def drop(rest: deque[bytes | memoryview], sent: int) -> None:
 
 
 class SocketTransport(asyncio.Transport):
-    """Owns ``sock``, connected and non-blocking. Its protocol has heard `connection_made` when this returns."""
+    """Owns ``sock``, connected and non-blocking. Its protocol has heard `connection_made` when this returns.
+
+    A protocol with a ``meter`` (the account of an identity) is not read for while that one's turn is over, if it ``waits()``:
+    many connections that have something to say at once would be a long turn, even if each was only read and put off."""
 
     __slots__ = (
-        "_blocked", "_closing", "_ended", "_eof", "_fd", "_hear", "_kept", "_loop", "_over", "_paused", "_protocol",
-        "_read_bytes", "_reading", "_recv", "_rest", "_send", "_sock", "_writing",
+        "_blocked", "_closing", "_ended", "_eof", "_fd", "_hear", "_kept", "_loop", "_meter", "_over", "_paused", "_protocol",
+        "_put_off", "_read_bytes", "_reading", "_recv", "_rest", "_send", "_sock", "_writing",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket, protocol: asyncio.Protocol) -> None:
@@ -43,6 +50,8 @@ class SocketTransport(asyncio.Transport):
         self._kept = 0  # bytes in it
         self._reading = self._writing = False  # the loop watches for it
         self._paused = False  # by the protocol
+        self._meter: Account | None = getattr(protocol, "meter", None)
+        self._put_off = False  # waits for its identity's next turn
         self._blocked = False  # the protocol was told to pause
         self._ended = False  # FIN has come
         self._eof = False  # FIN is to go, or gone
@@ -59,9 +68,16 @@ class SocketTransport(asyncio.Transport):
         if self._paused or self._closing or self._ended:
             self._stop_reading()
             return
-        size = self._read_bytes
+        meter = self._meter
+        if meter is not None and meter.shut and self._protocol.waits():  # type: ignore[attr-defined]  # who has a meter has it
+            self._stop_reading()
+            if not self._put_off:
+                self._put_off = True
+                meter.defer(self)
+            return
+        size, recv, hear = self._read_bytes, self._recv, self._hear  # called from a local: a method in a slot is looked up dearly
         try:
-            data = self._recv(size)
+            data = recv(size)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -73,7 +89,7 @@ class SocketTransport(asyncio.Transport):
                     self._read_bytes = READ_BYTES
                 elif size > READ_FIRST_BYTES >= len(data):
                     self._read_bytes = READ_FIRST_BYTES
-                self._hear(data)
+                hear(data)
             else:
                 self._ended = True
                 self._stop_reading()
@@ -81,6 +97,17 @@ class SocketTransport(asyncio.Transport):
                     self.close()
         except Exception as error:
             self._broken(error)
+
+    def proceed(self) -> None:
+        """Its identity's next turn. What reading costs counts, too."""
+        self._put_off = False
+        meter = self._meter
+        if meter is None or self._paused or self._closing or self._ended:
+            return
+        before, started = meter.spent, perf_counter()
+        self.resume_reading()
+        self._readable()
+        meter.spent = max(meter.spent, before + perf_counter() - started)
 
     def _stop_reading(self) -> None:
         if self._reading:
@@ -103,14 +130,11 @@ class SocketTransport(asyncio.Transport):
     # ---- writing
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._eof:
-            raise RuntimeError("bug: written after write_eof")
-        if self._over or not data:
-            return
         sent = 0
-        if not self._rest:
+        if not (self._rest or self._eof or self._over):  # nearly always
+            send = self._send
             try:
-                sent = self._send(data)
+                sent = send(data)
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
@@ -118,6 +142,10 @@ class SocketTransport(asyncio.Transport):
                 return
             if sent == len(data):
                 return
+        elif self._eof:
+            raise RuntimeError("bug: written after write_eof")
+        elif self._over or not data:
+            return
         if self._rest is None:
             self._rest = deque()
         left: bytes | memoryview = data if isinstance(data, bytes) else bytes(data)  # the caller's buffer may change
@@ -235,6 +263,7 @@ class SocketTransport(asyncio.Transport):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol  # type: ignore[assignment]  # asyncio.Protocol, as in the constructor
         self._hear = protocol.data_received  # type: ignore[attr-defined]  # the same
+        self._meter = getattr(protocol, "meter", None)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """``socket`` is all there is."""

@@ -93,6 +93,7 @@ class UpstreamConnection(asyncio.Protocol):
         "counted",
         "dial",
         "full",
+        "heard",
         "idle_since",
         "late",
         "late_eof",
@@ -116,10 +117,18 @@ class UpstreamConnection(asyncio.Protocol):
         self.lost = self.reader_paused = self.late_eof = False
         self.full = False  # the server reads slowly
         self.late: bytes | None = None  # came when the caller's turn was over
-        self.idle_since = 0.0
+        self.idle_since = self.heard = 0.0  # heard: the last read
         self.counted = True
         pool.open += 1
         pool.account.descriptors += 1
+
+    @property
+    def meter(self) -> Account:
+        """See `SocketTransport`."""
+        return self.pool.account
+
+    def waits(self) -> bool:
+        return self.sink is not None  # what nobody asked for is seen before anybody asks
 
     @property
     def retired(self) -> bool:
@@ -156,7 +165,7 @@ class UpstreamConnection(asyncio.Protocol):
             if self.late is not None or (account.spent > account.limit and account.over()):
                 self._put_off(data)
                 return
-            started = perf_counter()
+            started = self.heard = perf_counter()
             sink.upstream_data(data)
             account.spent += perf_counter() - started
         else:  # nobody asked: whatever it means, it must not become the next answer
@@ -184,7 +193,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if not self.reader_paused and not self.lost:
             self.transport.resume_reading()
-        started = perf_counter()
+        started = self.heard = perf_counter()
         self.sink.upstream_data(data)
         if self.late_eof and self.sink is not None:
             self.late_eof = False

@@ -20,7 +20,7 @@ from l7proxy.access_log import AccessLog
 from l7proxy.budget import Budgets
 from l7proxy.budget_metrics import BudgetCollector
 from l7proxy.config import Config, Destination, Endpoint
-from l7proxy.drain import STOP_S, Drain
+from l7proxy.drain import Ending
 from l7proxy.express_desk import Desk
 from l7proxy.http1.exchange import Clock
 from l7proxy.http1.head import Heads
@@ -66,7 +66,7 @@ class Worker:
     """See the module. ``listen``: the listening unix socket; ``kernel``: replaced in tests."""
 
     def __init__(self, index: int, listen: socket.socket, *, kernel: Kernel | None = None) -> None:
-        self.index = index
+        self.index, self.generation = index, 0
         self.kernel = kernel or Kernel()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # there is none before run()
         self.log = structlog.get_logger().bind(worker=index)
@@ -97,7 +97,9 @@ class Worker:
         self.flow_budget, self.denied_budget = FLOWS_ALLOWED_PER_S, FLOWS_DENIED_PER_S
         self._scopes: dict[tuple[object, ...], Scope] = {}
         self.express = Desk(self)
+        self.hears: list[Callable[[link.Message], bool]] = [self.lease.hear, self.express.hear]
         self.agent = LinkServer(self, listen)
+        self.ending = Ending(self, self._drained)
         self._stopped: asyncio.Event | None = None
         self._recheck: asyncio.Task[None] | None = None
         self.metrics.register(BudgetCollector(self.budgets, lambda spiffe: self.config.label(spiffe)))
@@ -120,8 +122,7 @@ class Worker:
         await self._stopped.wait()
         sweep.cancel()
         self.agent.close()
-        for listener in self.listeners.values():
-            listener.close()
+        self.close_listeners()
         for session in list(self.sessions):
             session.end_idle()
             session.cut()
@@ -130,20 +131,17 @@ class Worker:
             self.access.flush()
 
     def stop(self) -> None:
-        """Polite: what runs may end within a few seconds, and who comes after us goes on with what the kernel carries."""
-        self.succeeded = self.send(link.Leaving())
-        self.drain(STOP_S)
+        """See `l7proxy.drain`."""
+        self.ending.stop()
 
     def drain(self, seconds: float) -> None:
-        """See `l7proxy.drain`."""
-        if self.draining:
-            return
-        self.draining = True
-        for name in self.listeners.keys() - self._serve_to_the_end:
+        """The same."""
+        self.ending.told(seconds)
+
+    def close_listeners(self, *, all_of_them: bool = True) -> None:
+        """Or all but those that lose what comes when nobody reads."""
+        for name in self.listeners.keys() - (frozenset() if all_of_them else self._serve_to_the_end):
             self.listeners.pop(name).close()
-        for hook in self.on_drain:
-            hook(seconds)
-        Drain(self, seconds, self._drained)
 
     def _drained(self) -> None:
         if self._stopped is not None:
@@ -179,7 +177,8 @@ class Worker:
 
     def linked(self) -> None:
         """The agent has dialled."""
-        self.send(link.Ready(self.index, os.getpid()))
+        self.send(link.Ready(self.index, os.getpid(), self.generation))
+        self.ending.linked()
         self.stock.relink()
         self.express.relinked()
 
@@ -216,7 +215,7 @@ class Worker:
             self.send(link.Metrics(self.index, self.metrics.text()))
         elif isinstance(message, link.Drain):
             self.drain(message.seconds)
-        elif not self.lease.hear(message) and not self.express.hear(message):
+        elif not any(hear(message) for hear in self.hears):
             self.log.warning("the agent sent what it should not", message=type(message).__name__, descriptors=len(fds))
 
     def _svid(self, message: link.Svid, fd: int) -> None:

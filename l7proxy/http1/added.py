@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from l7proxy.http1.head import RequestHead
+from l7proxy.http1.head import RequestHead, ResponseHead
 
 _REPLACED = frozenset((b"x-forwarded-client-cert",))  # the client's own word is not passed on
 _PERSISTENCE = frozenset((b"connection", b"keep-alive"))
@@ -13,7 +13,7 @@ _PERSISTENCE = frozenset((b"connection", b"keep-alive"))
 
 def with_headers(head: RequestHead, wanted: tuple[str, ...], source: str | None, destination: str) -> bytes:
     """The head with what is wanted put in front of the blank line. ``source``, ``destination``: SPIFFE URIs."""
-    raw = head.raw
+    raw = head.onward
     lines: list[bytes] = []
     if "x-forwarded-client-cert" in wanted:
         if any(name.replace("_", "-") == "x-forwarded-client-cert" for name in head.header):
@@ -28,9 +28,11 @@ def with_headers(head: RequestHead, wanted: tuple[str, ...], source: str | None,
     return raw[:-2] + b"".join(lines) + b"\r\n"
 
 
-def last_answer(raw: bytes) -> bytes:
+def last_answer(head: ResponseHead) -> bytes:
     """The response head with ``connection: close`` in place of what the server said of its own connection."""
-    return _without(raw, _PERSISTENCE)[:-2] + b"connection: close\r\n\r\n"
+    if not head.last_answer:
+        head.last_answer = _without(head.raw, _PERSISTENCE)[:-2] + b"connection: close\r\n\r\n"
+    return head.last_answer
 
 
 def _without(raw: bytes, names: frozenset[bytes]) -> bytes:

@@ -150,24 +150,24 @@ class Exchange:
         request, response = self.request, self.response
         if request is None or response is None:
             return
-        goes_on = (
+        reusable = (
             clean
             and not close
-            and request.keep
+            and (request.last or (request.keep and not self.last))
             and not response.close
-            and not self.last
             and not request.websocket
             and (request.version == 11 or response.keep_alive)
         )
+        goes_on = reusable and not request.last
         if goes_on and self.rq == BODY:  # the server reads the rest of the body, or drops the connection
             self.rs = SENT
             return
-        keep = goes_on and self.rq == SENT
+        sent = self.rq == SENT
         early = self.rs == SENT  # did it read that rest, or will it take it for a request?
         self.rs = NONE
-        self.release(keep and not early)
+        self.release(reusable and sent and not early)
         self.finished(response.status, "")
-        self._next(keep)
+        self._next(goes_on and sent)
 
     def _next(self, keep: bool) -> None:
         """After an exchange: the next request, or the end of the connection."""

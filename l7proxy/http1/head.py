@@ -26,6 +26,7 @@ _CODING_PADDED = re.compile(rb"(?i)\r\nTransfer-Encoding:[^\r]*[\t ]\r\n")  # ll
 _ABSOLUTE = re.compile(rb"[Hh][Tt][Tt][Pp]://([^/?#]++)(/[^#]*+|\?[^#]*+|)")
 # RFC 3986 pchar and "/" without ";", and upper-case percent-encoding of what could not stand for itself: one spelling each
 _CANONICAL = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,=:@/]|%(?:2[0235]|3[CEF]|5[BDE]|60|7[B-D]|[89A-F][0-9A-F]))*+")
+_CLOSE = re.compile(rb"(?i)\r\nConnection:[\t ]*close[\t ]*(?=\r\n)")
 _FRAMING_NAMES = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect"))
 
 
@@ -41,11 +42,12 @@ class RequestHead:
     """One accepted request head; shared between equal requests, so never changed."""
 
     __slots__ = (
-        "close", "expect", "fields", "framing", "header", "host", "keep", "memo", "method", "path",
+        "close", "expect", "fields", "framing", "header", "host", "keep", "last", "memo", "method", "onward", "path",
         "path_fault", "plain", "raw", "safe", "target", "underscores", "version", "websocket",
     )  # fmt: skip
 
     raw: bytes
+    onward: bytes  # what the server is sent
     method: str
     target: bytes
     path: str  # without query
@@ -56,10 +58,11 @@ class RequestHead:
     framing: int
     close: bool  # the client asked to end after this
     keep: bool  # the connection may live on after this request
+    last: bool  # the client ends its connection after this, by nothing but "close"; the server is not told: RFC 9110, 7.6.1
     expect: bool
     websocket: bool
     safe: bool  # idempotent and without a body: may be sent again
-    plain: bool  # neither its own version, method nor fields change how an answer ends, and the connection lives on
+    plain: bool  # neither its own version, method nor fields change how an answer ends, and the server's connection lives on
     path_fault: str  # why the path is not canonical, or ""
     underscores: frozenset[str]  # field names with "_", in their "-" spelling
     memo: bool
@@ -68,9 +71,10 @@ class RequestHead:
 class ResponseHead:
     """One accepted response head."""
 
-    __slots__ = ("close", "framing", "keep_alive", "length", "plain", "raw", "status", "version", "websocket")
+    __slots__ = ("close", "framing", "keep_alive", "last_answer", "length", "plain", "raw", "status", "version", "websocket")
 
     raw: bytes
+    last_answer: bytes  # with "connection: close" in place of what the server said of its own; made when asked for
     status: int
     version: int
     framing: int  # by its own fields, before method and status have their say; UNTIL_CLOSE when it has none
@@ -85,6 +89,7 @@ class ResponseHead:
         """Of a response whose head was sent on elsewhere: HTTP/1.1, keep-alive, its length known."""
         head = cls()
         head.raw, head.status, head.version, head.framing, head.length = b"", status, 11, length, length
+        head.last_answer = b""
         head.close, head.keep_alive, head.websocket, head.plain = False, True, False, False
         return head
 
@@ -226,8 +231,10 @@ def parse_request(raw: bytes) -> RequestHead:
         upgrade != [b"websocket"] or b"upgrade" not in connection or method != b"GET" or head.version == 10 or head.framing
     ):
         raise _bad("Upgrade other than a plain websocket handshake")
+    head.last = connection == [b"close"] and head.version == 11 and not upgrade
+    head.onward = _CLOSE.sub(b"", raw, 1) if head.last else raw
     head.safe = head.framing == NO_BODY and method in (b"GET", b"HEAD", b"OPTIONS", b"TRACE") and not upgrade
-    head.plain = head.keep and head.version == 11 and method != b"HEAD" and not upgrade
+    head.plain = (head.keep or head.last) and head.version == 11 and method != b"HEAD" and not upgrade
     head.underscores = frozenset(name.replace("_", "-") for name in header if "_" in name)
     return head
 
@@ -260,7 +267,7 @@ def parse_response(raw: bytes) -> ResponseHead:
         raise HeadError(502, "bad_response", "the server's response head is malformed")
     minor, status, block = match.groups()
     head = ResponseHead()
-    head.raw = raw
+    head.raw, head.last_answer = raw, b""
     head.status = int(status)
     head.version = 10 if minor == b"0" else 11
     length, chunked = -1, False

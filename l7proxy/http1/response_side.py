@@ -100,9 +100,9 @@ class ResponseSide(Exchange):
             self._bad_response("the server sends chunks to an HTTP/1.0 client")
             return
         self.response_bytes = True
-        if self.ending and not head.close:
+        if (self.ending or request.last) and not head.close:
             self.last = True
-            raw = last_answer(raw)
+            raw = last_answer(head)
             data, end = raw + data[end:], len(raw)
         if framing == len(data) - end:  # head and body in one read, the common case
             self.to_client(data)

@@ -7,7 +7,7 @@ import pytest
 
 from lab import Lab
 from tests.conftest import WORKER, opened
-from tests.e2e.mesh import Mesh
+from tests.e2e.mesh import Mesh, populated
 
 
 @pytest.fixture(scope="session")
@@ -15,10 +15,5 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """One populated mesh for all end-to-end tests; each test leaves it as it found it."""
     scratch = opened(tmp_path_factory.mktemp("mesh"))
     lab = Lab(os.environ.get("PILLION_LAB", "e2e") + WORKER)  # another name: two runs at once do not meet
-    lab.down()
-    try:
-        made = Mesh(lab, scratch)
-        made.populate()
+    with populated(lab, scratch) as made:
         yield made
-    finally:
-        lab.down()

@@ -52,7 +52,7 @@ def warm(mesh: Mesh) -> None:
 
     def carries() -> bool:
         before = event(mesh, "carried")
-        report = load(mesh, connections=2, seconds=5, each=60, rate=200).report(30)
+        report = load(mesh, connections=2, seconds=10, each=200, rate=200).report(30)  # longer than any connection is doubted
         assert not report["wrong"] and not report["errors"], report
         return event(mesh, "carried") > before + 10
 

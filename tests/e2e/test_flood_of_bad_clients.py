@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.mesh import HTTP_PORT, Mesh, policy
+from tests.e2e.mesh import FORGET_PEAK, HTTP_PORT, Mesh, memory, policy
 
 SLOW, OVERSIZED, TRUNCATED = 200, 100, 100
 RSS_GROWTH_BYTES_MAX = 64 << 20
 REQUESTS, REQUESTS_PER_S = 100, 10
-FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
-
-
-def memory(pid: int, field: str) -> int:
-    """Bytes; VmRSS (now) or VmHWM (the peak)."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 @pytest.mark.timeout(60)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.e2e.mesh import ECHO_PORT, Mesh, Refused, until
 
+READY_S, LOG_LINES = 120.0, 12
+
 
 def kill(mesh: Mesh, node: str | None, what: str, number: signal.Signals = signal.SIGKILL) -> None:
     victims = mesh.lab.pids(node, what)
@@ -20,8 +22,14 @@ def kill(mesh: Mesh, node: str | None, what: str, number: signal.Signals = signa
 
 
 def ready(mesh: Mesh) -> None:
+    """It takes what a start takes, some seconds of a CPU for compiling: on a busy machine as long as that lasts."""
     for node in ("n1", "n2"):
-        until(lambda node=node: mesh.lab.answers(node, "/v1/ready"), f"{node} is not ready again", 20)
+        try:
+            until(lambda node=node: mesh.lab.answers(node, "/v1/ready"), f"{node} is not ready again", READY_S)
+        except AssertionError as error:
+            log = mesh.lab.log(f"{node}-agent").read_text().splitlines()[-LOG_LINES:]
+            status = mesh.lab.agent_api(node, "GET", "/v1/status") if mesh.lab.answers(node, "/v1/status") else "no answer"
+            raise AssertionError("\n".join([f"{error}: {status}", *log])) from None
 
 
 def native_never_notices(mesh: Mesh, node: str | None, what: str) -> None:

@@ -1,4 +1,4 @@
-"""threats.md 18: one identity floods; its neighbour's requests all succeed, memory stays bounded, what was refused is
+"""security.md 18: one identity floods; its neighbour's requests all succeed, memory stays bounded, what was refused is
 counted exactly. How long the neighbour waits is a benchmark: `make bench ONLY=noisy-neighbour`."""
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, PROGRAMS, TRUST_DOMAIN, Mesh, policy, until
+from tests.e2e.mesh import ECHO_PORT, FORGET_PEAK, HTTP_PORT, NS, PROGRAMS, TRUST_DOMAIN, Mesh, memory, policy, until
 
-FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
 VICTIM_PER_S, VICTIM_S = 20, 3.0
 BYTES = 4 << 20
 HEAD_BYTES = 30_000  # programs/noisy.py
@@ -29,12 +28,6 @@ spec:
   principals: ["{td}/ns/{ns}/sa/intruder", "{td}/ns/{ns}/sa/far-client"]
   budgets: {budgets}
 """
-
-
-def memory(pid: int, field: str) -> int:
-    """Bytes; VmRSS (now) or VmHWM (the peak)."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from lab import Lab
 from tests.attacks.actions import on_host
 from tests.attacks.mutants import PROJECT, Mutant, mutated
 from tests.conftest import SESSION, opened
-from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, Refused, policy, until
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, Refused, policy, populated, until
 from tests.e2e.test_kill import kill
 
 pytestmark = pytest.mark.timeout(400)  # under load of others
@@ -47,9 +47,9 @@ PATCHED = Mutant(
     ),
     (
         "nodeagent/btf.py",
-        "def offsets() -> dict[str, int]:\n",
-        "def offsets() -> dict[str, int]:\n    from nodeagent.forced import forced\n\n    if forced('types'):\n"
-        "        raise NoTypes('forced')\n    return _offsets()\n\n\ndef _offsets() -> dict[str, int]:\n",
+        "    btf = Btf()\n    try:\n        return {name: btf.offset(*where) for name, where in wanted.items()}\n",
+        "    from nodeagent.forced import forced\n\n    if forced('types'):\n        raise NoTypes('forced')\n"
+        "    btf = Btf()\n    try:\n        return {name: btf.offset(*where) for name, where in wanted.items()}\n",
     ),
 )
 FORCED = """
@@ -73,14 +73,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    lab = Lab(f"{SESSION}o", code=tree)
-    lab.down()
-    try:
-        mesh = Mesh(lab, opened(tmp_path_factory.mktemp("optional")))
-        mesh.populate()
+    with populated(Lab(f"{SESSION}o", code=tree), opened(tmp_path_factory.mktemp("optional"))) as mesh:
         yield mesh
-    finally:
-        lab.down()
 
 
 def status_of(mesh: Mesh, *options: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from lab import Lab
 from tests.conftest import SESSION, opened
-from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, Mesh, policy, until
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, Mesh, policy, populated, until
 from tests.e2e.test_deny_under_load import Kind, falls
 
 NODE_KINDS = {
@@ -36,18 +36,11 @@ spec: {{node: n2, serviceAccounts: [{accounts}]}}
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    scratch = opened(tmp_path_factory.mktemp("own"))
-    lab = Lab(f"{SESSION}cu")
-    lab.down()
-    try:
-        made = Mesh(lab, scratch)
-        made.populate()
-        made.w["far-other"] = lab.add_workload("n2", "far-other", namespace=NS)
+    with populated(Lab(f"{SESSION}cu"), opened(tmp_path_factory.mktemp("own"))) as made:
+        made.w["far-other"] = made.lab.add_workload("n2", "far-other", namespace=NS)
         served = sorted({kind.service for kind in NODE_KINDS.values()})
         made.apply("".join(policy(f"{who}-{name}", name, who=who) for who in CALLERS for name in served))
         yield made
-    finally:
-        lab.down()
 
 
 def revoked(mesh: Mesh) -> set[str]:

@@ -13,6 +13,7 @@ from tests.l7proxy.rig import Mesh, Rig, Server, running
 def paired_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dialogues are about what pairing does; when a connection is worth it, one test says."""
     monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 1)
+    monkeypatch.setattr(express_session, "VAIN_S", -1.0)
 
 
 @pytest.fixture

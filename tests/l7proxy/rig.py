@@ -146,16 +146,21 @@ class FakeKernel(Kernel):
 class Agent:
     """The other end of the link: answers NeedStock, keeps the rest."""
 
-    def __init__(self, path: str, on_pair: Callable[[link.Pair, list[int]], None] | None = None) -> None:
+    def __init__(self, path: str, *, listen: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(path)
         self.decoder = link.Decoder()
         self.messages: list[link.Message] = []
-        self.on_pair = on_pair  # gets the descriptors
+        self.on_pair: Callable[[link.Pair, list[int]], None] | None = None  # gets the descriptors
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.stocked = True
         self.make: Callable[[int], socket.socket] = socket.socket  # of a family
+        if listen:
+            self.listen()
+
+    def listen(self) -> None:
+        """From here on it hears."""
         self.thread.start()
 
     def send(self, message: link.Message, fds: list[int] | None = None) -> None:
@@ -260,7 +265,9 @@ class Rig:
 
     def relink(self) -> None:
         """The agent dials again."""
-        old, self.agent = self.agent, Agent(self.path, self.agent.on_pair)
+        old, self.agent = self.agent, Agent(self.path, listen=False)
+        self.agent.on_pair = old.on_pair
+        self.agent.listen()  # whoever answers by `self.agent` means this one
         old.close()
         self.agent.send(link.Hello("n1", "16s", FIELDS_ORIGIN, "16s", ()))
 

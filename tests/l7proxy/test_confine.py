@@ -16,6 +16,7 @@ import pytest
 
 from l7proxy import seccomp
 from l7proxy.confine import DEFAULT_UID, ConfineError, user_ids
+from mesh import link
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,3 +254,89 @@ def test_sigterm_ends_it(tmp_path: Path) -> None:
         if proxy.poll() is None:
             proxy.kill()
         proxy.communicate(timeout=10)
+
+
+class Proxy:
+    """One that is started in a directory that others use, too; `end` is what a service manager does."""
+
+    def __init__(self, run_dir: Path) -> None:
+        argv = [sys.executable, "-m", "l7proxy", "--run-dir", str(run_dir), "--workers", "1", "--user", "65471"]
+        self.popen = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL)
+        wait_for(lambda: children(self.popen.pid), "a worker")
+        (self.worker,) = children(self.popen.pid)
+
+    def end(self) -> None:
+        self.popen.terminate()
+        assert self.popen.wait(15) == 0
+
+
+class Agent:
+    """Dials a worker and gives it a listener, so that it has something to serve."""
+
+    def __init__(self, path: Path) -> None:
+        wait_for(path.exists, f"{path.name}")
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(str(path))
+        self.sock.settimeout(10)
+        self.decoder, self.heard = link.Decoder(), list[link.Message]()
+        self.until(link.Ready)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            offer = link.Listener("1/outbound/2", "outbound", 1, "127.0.0.1", listener.getsockname()[1])
+            socket.send_fds(self.sock, [link.encode(offer, 1)], [listener.fileno()])
+        self.say(link.Scrape())
+        self.until(link.Metrics)  # after the listener
+
+    def say(self, message: link.Message) -> None:
+        self.sock.sendall(link.encode(message))
+
+    def until(self, kind: type) -> link.Message:
+        while not (found := [message for message in self.heard if isinstance(message, kind)]):
+            self.heard += [message for message, _ in self.decoder.feed(self.sock.recv(1 << 20), [])]
+        return found[0]
+
+
+def ended(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_generations_live_side_by_side(tmp_path: Path) -> None:
+    """A planned end leaves the worker behind, confined as it was; the next proxy has its own, in another place, until the
+    agent says that it serves. A place that nobody lives in is taken again."""
+    first = Proxy(tmp_path)
+    agent = Agent(tmp_path / "worker-0.sock")
+    first.end()
+    leaving = agent.until(link.Leaving)
+    assert leaving == link.Leaving(leaving.seconds) and 590 < leaving.seconds <= 600  # type: ignore[attr-defined,call-arg]
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{first.worker}/status").read_text().splitlines())
+    assert status["Uid"].split() == ["65471"] * 4 and status["Seccomp"].strip() == "2"
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    second = Proxy(tmp_path)
+    try:
+        next_ready = Agent(tmp_path / "worker-1.sock").until(link.Ready)
+        assert next_ready.generation > agent.until(link.Ready).generation > 0  # type: ignore[attr-defined]
+        assert not ended(first.worker)
+        agent.say(link.Drain(30.0))
+        wait_for(lambda: ended(first.worker), "the former worker's end")
+        assert agent.until(link.Drained) == link.Drained(0)
+    finally:
+        second.popen.kill()
+        second.popen.wait()
+    wait_for(lambda: ended(second.worker), "whoever kills the proxy kills its worker")
+    third = Proxy(tmp_path)
+    Agent(tmp_path / "worker-0.sock")
+    assert not (tmp_path / "worker-1.sock").exists()
+    third.popen.kill()
+    third.popen.wait()
+
+
+def test_a_worker_of_a_former_generation_ends_with_sigterm(tmp_path: Path) -> None:
+    """As when the machine goes down."""
+    proxy = Proxy(tmp_path)
+    agent = Agent(tmp_path / "worker-0.sock")
+    proxy.end()
+    agent.until(link.Leaving)
+    os.kill(proxy.worker, signal.SIGTERM)
+    wait_for(lambda: ended(proxy.worker), "its end")

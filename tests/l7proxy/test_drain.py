@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from l7proxy import drain
 from l7proxy.drain import ENDLESS_PART
 from mesh import link
 from mesh.model import Protocol
@@ -16,6 +17,7 @@ from tests.l7proxy.rig import Mesh, Rig, Server, http_server, ok, read_head, rea
 Start = Callable[[Mesh], Rig]
 Serve = Callable[[Server], Server]
 GET = b"GET / HTTP/1.1\r\nHost: web\r\n\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
 
 def stopped(rig: Rig) -> None:
@@ -109,3 +111,144 @@ def test_new_connections_wait_for_a_successor(mesh: Mesh, start: Start, serve: S
         serves(start(mesh))
         assert read_response(sock)[0] == 200
     listener.close()
+
+
+# ---- a planned end, with a successor
+
+
+def opaque(mesh: Mesh, start: Start, serve: Serve) -> tuple[Rig, Callable[[], socket.socket]]:
+    """A worker in front of a server that says "hi" and gives back what it hears, and how to connect."""
+
+    def handle(connection: socket.socket) -> None:
+        connection.sendall(b"hi")
+        while data := connection.recv(1 << 16):
+            connection.sendall(data)
+        connection.close()
+
+    server = serve(Server(handle))
+    client, db = mesh.workload("client-1", "client"), mesh.service("db", [server.port], Protocol.TCP)
+    mesh.allow("db", "client")
+    rig = start(mesh)
+
+    def connect() -> socket.socket:
+        sock = rig.connect(client, db)
+        assert sock.recv(2) == b"hi"
+        return sock
+
+    return rig, connect
+
+
+def through(sock: socket.socket) -> None:
+    sock.sendall(b"more")
+    assert sock.recv(4, socket.MSG_WAITALL) == b"more"
+
+
+def test_it_serves_until_its_successor_does_and_what_is_open_to_its_end(mesh: Mesh, start: Start, serve: Serve) -> None:
+    rig, connect = opaque(mesh, start, serve)
+    with connect() as first:
+        rig.call(lambda: rig.worker.ending.retire(60.0))
+        wait_for(lambda: rig.agent.of(link.Leaving), "the word to the agent")
+        with connect() as second:
+            through(second)
+            rig.relink()  # another agent is told as well
+            wait_for(lambda: rig.agent.of(link.Leaving), "the word to the next one")
+            (leaving,) = rig.agent.of(link.Leaving)
+            assert 50.0 < leaving.seconds <= 60.0  # type: ignore[attr-defined]
+            rig.agent.send(link.Drain(leaving.seconds))  # type: ignore[attr-defined]
+            wait_for(lambda: rig.worker.draining, "the successor's turn")
+            assert not rig.worker.listeners
+            through(second)
+        through(first)
+        assert rig.thread.is_alive()
+    stopped(rig)
+    wait_for(lambda: rig.agent.of(link.Drained), "its last word")
+    assert rig.agent.of(link.Drained) == [link.Drained(0)]
+
+
+def test_at_the_limit_it_is_cut_and_told(mesh: Mesh, start: Start, serve: Serve) -> None:
+    rig, connect = opaque(mesh, start, serve)
+    with connect() as first, connect() as second:
+        rig.call(lambda: rig.worker.ending.retire(0.5))
+        rig.agent.send(link.Drain(60.0))  # nobody gives it more than it has
+        for sock in (first, second):
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+    stopped(rig)
+    wait_for(lambda: rig.agent.of(link.Drained), "its last word")
+    assert rig.agent.of(link.Drained) == [link.Drained(2)]
+
+
+def test_an_agent_can_hurry_it(mesh: Mesh, start: Start, serve: Serve) -> None:
+    rig, connect = opaque(mesh, start, serve)
+    with connect() as sock:
+        rig.call(lambda: rig.worker.ending.retire(60.0))
+        rig.agent.send(link.Drain(60.0))
+        through(sock)
+        rig.agent.send(link.Drain(0.3))
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    stopped(rig)
+
+
+def test_where_no_successor_comes_nothing_new_is_taken(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drain, "SUCCESSOR_S", 0.2)
+    rig, connect = opaque(mesh, start, serve)
+    with connect() as sock:
+        rig.call(lambda: rig.worker.ending.retire(60.0))
+        wait_for(lambda: rig.worker.draining, "the end of waiting")
+        through(sock)
+        assert not rig.worker.listeners
+    stopped(rig)
+
+
+def test_an_idle_connection_is_given_time(mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks within it hears with the answer that it is the last; who does not, is closed."""
+    monkeypatch.setattr(drain, "IDLE_S", 1.0)
+    server = serve(http_server())
+    client, web = mesh.workload("client-1", "client"), mesh.service("web", [server.port])
+    mesh.allow("web", "client")
+    rig = start(mesh)
+    asks, rests = rig.connect(client, web), rig.connect(client, web)
+    for sock in (asks, rests):
+        sock.sendall(GET)
+        read_response(sock)
+    rig.call(lambda: rig.worker.ending.retire(60.0))
+    rig.agent.send(link.Drain(60.0))
+    wait_for(lambda: rig.worker.draining, "the end")
+    asks.sendall(GET)
+    assert b"\r\nconnection: close\r\n" in read_response(asks)[1].lower()
+    assert asks.recv(1) == rests.recv(1) == b""
+    stopped(rig)
+
+
+def test_one_with_nothing_to_serve_ends(mesh: Mesh, start: Start) -> None:
+    rig = start(mesh)
+    rig.call(lambda: rig.worker.ending.retire(60.0))
+    stopped(rig)
+
+
+def test_an_upgraded_connection_lives_on(mesh: Mesh, start: Start, serve: Serve) -> None:
+    """No exchange will end it; where there is a successor nothing waits for it to be cut."""
+
+    def handle(connection: socket.socket) -> None:
+        read_head(connection)
+        connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n" + UPGRADE + b"Sec-WebSocket-Accept: x\r\n\r\n")
+        while data := connection.recv(1 << 16):
+            connection.sendall(data)
+        connection.close()
+
+    server = serve(Server(handle))
+    client, web = mesh.workload("client-1", "client"), mesh.service("web", [server.port])
+    mesh.allow("web", "client")
+    rig = start(mesh)
+    with rig.connect(client, web) as sock:
+        key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: web\r\n" + UPGRADE + key)
+        assert b" 101 " in read_head(sock)[0]
+        rig.call(lambda: rig.worker.ending.retire(60.0))
+        rig.agent.send(link.Drain(60.0))
+        wait_for(lambda: rig.worker.draining, "the end")
+        through(sock)
+    stopped(rig)

@@ -149,16 +149,22 @@ def test_off_by_the_mesh_the_service_or_a_workload(mesh: Mesh, start: Start, ser
 
 
 def test_many_pairs_come_and_go_without_a_descriptor_lost(express: Express) -> None:
-    express.dialogue().sock.close()
+    def come_and_go(*, talks: bool) -> None:
+        talk = express.dialogue()
+        if talks:
+            talk.exchange()
+        talk.sock.close()
+        assert talk.server.recv(1) == b""
+        talk.server.close()
+
+    come_and_go(talks=False)
     wait_for(lambda: len(express.unpaired()) == 1, "Unpair")
     before = open_fds()
     for _ in range(20):
-        talk = express.dialogue()
-        talk.exchange()
-        talk.sock.close()
+        come_and_go(talks=True)
     wait_for(lambda: len(express.unpaired()) == 21, "Unpair")
     wait_for(lambda: open_fds() <= before, "the descriptors")
-    assert express.servers[0].accepted == 1
+    assert express.servers[0].accepted == 21
     assert metric(express.rig, "pillion_express_pairs") == 0
 
 
@@ -207,6 +213,29 @@ def test_what_is_being_answered_is_left_when_it_rests(express: Express) -> None:
     wait_for(lambda: unread(express, pair.session) == get("/waits"), "the request")
     assert not express.unpaired() and len(express.kernel.of(ARM)) == 2
     talk.sock.close()
+
+
+def test_with_a_successor_it_is_left_while_the_worker_lives_on(express: Express) -> None:
+    """And told of, with nothing of it kept here; until the successor serves, it is this worker's as before."""
+    talk, other = express.dialogue(), express.dialogue()
+    one, two = express.pairs
+    worker, agent = express.rig.worker, express.rig.agent
+    other.sock.sendall(get("/slow"))
+    other.reached(get("/slow"))
+    worker.loop.call_soon_threadsafe(worker.ending.retire, 60.0)
+    wait_for(lambda: agent.of(link.Leaving), "the word to the agent")
+    assert not agent.of(link.Left)
+    agent.send(link.Drain(60.0))
+    wait_for(lambda: agent.of(link.Left), "what rests is left")
+    assert agent.of(link.Left) == [link.Left(one.session)] and express.rig.thread.is_alive()
+    talk.sock.sendall(get("/waits"))
+    wait_for(lambda: unread(express, one.session) == get("/waits"), "the request, for whoever comes")
+    other.server.sendall(ok(b"two"))
+    assert read_response(other.sock)[2] == b"two"
+    wait_for(lambda: not express.rig.thread.is_alive(), "the worker's end")
+    assert agent.of(link.Left) == [link.Left(one.session), link.Left(two.session)] and not express.unpaired()
+    talk.sock.close()
+    other.sock.close()
 
 
 def test_an_exchange_of_the_kernels_goes_on(express: Express) -> None:

@@ -83,6 +83,48 @@ def test_an_old_connection_is_paired_at_its_next_exchange(
     express.close()
 
 
+def test_where_connections_are_brief_it_takes_more_to_be_paired(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 4)
+    monkeypatch.setattr(express_session, "LASTING_S", -1.0)
+    monkeypatch.setattr(express_session, "VAIN_S", 3600.0)
+    enough = int(4 * express_session.BRIEF_TIMES)
+    express = express_world(mesh, start, serve)
+    servers = express.servers[0].connections
+
+    def exchanges(count: int, *, last: bool = False) -> None:
+        with express.rig.connect(express.client, express.web) as sock:
+            for n in range(count):
+                sock.sendall(get("/", *(("Connection: close",) if last and n == count - 1 else ())))
+                (connection,) = wait_connections(express, 1)
+                read_head(connection)
+                connection.sendall(ok(b"one"))
+                read_response(sock)
+            if last:
+                assert read_all(sock) == b""
+
+    def paired(count: int) -> None:
+        number = len(express.pairs)
+        exchanges(count)
+        wait_for(lambda: len(express.unpaired()) == number + 1, "Unpair")
+        assert servers.pop().recv(1) == b""
+
+    for _ in range(express_session.BRIEF_MANY):
+        paired(1)
+    exchanges(enough, last=True)
+    assert len(express.pairs) == express_session.BRIEF_MANY
+    monkeypatch.setattr(express_session, "VAIN_S", -1.0)
+    paired(enough)  # that one lasts
+    paired(1)
+    for _ in range(express_session.BRIEF_MANY):
+        exchanges(1, last=True)
+    number = len(express.pairs)
+    exchanges(enough, last=True)
+    assert len(express.pairs) == number
+    express.close()
+
+
 def test_every_exchange_through_user_space_arms_it_anew_with_its_bytes(express: Express, talk: Dialogue) -> None:
     asked, answered = get("/a"), ok(b"x" * 100)
     for n in (1, 2, 3):
@@ -402,12 +444,30 @@ def test_an_agent_that_dials_anew_is_told_of_the_pair(express: Express, talk: Di
 # ---- the end
 
 
-def test_a_client_that_closes_gives_the_servers_connection_back(express: Express, talk: Dialogue) -> None:
+def test_a_client_that_closes_takes_its_servers_connection_along(express: Express, talk: Dialogue) -> None:
     talk.sock.close()
     wait_for(express.unpaired, "Unpair")
+    assert talk.server.recv(1) == b""  # it stays enrolled: each answer would pass a program that knows nothing of it
     again = express.dialogue()
-    assert express.servers[0].accepted == 1
+    assert express.servers[0].accepted == 2
     again.sock.close()
+
+
+def test_a_client_that_asks_once_is_not_paired(mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(express_session, "LASTING_S", -1.0)  # every other is, at its first exchange
+    express = express_world(mesh, start, serve)
+    for _ in range(3):
+        with express.rig.connect(express.client, express.web) as sock:
+            sock.sendall(get("/", "Connection: close"))
+            (connection,) = wait_connections(express, 1)
+            assert read_head(connection)[0] == get()
+            connection.sendall(ok(b"one"))
+            _, head, body = read_response(sock)
+            assert b"\r\nconnection: close\r\n" in head and body == b"one"
+            assert read_all(sock) == b""
+    assert not express.pairs
+    assert express.servers[0].accepted == 1
+    express.close()
 
 
 def test_a_client_that_vanishes_in_the_middle_is_counted(express: Express, talk: Dialogue) -> None:

@@ -144,7 +144,8 @@ class Side:
         self.loop = Loop()
         worker.loop = cast(Any, self.loop)  # as much of one as it needs
         worker.kernel.express = express
-        worker.config, client, web = configured
+        self.configured = configured
+        worker.config = configured[0]
         worker.budgets.adopt(worker.config.state)
         worker.flow_budget = 0
         for raw in (*REQUESTS, *RESPONSES):  # the short way is for heads seen before
@@ -153,17 +154,23 @@ class Side:
         self.servers: list[Wire] = []
         monkeypatch.setattr(capture, "HttpSession", kind)
         monkeypatch.setattr(worker.upstreams, "dial", self._dial)
-        self._open(worker, client, web)
+        self.clients: list[Wire] = []
+        self.open()
 
-    def _open(self, worker: Worker, client: Workload, web: Service) -> None:
+    def open(self) -> None:
+        """One more client, whose session is played from now on."""
+        worker = self.worker
+        _, client, web = self.configured
         destination = worker.config.destination(web.vips[0], 80)
         assert destination is not None
         caller = Caller(spiffe("client"), client.identity, "10.0.0.1", 4000, key_of(client))
         session = capture.session_for(worker, worker.config, caller, destination, 7, inbound=False)
+        if session is None:
+            return  # over its budget
         assert isinstance(session, HttpSession)
         self.session = session
-        self.client = Wire(session)
-        session.connection_made(self.client)  # type: ignore[arg-type]  # played
+        self.clients.append(Wire(session))
+        session.connection_made(self.clients[-1])  # type: ignore[arg-type]  # played
 
     def _dial(self, endpoint: object, _caller: object, _netns: int, protocol: Any, _failed: object, **_options: object) -> Loop:
         wire = Wire(protocol)
@@ -188,6 +195,8 @@ class Side:
             session.upstream.pause_writing()
         elif what == "server drained" and session.upstream is not None:
             session.upstream.resume_writing()
+        elif what == "client":
+            self.open()
         elif what == "held":
             session.account.held = which % 2 * (session.account.budget.bytes_in_flight + 1)
         elif what in ("pause_writing", "resume_writing", "eof_received", "end"):
@@ -197,7 +206,7 @@ class Side:
     def seen(self) -> dict[str, object]:
         pools = self.worker.upstreams.pools.values()
         return {
-            "client": self.client.log,
+            "clients": [wire.log for wire in self.clients],
             "servers": [wire.log for wire in self.servers],
             "idle": [len(pool.idle) for pool in pools],
             "outstanding": [pool.health.outstanding for pool in pools],
@@ -214,6 +223,8 @@ EVENTS = st.tuples(
         ("request",) * 6
         + ("answer",) * 7
         + (
+            "client",
+            "client",
             "held",
             "held",
             "response",
@@ -254,6 +265,22 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         side.play("answer", 0)
         assert side.session.rq == IDLE
     assert len(side.servers) == 1 and issubclass(HttpSession, Quick)
+
+
+def test_clients_that_ask_once_take_the_short_way_over_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = Side(HttpSession, monkeypatch)
+    side.play("request", 3)
+    side.play("answer", 0)
+    for name in ("_begin", "decide", "_go", "_response_done", "release"):
+        monkeypatch.setattr(HttpSession, name, None)
+    for _ in range(3):
+        side.open()
+        side.play("request", 3)
+        side.play("answer", 0)
+        assert side.clients[-1].log == [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nconnection: close\r\n\r\nhello", "close"]
+    (server,) = side.servers
+    assert server.log[1:] == [REQUESTS[0]] * 4
+    assert not side.session.idle
 
 
 @pytest.mark.parametrize(("node", "prepared"), [("n1", True), ("n2", False)])

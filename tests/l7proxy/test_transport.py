@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import uvloop
 
+from l7proxy.budget import Account, Budgets
 from l7proxy.transport import HIGH_BYTES, READ_BYTES, READ_FIRST_BYTES, SocketTransport
 from tests.l7proxy.two_nodes import until
 
 RESET = struct.pack("ii", 1, 0)
+SLEEPERS = 100
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -270,3 +272,58 @@ async def test_what_is_over_leaves_no_cycle(ends: Ends) -> None:
         await until(lambda: gone() is None)
     finally:
         gc.enable()
+
+
+class Sleeper(Ear):
+    """One of many connections of an identity."""
+
+    def __init__(self, meter: Account, seen: list[int]) -> None:
+        super().__init__()
+        self.meter, self.seen, self.open = meter, seen, True
+
+    def waits(self) -> bool:
+        return self.open
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.seen[-1] += 1
+        self.meter.spent += 0.001
+        if self.meter.spent > self.meter.limit:
+            self.meter.over()  # as sessions ask, who then put off what comes next
+
+
+@on_both_loops
+async def test_many_that_speak_at_once_are_no_long_turn() -> None:
+    """However many of an identity's connections have something to say: few are read in a turn while others are at work."""
+    loop = asyncio.get_running_loop()
+    budgets = Budgets(loop.call_soon)
+    noisy, victim = budgets.of(256, "spiffe://x/ns/a/sa/noisy"), budgets.of(257, "spiffe://x/ns/a/sa/victim")
+    turns = [0]
+
+    def turn() -> None:
+        """Once in each round of the loop, which this makes take no time."""
+        turns.append(0)
+        victim.spent += 0.000001
+        if len(turns) < 3 * SLEEPERS:
+            loop.call_soon(turn)
+
+    pairs = [socket.socketpair() for _ in range(SLEEPERS)]
+    ears = [Sleeper(noisy, turns) for _ in pairs]
+    try:
+        for (ours, peer), ear in zip(pairs, ears, strict=True):
+            ours.setblocking(False)
+            SocketTransport(loop, ours, ear)
+            peer.sendall(b"x" * 4096)
+        ears[-1].open = False  # does not wait
+        turn()
+        await until(lambda: all(ear.data for ear in ears))
+        assert max(turns) <= 2, turns  # it, and one that does not wait
+        pairs[0][1].sendall(b"y")
+        pairs[0][1].close()
+        noisy.shut = True
+        await until(lambda: "eof" in ears[0].heard)  # one that is gone is not waited for
+        assert ears[0].data.endswith(b"y")
+    finally:
+        for pair in pairs:
+            for sock in pair:
+                sock.close()

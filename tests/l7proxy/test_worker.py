@@ -81,6 +81,22 @@ def test_keep_alive_pipelining_and_pool(mesh: Mesh, start: Start, serve: Serve) 
     assert metric(rig, "pillion_request_seconds_count", source="shop/client") == 31
 
 
+def test_clients_that_ask_once_share_a_server_connection(mesh: Mesh, start: Start, serve: Serve) -> None:
+    server = serve(http_server())
+    one, two = mesh.workload("client-1", "client"), mesh.workload("other-1", "other")
+    web = mesh.service("web", [server.port])
+    mesh.allow("web", "client", "other")
+    rig = start(mesh)
+    for client in (one, two, one, two, one):
+        with rig.connect(client, web) as sock:
+            sock.sendall(get("/", "Connection: close"))
+            status, head, body = read_response(sock)
+            assert (status, body) == (200, b"GET / HTTP/1.1") and b"\r\nconnection: close\r\n" in head
+            assert read_all(sock) == b""
+    assert server.accepted == 2
+    assert [caller.spiffe for caller in rig.kernel.callers] == [one.spiffe, two.spiffe]
+
+
 def test_two_identities_never_share_a_server_connection(mesh: Mesh, start: Start, serve: Serve) -> None:
     server = serve(http_server())
     one, two = mesh.workload("client-1", "client"), mesh.workload("other-1", "other")

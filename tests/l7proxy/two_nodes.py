@@ -96,6 +96,9 @@ class FakeWorker:
         self.budgets = Budgets(self.loop.call_soon)
         self.budgets.adopt(items)
         self.handlers: dict[str, Any] = {}
+        self.hears: list[Any] = []
+        self.sent: list[Any] = []  # to the agent
+        self.agent = True
         self.on_config: list[Any] = []
         self.on_svid: list[Any] = []
         self.on_sweep: list[Any] = []
@@ -109,6 +112,11 @@ class FakeWorker:
         self.make: Callable[[], asyncio.Protocol] = Echo
         self.served: list[tuple[Caller, str, int]] = []
         self.answer = (200, "")
+
+    def send(self, message: Any) -> bool:
+        if self.agent:
+            self.sent.append(message)
+        return self.agent
 
     def flow(self, **fields: Any) -> None:
         self.flows.append(fields)

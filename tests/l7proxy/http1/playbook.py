@@ -27,7 +27,7 @@ class Recorder(Cycle):
     def decide(self, head: RequestHead) -> None:
         self.commands.append(f"decide {head.method} {head.path}")
         if self.auto:
-            self.forward(head.raw, reused=self.auto_reused)
+            self.forward(head.onward, reused=self.auto_reused)
 
     def again(self, head: RequestHead) -> None:
         self.commands.append(f"again {head.method} {head.path}")
@@ -69,7 +69,7 @@ class Playbook:
 
     def forward(self, *, reused: bool = False) -> Playbook:
         assert self.cycle.request is not None
-        self.cycle.forward(self.cycle.request.raw, reused=reused)
+        self.cycle.forward(self.cycle.request.onward, reused=reused)
         return self
 
     def refuse(self, answer: Reply) -> Playbook:

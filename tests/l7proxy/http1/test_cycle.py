@@ -167,6 +167,59 @@ def test_a_connection_that_is_to_end_says_so_in_its_next_answer(answer: bytes) -
     play.upstream(answer) >> ["client " + t(LAST), "release close", "finished 200", "close client"]
 
 
+CLOSE = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize("answer", [OK, KEEP])
+def test_a_client_that_asks_once_ends_its_own_connection_only(answer: bytes) -> None:
+    play = Playbook(auto=True)
+    play.client(CLOSE) >> ["decide GET /", "upstream " + t(GET)]
+    play.upstream(answer) >> ["client " + t(LAST), "release", "finished 200", "close client"]
+
+
+def test_a_client_that_asks_once_with_a_body() -> None:
+    play = Playbook(auto=True)
+    last = POST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    play.client(last + b"hello") >> ["decide POST /in", "upstream " + t(POST), "upstream hello"]
+    play.upstream(OK) >> ["client " + t(LAST), "release", "finished 200", "close client"]
+    play = Playbook(auto=True)
+    play.client(last + b"he").upstream(OK) >> [
+        *("decide POST /in", "upstream " + t(POST), "upstream he", "client " + t(LAST)),
+        *("release close", "finished 200", "end client"),  # nobody waits for the rest of it
+    ]
+
+
+def test_a_server_that_ends_its_connection_when_a_client_asks_once() -> None:
+    play = Playbook(auto=True)
+    ends = OK.replace(b"\r\n\r\n", b"\r\nConnection: Close\r\n\r\n")
+    play.client(CLOSE).upstream(ends) >> [
+        *("decide GET /", "upstream " + t(GET), "client " + t(ends)),
+        *("release close", "finished 200", "close client"),
+    ]
+    play = Playbook(auto=True)
+    play.client(CLOSE).upstream(b"HTTP/1.1 200 OK\r\n\r\nun").upstream_eof() >> [
+        *("decide GET /", "upstream …", "client HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nun"),
+        *("release close", "finished 200", "close client"),
+    ]
+    play = Playbook(auto=True)
+    play.client(CLOSE).upstream(OK + b"more") >> [
+        *("decide GET /", "upstream …", "client " + t(LAST), "release close", "finished 200", "close client")
+    ]
+
+
+def test_no_second_request_is_taken_of_a_client_that_asks_once() -> None:
+    play = Playbook(auto=True)
+    play.client(CLOSE + GET) >> ["decide GET /", "upstream " + t(GET)]
+    play.upstream(OK) >> ["client " + t(LAST), "release", "finished 200", "end client"]
+
+
+def test_a_client_that_asks_once_on_a_connection_that_is_to_end() -> None:
+    play = Playbook(auto=True)
+    play.client(CLOSE).end().upstream(OK) >> [
+        *("decide GET /", "upstream " + t(GET), "client " + t(LAST), "release", "finished 200", "close client")
+    ]
+
+
 def test_an_answer_whose_head_is_out_is_not_the_last() -> None:
     play = Playbook(auto=True)
     play.client(GET).upstream(OK[:-1]).end() >> ["decide GET /", "upstream …", "client …"]

@@ -147,6 +147,37 @@ def test_bad_starts(data: bytes) -> None:
     assert not bad_start(b"GET / HTTP/1.1\r\n")
 
 
+@pytest.mark.parametrize("line", [b"Connection: close", b"connection:CLOSE", b"Connection: \tClose \t"])
+def test_the_server_is_not_told_that_the_client_asks_once(line: bytes) -> None:
+    more = (b"X: Connection: close", b"Y: \x80")
+    head = parse_request(request(b"GET / HTTP/1.1", more[0], line, more[1]))
+    assert head.last and not head.keep
+    assert head.onward == request(b"GET / HTTP/1.1", *more)
+    again = parse_request(head.onward)
+    assert again.keep and not again.last and again.onward is again.raw
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        (b"Connection: keep-alive",),
+        (b"Connection: close, x",),  # what is named there is between client and server
+        (b"Connection: close", b"Connection: keep-alive"),
+        (b"Connection: close", b"Connection:"),
+        (b"Proxy-Connection: close",),
+    ],
+)
+def test_what_else_is_said_of_a_connection_goes_as_it_came(lines: tuple[bytes, ...]) -> None:
+    head = parse_request(request(b"GET / HTTP/1.1", *lines))
+    assert not head.last and head.onward is head.raw
+
+
+def test_a_client_of_http_1_0_is_passed_on_as_it_is() -> None:
+    head = parse_request(request(b"GET / HTTP/1.0", b"Connection: close"))
+    assert not head.last and head.onward is head.raw
+
+
 def test_the_memo_is_bounded() -> None:
     heads = Heads()
     for n in range(5000):
