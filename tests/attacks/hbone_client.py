@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 import h2.events
@@ -12,11 +14,13 @@ from lab import peer
 parser = argparse.ArgumentParser()
 for name in ("state", "who", "dial", "authority", "forwarded", "sni"):
     parser.add_argument(f"--{name}", required=True)
+parser.add_argument("--before", default="true", help="a command that opens a way which the agent closes again: run last")
 options = parser.parse_args()
 
 
 def ask() -> str:
     context = peer.certified(Path(options.state), options.who)
+    subprocess.run(shlex.split(options.before), check=False, stderr=subprocess.DEVNULL)
     with (
         socket.create_connection((options.dial, peer.PORT), timeout=5) as plain,
         context.wrap_socket(plain, server_hostname=options.sni) as conn,

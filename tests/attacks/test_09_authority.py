@@ -34,14 +34,15 @@ def ask(
     family: int = 0,
 ) -> str:
     """ "200", or a refusal: the status and reason, or the transport's error. `who`: whose certificate; `at`: whose address."""
+    node, pod = mesh.lab.nodes["n2"], mesh.w[at].pod
     state, own = mesh.lab.paths.agent_state("n2"), mesh.w[at].addresses[family]
     argv = [
         *(sys.executable, str(PROGRAM), "--state", str(state), "--who", f"shop/{who}", "--dial", mesh.w[dial].addresses[family]),
         *("--authority", authority, "--forwarded", forwarded or f'for="{host(own)}:4242"'),
         *("--sni", sni or f"{dial}.shop.mesh.local"),
+        *("--before", f"nsenter --net={node.netns} tc qdisc del dev {pod.veth} clsact"),  # the agent repairs it: each time
     ]
-    mesh.lab.nodes["n2"].run(["tc", "qdisc", "del", "dev", mesh.w[at].pod.veth, "clsact"])  # the agent repairs it: each time
-    out = mesh.lab.nodes["n2"].run(["nsenter", f"--net={mesh.w[at].netns}", *argv], timeout=30)
+    out = node.run(["nsenter", f"--net={mesh.w[at].netns}", *argv], timeout=30)
     assert out.stdout, out.stderr
     return str(json.loads(out.stdout)["answer"])
 

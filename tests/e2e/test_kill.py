@@ -92,9 +92,9 @@ def test_sixty_seconds_without_agent_and_controller(mesh: Mesh) -> None:
     holder = mesh.program("client", "hold.py", "echo.shop.mesh", ECHO_PORT, 75)
     assert near.first_line().startswith("started") and far.first_line().startswith("started")
     assert holder.first_line().startswith("open")
-    # The stock follows the load within seconds
+    # The stock follows the load within seconds; the sum has some hundred sockets for other workloads in it
     for node in ("n1", "n2"):
-        until(lambda node=node: mesh.metric(node, "pillion_proxy_stock") > 25 * 75, f"{node}'s stock does not follow the load")
+        until(lambda node=node: mesh.metric(node, "pillion_proxy_stock") > 25 * 110, f"{node}'s stock does not follow the load")
     with mesh.lab.stopped("n1-agent", "n2-agent", "controller"):
         began = time.monotonic()
         assert mesh.curl("client", "http://web.shop.mesh:8080/")[0] == 200
