@@ -77,12 +77,6 @@ class Metrics(Collector):  # type: ignore[misc]  # prometheus_client is not foll
             found = self._tcp.setdefault(key, TcpSeries(*key))
         return found
 
-    def tcp_opened(self, source: str, destination: str) -> None:
-        self.tcp(source, destination).opened += 1
-
-    def tcp_closed(self, source: str, destination: str) -> None:
-        self.tcp(source, destination).closed += 1
-
     def denied(self, reason: str) -> None:
         """``reason``: from a closed list, never from a request."""
         self.denials[reason] += 1

@@ -32,7 +32,7 @@ class Relay(Budgeted, asyncio.Protocol):
 
     __slots__ = (
         "account", "caller", "clock", "closed", "deadline", "dialling", "early", "early_eof", "endpoint", "far", "health",
-        "holds", "late", "learner", "metered", "near", "near_eof", "opened", "paused_far", "paused_near", "scope", "series",
+        "holds", "late", "learner", "metered", "near", "opened", "paused_far", "paused_near", "scope", "series",
         "sockets", "source_netns", "tried", "worker",
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ class Relay(Budgeted, asyncio.Protocol):
         self.series: TcpSeries | None = None
         self.tried: list[Endpoint] = []
         self.early = b""
-        self.early_eof = self.near_eof = self.closed = False
+        self.early_eof = self.closed = False
         self.paused_near = self.paused_far = False  # not read, because the other side is full
         self.deadline = self.clock.now + scope.config.mesh.idle_timeout_s
 
@@ -121,7 +121,6 @@ class Relay(Budgeted, asyncio.Protocol):
         self.hold(size)
 
     def eof_received(self) -> bool:
-        self.near_eof = True
         if self.far is None:
             self.early_eof = True
         else:

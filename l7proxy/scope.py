@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from l7proxy.worker import Worker
 
 PLANS_MAX = 1024  # for each scope; dropped as a whole when full
-NO_FIELDS = L7Fields()
 
 
 class Candidate:

@@ -176,10 +176,6 @@ class StreamTransport(asyncio.Transport):
             self.tunnel.hold(-sum(map(len, self._received)))
             self._received.clear()
 
-    @property
-    def is_lost(self) -> bool:
-        return self._lost
-
     def lose(self, error: Exception | None) -> None:
         if self._lost:
             self._part()

@@ -30,7 +30,6 @@ from nodeagent.places import Place, Places
 from nodeagent.ring import FlowReader, Names
 from nodeagent.sockdiag import ANY_STATE, OPEN_STATES, destroy_where
 
-LEVELS_MAX = 16  # as in bpf/common.h: how far apart level_lo and level_hi may be
 VETHS_RETRY_S = 60.0  # a try compiles
 WHY_CHARS_MAX = 400
 LEVELS_BELOW = 4  # how deep below the attached cgroup a member may lie

@@ -20,7 +20,7 @@ from nodeagent.layouts import Layout, address
 from nodeagent.loading import SOURCES, run_child
 from nodeagent.maps import BpfMap, _check, _libbpf
 
-CLSACT_HANDLE, INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF2
+INGRESS_PARENT = 0xFFFFFFF2
 NAME, PREFERENCE = "pillion-veth", 1
 ETH_P_ALL = 0x0003
 TAKEN = struct.pack("=I", 1)

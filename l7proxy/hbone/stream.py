@@ -36,8 +36,7 @@ class Kind(IntEnum):
     RESET = 2  # payload: error code; the stream is gone
     REQUEST = 3  # payload: Headers; server side, a new stream
     RESPONSE = 4  # payload: Headers; client side
-    WRITABLE = 5  # the stream's queue fell below the low water mark
-    GOAWAY = 6  # stream None; no new streams; those above payload are gone (RESET reported)
+    GOAWAY = 5  # stream None; no new streams; those above payload are gone (RESET reported)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ each kernel. All are plain ext4 images, made without mounting anything."""
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -97,7 +96,3 @@ def _image(source: Path, target: Path, size: str) -> None:
     target.unlink(missing_ok=True)
     options = "lazy_itable_init=1,root_owner=0:0"
     tool("mke2fs", "-q", "-t", "ext4", "-E", options, "-d", str(source), str(target), size, timeout_s=600)
-
-
-def forget_bases() -> None:
-    shutil.rmtree(CACHE, ignore_errors=True)
