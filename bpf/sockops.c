@@ -2,8 +2,19 @@
  * the source port) into `arriving`, at PASSIVE_ESTABLISHED into storage of the accepted socket. */
 
 #define SOL_TCP 6
+#define TCP_NODELAY 1
 #define TCP_USER_TIMEOUT 18
 #define GIVE_UP_MS 1000
+
+/* What a paired socket sends the ordinary way goes to TCP page by page: a whole response becomes small segments, of which each
+ * would wait for the acknowledgement of the one before, 40 ms (Nagle's algorithm against a delayed ACK). The peer is a proxy on
+ * this node, to which small segments cost nothing. The application may ask for the delay again. */
+static inline void no_delay(struct bpf_sock_ops *s)
+{
+  int on = 1;
+
+  bpf_setsockopt(s, SOL_TCP, TCP_NODELAY, &on, sizeof(on));
+}
 
 static inline void local_of(struct bpf_sock_ops *s, struct pl_addr *a)
 {
@@ -122,6 +133,7 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
     o->client = shown;
     o->client_port = f.sport;
     a.origin = *o;
+    no_delay(s);
   } else {
     return;
   }
@@ -159,6 +171,7 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
     if (a->kind == PL_ARRIVAL_PROXY) {
       conn.peer = a->origin.client;
       conn.peer_port = a->origin.client_port;
+      no_delay(s);
     }
   }
   conn.flags = PL_CONN_SERVER;

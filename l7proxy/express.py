@@ -18,6 +18,8 @@ FUTILE_MAX = 64  # requests in a row that are not for this path
 FUTILE = frozenset(
     ("head", "head_long", "head_part", "body", "verdict", "no_slot")
 )  # reasons of the request's, which pass with nothing but the request
+UNSETTLED = frozenset(("unsettled", "unclean"))  # reasons of an end that was not at rest when it was paired
+UNSETTLED_TIMES = 4
 FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path can not keep
 
 
@@ -119,3 +121,25 @@ class Futility:
         else:
             self._count += 1
         return self._count >= FUTILE_MAX
+
+
+class Unsettled:
+    """An end takes nothing from the kernel before it was seen at rest: all read, no thread asleep in recv(). A busy one is at
+    rest for moments only, but while it is paired anew it stands still. That costs as much as dozens of exchanges, and an end
+    may never rest: so after one exchange for this reason, after 4 more, 16 more."""
+
+    __slots__ = ("_left", "_times")
+
+    def __init__(self) -> None:
+        self._left = self._times = 1
+
+    def punted(self, view: View) -> bool:
+        """One more came through user space; whether to pair anew."""
+        if view.punt not in UNSETTLED:
+            return False
+        self._left -= 1
+        if self._left:
+            return False
+        self._times *= UNSETTLED_TIMES
+        self._left = self._times
+        return True

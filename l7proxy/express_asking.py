@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from l7proxy.express import ARM, HOLD, NO_SLOT, Futility, View, Watch
+from l7proxy.express import ARM, HOLD, NO_SLOT, Futility, Unsettled, View, Watch
 from l7proxy.express_ends import Spare, UpstreamEnd
 from l7proxy.http1.exchange import IDLE, NEVER
 from l7proxy.upstream import Pool, UpstreamConnection
@@ -33,7 +33,7 @@ class Asking(asyncio.Protocol):
     __slots__ = (
         "armed", "complete", "consumed", "delay", "desk", "dialling", "done", "ends", "futility", "held", "kept", "kept_eof",
         "leaving", "limbo", "more", "number", "recorded", "rested", "sent", "session", "sock", "state", "timer", "tries",
-        "used", "wanted", "watch",
+        "unsettled", "used", "wanted", "watch",
     )  # fmt: skip
 
     def __init__(self, desk: Desk, session: HttpSession) -> None:
@@ -55,7 +55,7 @@ class Asking(asyncio.Protocol):
         self.rested = 0.0
         self.delay = 0.0
         self.timer: asyncio.TimerHandle | None = None
-        self.watch, self.futility = Watch(), Futility()
+        self.watch, self.futility, self.unsettled = Watch(), Futility(), Unsettled()
         self.sock: Any = None
 
     # ---- events, of the subclass

@@ -130,6 +130,8 @@ class Pair(Asking):
                 self.tries = TRIES_MAX  # until the configuration changes
                 self.desk.count("express_futile")
                 self._apart(tell=True)
+            elif self.unsettled.punted(view):
+                self.more = True
         return True
 
     # ---- looking again

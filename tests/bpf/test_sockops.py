@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tests.bpf.families import FAMILIES, Family
-from tests.bpf.steps import capture, connect, refused
-from tests.bpf.world import IDENTITY, LEVEL, ORIGIN, V4, V6, World, run, text
+from tests.bpf.steps import capture, connect, refused, stock
+from tests.bpf.world import CALLER, IDENTITY, LEVEL, ORIGIN, V4, V6, World, run, text
 
 PORT = 7800
 FLOOD = 300  # connections of one round
@@ -43,6 +43,36 @@ def test_a_client_bound_to_its_own_address_is_captured_too(world: World) -> None
     world.agent["a"]("c, _ = l.accept()")
     origin = world.origin(world.agent["a"](f"c.getsockopt({LEVEL}, {ORIGIN}, 64)"))
     assert text(origin["client"]) == V4["a"]
+
+
+def test_bytes_between_an_application_and_the_proxy_are_not_held_back(world: World, family: Family) -> None:
+    """Nagle's algorithm, and a peer that delays its acknowledgements. The application's word counts."""
+    asked = "s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)"
+    capture(world, family)
+    world.dest(family.vip, 80, "PROXY")
+    connect(world, family, family.vip, 80)
+    assert world.a(asked)
+    world.a("s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)")
+    assert not world.a(asked)
+
+    world.b(family.server("l", family.host("b"), PORT))
+    world.dial("b", family.host("b"), PORT)
+    world.allow("b", IDENTITY["a"], PORT)
+    stock(world, family, "b")
+    world.proxy(f"s.setsockopt({LEVEL}, {CALLER}, {world.caller(family.host('a'), 1, IDENTITY['a'])!r})")
+    world.proxy(f"s.connect(({family.spell(family.host('b'))!r}, {PORT}))")
+    world.b("s, _ = l.accept()")
+    assert world.b(asked)
+    world.agent["b"]("s.close()")
+    world.proxy("s.close()")  # first, here and below: the next test's listener has the port
+    world.b("s.settimeout(3); assert not s.recv(1); s.close()")
+
+    world.native(family.vip, 81, [(family.host("b"), PORT)])  # nobody's business but theirs
+    connect(world, family, family.vip, 81)
+    world.b("s, _ = l.accept()")
+    assert not world.a(asked) and not world.b(asked)
+    world.a("s.close()")
+    world.b("s.settimeout(3); assert not s.recv(1); s.close(); l.close()")
 
 
 def test_a_reconnected_socket_has_the_new_origin(world: World, family: Family) -> None:
@@ -88,6 +118,7 @@ def test_fast_open_data_arrives_once_with_its_record(world: World, family: Famil
 def test_multipath_tcp_is_tcp(world: World, family: Family, server: int) -> None:
     """The subflow, which the kernel makes, stands for the socket; 262 is IPPROTO_MPTCP."""
     world.b(f"l = socket.socket({family.af}, socket.SOCK_STREAM, {server}); l.settimeout(3)")
+    world.b("l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)")
     world.b(f"l.bind(({family.spell(family.host('b'))!r}, {PORT})); l.listen(4)")
     world.native(family.vip, 80, [(family.host("b"), PORT)])
     world.allow("b", IDENTITY["a"], PORT)
@@ -114,7 +145,8 @@ def test_a_multipath_socket_of_another_workload_is_known_by_its_owner(world: Wor
 
 
 def test_a_listener_on_both_families_takes_both(world: World) -> None:
-    world.b(f"l = socket.socket(socket.AF_INET6); l.bind(('::', {PORT})); l.listen(4); l.settimeout(3)")
+    world.b("l = socket.socket(socket.AF_INET6); l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)")
+    world.b(f"l.bind(('::', {PORT})); l.listen(4); l.settimeout(3)")
     for family, host in zip(FAMILIES[:2], (V4["b"], V6["b"]), strict=True):
         world.native(family.vip, 80, [(host, PORT)], service=6004 if family.name == "v4" else 6006)
         world.allow("b", IDENTITY["a"], PORT)

@@ -11,6 +11,7 @@ from l7proxy.express import (
     RESPONSE_HEAD,
     Futility,
     Step,
+    Unsettled,
     View,
     Watch,
     client_spoke,
@@ -85,3 +86,10 @@ def test_a_client_that_is_not_for_this_path() -> None:
     assert not futility.punted(View(-1, punt="body", began=8))  # one was carried
     for _ in range(3 * FUTILE_MAX):
         assert not futility.punted(View(-1, punt="generation", began=8))
+
+
+def test_an_end_that_never_rests_is_paired_anew_more_and_more_rarely() -> None:
+    unsettled = Unsettled()
+    found = [number for number in range(1, 100) if unsettled.punted(View(-1, punt="unclean", began=7))]
+    assert found == [1, 5, 21, 85]
+    assert not any(unsettled.punted(View(-1, punt=punt)) for punt in ("behind", "sample", "") * 300)

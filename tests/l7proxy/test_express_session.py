@@ -19,13 +19,6 @@ Serve = Callable[[Server], Server]
 
 
 @pytest.fixture
-def express(mesh: Mesh, start: Start, serve: Serve) -> Iterator[Express]:
-    found = express_world(mesh, start, serve)
-    yield found
-    found.close()
-
-
-@pytest.fixture
 def talk(express: Express) -> Iterator[Dialogue]:
     found = express.dialogue()
     yield found
@@ -500,6 +493,18 @@ def test_what_the_kernel_can_not_carry_is_not_asked_about_for_ever(express: Expr
         talk.exchange()
     assert len(express.pairs) == 1
     assert express.servers[0].accepted == 1
+
+
+@pytest.mark.parametrize("punt", ["unsettled", "unclean"])
+def test_an_end_that_did_not_rest_is_paired_anew_when_it_does(express: Express, talk: Dialogue, punt: str) -> None:
+    for pairs in (2, 2, 2, 2, 3):  # by and by more rarely
+        express.kernel.views[talk.port] = View(-1, punt=punt, began=1)
+        before = len(express.kernel.of(ARM))
+        talk.exchange()
+        wait_for(lambda: len(express.kernel.of(ARM)) > before, "the pair to be armed")
+        assert len(express.pairs) == pairs
+    assert express.servers[0].accepted == 1
+    assert len({pair.session for pair in express.pairs}) == 1
 
 
 def test_an_application_that_wants_a_low_water_mark_is_left_alone(express: Express, talk: Dialogue) -> None:
