@@ -1,21 +1,25 @@
 """A node that was taken over floods another with frames until it is killed: no hook, and the certificate of one of its
 workloads. Runs in the node's own namespace. argv: kind netns veth state namespace/account host authority sni forwarded.
 rapid-reset: streams that are reset as soon as they are asked for; continuation: heads that never end. The peer hangs up on
-either; then it dials again."""
+either; then it dials again. SIGTERM: once the peer has hung up, it prints, as JSON, how often that was."""
 
 import contextlib
 import ctypes
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from lab import peer
+from mesh.ports import HBONE_PORT
 
 kind, netns, veth, state, who, host, authority, sni, forwarded = sys.argv[1:10]
 STREAMS = 2000
 BATCH = 20
+HANGS_UP_S = 30
 
 
 def rapid_reset() -> list[bytes]:
@@ -47,14 +51,24 @@ def enter(namespace: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-while True:
+over: list[int] = []
+refused = 0
+signal.signal(signal.SIGTERM, lambda number, _: over.append(number))
+while not over:
     enter(own)
     subprocess.run(["tc", "qdisc", "del", "dev", veth, "clsact"], stderr=subprocess.DEVNULL, check=False)  # the agent repairs it
     enter(pod)
     with contextlib.suppress(OSError):
-        plain = socket.create_connection((host, peer.PORT), 2)
+        plain = socket.create_connection((host, HBONE_PORT), HANGS_UP_S)
         with context.wrap_socket(plain, server_hostname=sni) as sock:
-            for piece in pieces:
-                sock.sendall(piece)
-            while sock.recv(65536):
+            try:
+                for piece in pieces:
+                    sock.sendall(piece)
+                while sock.recv(65536):
+                    pass
+            except TimeoutError:
+                continue
+            except OSError:
                 pass
+            refused += 1
+print(json.dumps({"refused": refused}), flush=True)

@@ -60,6 +60,29 @@ int express_probe(struct sk_msg_md *m)
   return SK_PASS;
 }
 
+#define MOVED_MAX 512 /* messages that are looked at */
+
+/* TCP's own bytes that were moved and are not read yet. copied_seq counts what was read */
+static inline u32 moved(void *tp)
+{
+  u64 psock = *(volatile u64 *)(tp + O_USER_DATA) & ~7ull, head = psock + O_INGRESS_MSG, next = 0, skb;
+  u32 size, bytes = 0;
+
+  read_kernel(&next, 8, (void *)head);
+  KEEP_LOOP
+  for (int i = 0; i < MOVED_MAX; i++) {
+    skb = size = 0;
+    if (next == head || read_kernel(&skb, 8, (void *)(next - O_MSG_LIST + O_MSG_SKB)) ||
+        read_kernel(&size, 4, (void *)(next - O_MSG_LIST + O_MSG_SIZE)))
+      break;
+    if (skb) /* else redirected */
+      bytes += size;
+    if (read_kernel(&next, 8, (void *)next))
+      break;
+  }
+  return bytes;
+}
+
 #define CUT_BYTES_MAX 4095 /* adjust_room() takes no more at once */
 #define CUTS_MAX 17 /* a segment is 64 KiB at most */
 
@@ -82,7 +105,7 @@ int express_read(struct __sk_buff *skb)
   if (!known) {
     sk = skb->sk;
     tp = sk ? to_tcp_sock(sk) : NULL;
-    fresh.next = tp ? TCP_U32(tp, O_COPIED_SEQ) : seq; /* so far TCP's own queue was read */
+    fresh.next = tp ? TCP_U32(tp, O_COPIED_SEQ) + moved(tp) : seq;
     xnexts.update(&cookie, &fresh);
     known = xnexts.lookup(&cookie);
     if (!known)

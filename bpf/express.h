@@ -1,6 +1,24 @@
 /* Express, as the ordinary hooks see it: an application's socket that stops being what it was paired as, and what the
  * proxy asks of a pair. The programs that carry requests are loaded apart (express.c): a node without them has all this. */
 
+static long (*read_kernel)(void *dst, u32 size, const void *src) = (void *)113;
+
+#define TASK_IN_NO_SEND 0x81 /* TASK_INTERRUPTIBLE, TASK_DEAD: what is on its way to a socket waits for that uninterruptibly */
+
+/* The kernel lets go of a sender's socket before it queues what it redirects at the receiver's. Whether the thread that sent
+ * last may be in between: nothing else, on whatever way, may be sent behind it then, or it could come first. `others`: who is
+ * inside send() or recv() besides; each of them refers to the socket's psock, as do xsocks and xreads. */
+static inline bool inside(struct pl_xthread *t, u32 others)
+{
+  u32 refs = 0, tid = 0, state = 0;
+
+  if (!t->task || read_kernel(&refs, 4, (void *)t->refs_at) || refs <= others + 2)
+    return false;
+  if (read_kernel(&tid, 4, (void *)t->tid_at) || tid != t->tid) /* the task has ended */
+    return false;
+  return !read_kernel(&state, 4, (void *)t->state_at) && !(state & TASK_IN_NO_SEND);
+}
+
 static inline struct pl_xrecord *record_of(struct pl_xend *e)
 {
   u64 id = *(volatile u64 *)&e->record;
@@ -89,6 +107,10 @@ static inline void view(struct pl_xrecord *r, struct pl_xview *to)
 
   to->record = r->id;
   to->flags = (r->off ? PL_XF_OFF : 0) | (r->hold ? PL_XF_HOLD : 0);
+  if (inside(&r->sender, 0))
+    to->flags |= r->split ? PL_XF_INSIDE | PL_XF_TORN : PL_XF_INSIDE;
+  if (inside(&r->answerer, 0))
+    to->flags |= PL_XF_ANSWERING;
   to->armed = r->armed;
   to->busy = r->busy;
   to->phase = r->phase;

@@ -5,7 +5,7 @@
 #define REFS_KNOWN_NS 100000000 /* after so long without an answer, references are timers' */
 
 /* More of a body whose head went fast. It follows its head whatever has changed since: the server waits for it */
-static inline int more_of_request(struct sk_msg_md *m, struct pl_xrecord *r, u32 slot)
+static inline int more_of_request(struct sk_msg_md *m, struct pl_xrecord *r, void *tp, u32 slot)
 {
   u32 left = r->req_left, n = m->size;
   u64 key;
@@ -13,6 +13,10 @@ static inline int more_of_request(struct sk_msg_md *m, struct pl_xrecord *r, u32
   if (!left || r->handed) {
     r->hold = 1;
     return to_user(r, r->handed ? PL_XR_HANDED : PL_XR_PIPELINED);
+  }
+  if (TCP_U32(tp, O_WRITE_SEQ) != r->arm_up) { /* some of it went the ordinary way, or its end did: so does the rest */
+    r->hold = 1;
+    return to_user(r, PL_XR_BEHIND);
   }
   key = r->slots[slot & (PL_X_SLOTS - 1)].key;
   if (n > left) { /* with the next request behind it: all of it is user space's, which goes on with the body */
@@ -85,11 +89,19 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   struct pl_xverdict *v;
   struct pl_xslot *s;
   u8 *d, *end;
-  u64 now, key;
+  u64 now, key, task;
   u32 *loads;
 
+  task = current_task();
+  if (r->sender.task != task && inside(&r->sender, 1)) {
+    if (busy)
+      r->hold = 1;
+    return to_user(r, PL_XR_INSIDE);
+  }
+  note_thread(&r->sender, task, tp);
   if (busy)
-    return more_of_request(m, r, busy - 1);
+    return more_of_request(m, r, tp, busy - 1);
+  r->split = 0;
   p = xprograms.lookup(&program);
   if (!c || !p)
     return to_user(r, PL_XR_NO_RECORD);
@@ -172,6 +184,7 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   r->status = 0;
   r->req_bytes = m->size;
   r->req_left = n + length - m->size;
+  r->split = r->req_left != 0;
   r->resp_left = 0;
   r->resp_bytes = 0;
   r->handed = 0;

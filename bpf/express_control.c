@@ -170,6 +170,10 @@ static inline u32 may_enrol(struct bpf_sock *sk, struct pl_xop *o, void *tp)
   }
   if ((s32)TCP_U32(tp, O_LOWAT) > 1)
     return PL_XQ_LOWAT;
+  if ((s32)TCP_U32(tp, O_PEEK_OFF) >= 0)
+    return PL_XQ_PEEK_OFF;
+  if (*(volatile u64 *)(tp + O_FLAGS) >> SOCK_ZEROCOPY & 1)
+    return PL_XQ_ZEROCOPY; /* nobody tells the sender of what is redirected that he may have his pages again */
   if (*(volatile u64 *)(tp + O_ULP))
     return PL_XQ_ULP;
   return PL_XQ_OK;

@@ -33,12 +33,12 @@ PL_MAP("array", xblank, u32, struct pl_xstat, 1, 0); /* stays zero */
 PL_MAP("percpu_array", xsampled, u32, u32, 1, 0); /* how many more are, of those that come next */
 PL_MAP("percpu_array", xcounters, u32, u64, PL_COUNTERS, 0);
 
-/* By socket cookie: where TCP's own bytes go on. Of no harm if one is forgotten while its socket lives */
+/* By socket cookie: where TCP's own bytes go on. If one is forgotten while its socket lives, it is found out anew */
 PL_MAP("lru_hash", xnexts, u64, struct pl_xnext, 65536, 0);
 
 static long (*adjust_room)(void *skb, s32 difference, u32 mode, u64 flags) = (void *)50;
+static u64 (*current_task)(void) = (void *)35;
 static void *(*to_tcp_sock)(void *sk) = (void *)137;
-static long (*read_kernel)(void *dst, u32 size, const void *src) = (void *)113;
 
 static inline void xcount(u32 reason)
 {
@@ -69,6 +69,20 @@ static inline bool all_read(void *tp)
   read_kernel(&queues.next, 8, (void *)(psock + O_INGRESS_MSG));
 #endif
   return !queues.waiting && queues.next == psock + O_INGRESS_MSG;
+}
+
+/* It takes the last one's place, who is done */
+static inline void note_thread(struct pl_xthread *t, u64 task, void *tp)
+{
+  if (t->task == task)
+    return;
+  t->tid_at = task + O_TASK_PID;
+  t->state_at = task + O_TASK_STATE;
+  t->refs_at = (*(volatile u64 *)(tp + O_USER_DATA) & ~7ull) + O_PSOCK_REFS;
+  read_kernel(&t->tid, 4, (void *)t->tid_at);
+  BARRIER;
+  t->task = task;
+  __sync_fetch_and_add(&t->changes, 1); /* a full barrier: the proxy sees this one, or it sees the proxy's HOLD */
 }
 
 static inline u64 clean_at(u32 seq)

@@ -29,7 +29,7 @@ static inline struct pl_xstat *stat_of(struct pl_xrecord *r, u32 status)
 }
 
 /* Counted before the last byte is delivered: whoever has read the response finds it counted */
-static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, u32 slot)
+static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, void *tp, u32 slot)
 {
   u64 now = boot_ns(), ns = now - r->t0_ns;
   u32 i = bucket_of(ns);
@@ -46,10 +46,19 @@ static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, u32 slot)
   }
   xcount(PL_XR_ANSWERED);
   load_less(r, slot);
+  note_thread(&r->answerer, current_task(), tp);
   r->done_ns = now;
   r->phase = PL_XP_IDLE;
   BARRIER;
   *(volatile u32 *)&r->busy = 0;
+}
+
+/* The codes that servers use; each is counted apart, in a map that has room for so many of everybody and not for whatever one
+ * server makes up. 502 to 504 are tried again by user space */
+static inline bool usual(u32 status)
+{
+  return status - 200 <= 26 || status - 300 <= 8 || status - 400 <= 31 || status == 451 || status - 500 <= 1 ||
+         status - 505 <= 6;
 }
 
 /* The response's head: 0, or why it is handed over. total: its bytes, head and body */
@@ -71,7 +80,7 @@ static inline u32 response_head(struct sk_msg_md *m, struct pl_xend *e, struct p
   if (!n)
     return PL_XR_RESPONSE_HEAD;
   status = e->reg[PL_XA_STATUS];
-  if (status < 200 || status > 599 || (status >= 502 && status <= 504))
+  if (!usual(status))
     return PL_XR_RESPONSE_STATUS;
   length = e->reg[PL_XA_DIGIT];
   if (status == 204 || status == 304 || r->method_head)
@@ -137,7 +146,7 @@ static inline int from_server(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   r->resp_bytes += n;
   r->resp_left = left - n;
   if (n == left)
-    finish(r, st, slot);
+    finish(r, st, tp, slot);
   else
     r->phase = PL_XP_BODY;
   return SK_PASS;

@@ -3,6 +3,8 @@
 
 #define SOL_SOCKET 1
 #define OPT_RCVLOWAT 18
+#define OPT_PEEK_OFF 42
+#define OPT_ZEROCOPY 60
 #define OPT_TCP_REPAIR 19
 #define OPT_TCP_ULP 31
 #define PAGE_BYTES 4096
@@ -55,13 +57,22 @@ static inline bool set_express(struct bpf_sockopt *ctx, struct bpf_sock *sk)
 }
 
 /* What redirected bytes can not keep: the application has its way, and its requests go through user space */
-static inline void low_water(struct bpf_sockopt *ctx)
+static inline void for_tcp_alone(struct bpf_sockopt *ctx)
 {
-  s32 *bytes = ctx->optval;
+  s32 *value = ctx->optval;
   void *end = ctx->optval_end;
   struct bpf_sock *sk = ctx->sk;
+  bool harmless;
 
-  if (sk && (void *)(bytes + 1) <= end && *bytes != 1 && *bytes != 0)
+  if (!sk || (void *)(value + 1) > end)
+    return;
+  if (ctx->optname == OPT_RCVLOWAT)
+    harmless = *value == 0 || *value == 1;
+  else if (ctx->optname == OPT_PEEK_OFF)
+    harmless = *value < 0;
+  else
+    harmless = ctx->optname != OPT_ZEROCOPY || *value == 0;
+  if (!harmless)
     leave_express(sk);
 }
 
@@ -102,8 +113,8 @@ int on_setsockopt(struct bpf_sockopt *ctx)
   if (ctx->level != PL_LEVEL) {
     if (ctx->level == IPPROTO_TCP && ctx->optname == OPT_TCP_REPAIR && !is_mesh(configuration()))
       goto deny; /* it makes connections that no handshake made */
-    if (ctx->level == SOL_SOCKET && ctx->optname == OPT_RCVLOWAT)
-      low_water(ctx);
+    if (ctx->level == SOL_SOCKET)
+      for_tcp_alone(ctx);
     if (ctx->level == IPPROTO_TCP && ctx->optname == OPT_TCP_ULP && sk && xends.sk_storage_get(sk, 0, 0))
       goto deny; /* TLS keys and redirected bytes exclude each other; not every kernel refuses */
     if (ctx->optlen > PAGE_BYTES)

@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 5 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 6 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -192,6 +192,10 @@ struct pl_xend { u64 record, key; u32 side, slot, settled, seq, passed, pad; u32
  * socket stands, by its last arm, in what it wrote and read; base_out, base_in: at pairing. dirty: wrote unasked. */
 struct pl_xslot { u64 key, clean; u32 workload, port, up_seq, srv_seq, base_in, base_out, dirty, pad; };
 
+/* A thread, and by what to tell whether it is inside send() still: addresses of the socket's references and of two fields of
+ * the task. changes: how often another one took its place */
+struct pl_xthread { u64 task, refs_at, state_at, tid_at; u32 tid, changes; };
+
 /* xrecords: HASH u64 id (random, never reused). One client's connection and the upstreams it may use. */
 enum pl_xphase { PL_XP_IDLE, PL_XP_REQUEST, PL_XP_HEAD, PL_XP_BODY };
 struct pl_xrecord {
@@ -204,6 +208,8 @@ struct pl_xrecord {
   u32 last, refs;                             /* slot + 1 asked last; fewest references seen on the client's socket */
   u32 counted;                                /* in xloads */
   u64 t0_ns, done_ns;                         /* CLOCK_BOOTTIME */
+  struct pl_xthread sender, answerer;         /* whose send() carried something last, from the client and from a server */
+  u32 split, pad;                             /* a request that came in parts */
   struct pl_xslot slots[PL_X_SLOTS];
   u8 head[PL_X_HEAD_BYTES];
 };
@@ -211,7 +217,9 @@ struct pl_xrecord {
 /* What getsockopt(PL_OPT_EXPRESS) answers. handed_slow: bytes that server wrote before, unasked. flags: pl_xflag. head: its
  * start, so that all is no more than the 1,024 bytes that Python's getsockopt takes */
 #define PL_X_VIEW_HEAD_BYTES 952
-enum pl_xflag { PL_XF_OFF = 1, PL_XF_HOLD = 2 };
+/* INSIDE: somebody may be inside the client's send() still, and what he sends on its way; TORN: part of a request;
+ * ANSWERING: a server's, with the end of the last answer */
+enum pl_xflag { PL_XF_OFF = 1, PL_XF_HOLD = 2, PL_XF_INSIDE = 4, PL_XF_TORN = 8, PL_XF_ANSWERING = 16 };
 struct pl_xview {
   u64 record;
   u32 flags, armed, busy, phase, handed, handed_slow, rule, status, method_head, head_len, req_left, resp_left, resp_bytes, punt;
@@ -264,6 +272,7 @@ enum pl_xreason {
   PL_XR_DIRTY, PL_XR_UNCLEAN, PL_XR_TARGET_GONE, PL_XR_RESPONSE_HEAD, PL_XR_RESPONSE_STATUS, PL_XR_RESPONSE_BUDGET,
   PL_XR_EARLY, PL_XR_SURPLUS, PL_XR_UNASKED, PL_XR_STAT_FULL, PL_XR_HANDED, PL_XR_ANSWERED, PL_XR_HEAD_LONG, PL_XR_HEAD_PART,
   PL_XR_SENT_AGAIN, PL_XR_SENT_AGAIN_LOST, /* not of requests: bytes that TCP brought twice, cut off or the connection's end */
+  PL_XR_INSIDE,
   PL_XR_COUNT
 };
 
@@ -280,7 +289,7 @@ struct pl_xop {
 enum pl_xresult {
   PL_XQ_MALFORMED = 64, PL_XQ_OK, PL_XQ_NO_RECORD, PL_XQ_NO_PROXY_SOCKET, PL_XQ_NO_APP_SOCKET, PL_XQ_NOT_ESTABLISHED,
   PL_XQ_NOT_THE_PROXYS, PL_XQ_NOT_CAPTURED, PL_XQ_IDENTITY, PL_XQ_CALLER, PL_XQ_LOWAT, PL_XQ_ULP, PL_XQ_NO_STORAGE, PL_XQ_REFUSED,
-  PL_XQ_NOT_YET, PL_XQ_MOVED, PL_XQ_UNREAD,
+  PL_XQ_NOT_YET, PL_XQ_MOVED, PL_XQ_UNREAD, PL_XQ_PEEK_OFF, PL_XQ_ZEROCOPY,
 };
 
 /* Only so that the compiler describes what no map's key or leaf names */
@@ -302,6 +311,7 @@ _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
 _Static_assert(sizeof(struct pl_xstep) == 16 && sizeof(struct pl_xend) == 72 + 16 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xthread) == 40, "pl_xthread");
 _Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
 _Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 72, "pl_xrow, pl_xprogram");
 _Static_assert(sizeof(struct pl_xverdict) == 40 && sizeof(struct pl_xstat_key) == 8, "pl_xverdict, pl_xstat_key");

@@ -7,8 +7,6 @@ import asyncio
 import contextlib
 import fcntl
 import ipaddress
-import json
-import logging
 import os
 import signal
 import socket
@@ -32,6 +30,8 @@ from controller.server import BODY_BYTES_MAX, Gate, Tls, serve
 from controller.sqlite import SqliteStore
 from controller.status import Status
 from controller.store import StoreError
+from mesh import logs
+from mesh.addresses import host_port, parse_host_port
 from mesh.identity import IdentityError, check_trust_domain
 from mesh.notify import Notify
 
@@ -53,14 +53,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
     try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-        if not 0 <= int(port) <= 65535 or (address.version == 6) != host.startswith("["):
-            raise ValueError(port)
+        return parse_host_port(text, least=0)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not 10.0.0.1:15443 or [fd00::1]:15443") from error
-    return str(address), int(port)
 
 
 def _trust_domain(text: str) -> str:
@@ -71,8 +67,7 @@ def _trust_domain(text: str) -> str:
 
 
 def url(address: tuple[str, int]) -> str:
-    host, port = address
-    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    return f"https://{host_port(*address)}"
 
 
 @contextlib.contextmanager
@@ -125,6 +120,7 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
         client_max_size=BODY_BYTES_MAX,
         middlewares=[Gate(store, authority, registry, telemetry, options.trust_domain).middleware],
     )
+    app.on_response_prepare.append(_sign_off)
     app.add_routes(
         OperatorApi(store, authority, registry, publisher, status, telemetry, tls, [url(a) for a in advertised]).routes()
     )
@@ -134,10 +130,8 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     runner, servers = await serve(app, options.listen, tls, options.run_dir / "controller.sock", telemetry.turned_away.inc)
-    bundle, notify = (
-        options.state_dir / "bundle.pem",
-        Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM)),
-    )
+    bundle = options.state_dir / "bundle.pem"
+    notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))
     tasks = [
         asyncio.create_task(publisher.run(), name="publisher"),
         asyncio.create_task(_upkeep(authority, registry, tls, bundle), name="upkeep"),
@@ -145,7 +139,7 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
         asyncio.create_task(stop.wait(), name="stop"),
     ]
     try:
-        replace_file(bundle, "".join(authority.bundle).encode(), mode=0o644)
+        await _tell_roots(authority, bundle)
         ready.write_text(f"{os.getpid()}\n")
         notify.tell(READY=1, STATUS=f"revision {registry.revision}")
         log.info("serving", listen=[url(address) for address in options.listen], revision=registry.revision)
@@ -179,12 +173,17 @@ async def _sign_off(_: web.Request, response: web.StreamResponse) -> None:
     response.headers["Server"] = "pillion"  # not which versions of what
 
 
+async def _tell_roots(authority: Authority, bundle: Path) -> None:
+    """For whoever is to trust us: in a file, which the disk may take its time for."""
+    await asyncio.to_thread(replace_file, bundle, "".join(authority.bundle).encode(), mode=0o644)
+
+
 async def _upkeep(authority: Authority, registry: Registry, tls: Tls, bundle: Path) -> None:
     """What has to happen now and then; a failure is logged and tried again."""
     while True:
         await asyncio.sleep(UPKEEP_INTERVAL_S)
         try:
-            replace_file(bundle, "".join(authority.bundle).encode(), mode=0o644)
+            await _tell_roots(authority, bundle)
             await registry.prune(time.time())
             if await authority.renew_intermediate() or time.time() >= tls.renew_at:
                 await tls.renew()
@@ -192,33 +191,9 @@ async def _upkeep(authority: Authority, registry: Registry, tls: Tls, bundle: Pa
             log.exception("upkeep failed; trying again", in_s=UPKEEP_INTERVAL_S)
 
 
-class _Json(logging.Formatter):
-    """Libraries' log lines in the form of ours."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
 def main() -> None:
     """Exit code 1 when the state or an address cannot be used, with the reason on stderr."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    # What peers send wrong is answered and counted; aiohttp would add a traceback for each.
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logs.configure(sys.stderr)
     options = arguments()
     try:
         asyncio.run(run(options))

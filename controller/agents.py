@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from controller import tokens
-from controller.ca import Authority, BadRequest, Issued, Request
+from controller.ca import Authority, Issued, Request
 from controller.events import Refused, Telemetry
 from controller.grants import Grants
+from controller.messages import certificate, decode, label, parse
 from controller.publish import Publisher
 from controller.registry import Registry
 from controller.server import CALLER, answer, body_of
 from controller.store import Check, Conflict, Put, Store
 from controller.streams import NodeStream
-from mesh.identity import IdentityError, NodeId, SpiffeId, check_label
+from mesh.identity import IdentityError, NodeId, SpiffeId
 
 JOINS_MAX = 16  # at once; a join costs public key work before anything is known of the asker
 LIVE_CERTIFICATES_MAX = 20_000  # of one node: what a cut would have to revoke
-
-
-T = TypeVar("T")
 
 
 class JoinBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -171,41 +168,9 @@ class AgentApi:
             await self._store.transaction([], [issued.index()])
 
     def _issued(self, issued: Issued) -> web.Response:
-        return answer(
-            {
-                "chain": issued.chain,
-                "bundle": "".join(self._authority.bundle),
-                "serial": issued.serial,
-                "not_after": issued.not_after,
-                "trust_domain": self._registry.trust_domain,
-            }
-        )
+        return certificate(issued, self._authority, trust_domain=self._registry.trust_domain)
 
     @staticmethod
-    def _refuse(refusal: tokens.Refused | None, node: str, source: str) -> Refused:
-        refusal = refusal or tokens.Refused("token_used", "the token was used already; ask an operator for a new one")
+    def _refuse(refusal: tokens.Refusal | None, node: str, source: str) -> Refused:
+        refusal = refusal or tokens.Refusal("token_used", "the token was used already; ask an operator for a new one")
         return Refused(refusal.reason, refusal.message, node=node, source=source)
-
-
-def decode(data: bytes, kind: type[T]) -> T:
-    """A JSON body; Refused (400) names the field that is wrong."""
-    try:
-        return msgspec.json.decode(data or b"{}", type=kind)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise Refused("bad_request", f"body: {error}", 400) from error
-
-
-def label(value: str, what: str) -> str:
-    """``value`` if it is a name; Refused (400) otherwise."""
-    try:
-        return check_label(value, what)
-    except IdentityError as error:
-        raise Refused("bad_request", str(error), 400) from error
-
-
-async def parse(csr: str) -> Request:
-    """A verified certificate request, checked off the event loop; Refused (400) otherwise."""
-    try:
-        return await asyncio.to_thread(Request.parse, csr)
-    except BadRequest as error:
-        raise Refused("bad_csr", str(error), 400) from error

@@ -7,19 +7,16 @@ address starts from a hash of the service's key, so that a service deleted and m
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from controller.store import Delete, Entry, Op, Put
-from mesh.model import FIRST_USER_ID
+from mesh.model import FIRST_USER_ID, ID_MAX, IDENTITY_ID_MAX, VIP4, VIP6
 
-VIP4 = ipaddress.IPv4Network("240.0.0.0/4")
-VIP6 = ipaddress.IPv6Network("fd50:494c::/64")
-KINDS = ("identity", "workload", "service")
-NUMBER_MAX = 0xFFFF_FFFF  # u32 in the kernel's maps
+NUMBER_MAX = {"identity": IDENTITY_ID_MAX, "workload": ID_MAX, "service": ID_MAX}
+KINDS = tuple(NUMBER_MAX)
 
 
 class Exhausted(Exception):
@@ -69,7 +66,7 @@ def plan(ledger: Ledger, identities: set[str], workloads: set[str], services: se
         ops += [Delete(f"alloc/{kind}/{name}") for name in sorted(gone)]
         for name in sorted(new):
             number = following[kind]
-            if number > NUMBER_MAX:
+            if number > NUMBER_MAX[kind]:
                 raise Exhausted(f"every {kind} number has been given out")
             following[kind] = number + 1
             numbers[kind][name] = number

@@ -12,10 +12,10 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from controller import revocation, tokens
-from controller.agents import decode, label, parse
 from controller.allocate import Exhausted
 from controller.ca import Authority, BadRequest
 from controller.events import Refused, Telemetry
+from controller.messages import certificate, decode, label, parse
 from controller.publish import Publisher
 from controller.registry import Registry
 from controller.server import CALLER, Tls, answer, body_of
@@ -205,15 +205,7 @@ class OperatorApi:
         issued = await asyncio.to_thread(self._authority.sign, asked, spiffe, f"operator:{name}", ttl_s=OPERATOR_TTL_S)
         await self._store.transaction([], [issued.index()])
         self._telemetry.signed.labels("operator").inc()
-        return answer(
-            {
-                "chain": issued.chain,
-                "bundle": "".join(self._authority.bundle),
-                "serial": issued.serial,
-                "not_after": issued.not_after,
-                "controller": self._controllers,
-            }
-        )
+        return certificate(issued, self._authority, controller=self._controllers)
 
     async def operators(self, _: web.Request) -> web.Response:
         items = [

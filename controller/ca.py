@@ -160,13 +160,7 @@ class Authority:
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(spiffe)]
         names += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         builder = (
-            _builder(
-                x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Pillion")]),
-                self._issuer.subject,
-                serial,
-                not_before,
-                not_after,
-            )
+            _builder(_LEAF_NAME, self._issuer.subject, serial, not_before, not_after)
             .public_key(request.public)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -107,7 +107,6 @@ def errors_of(found: Iterable[Fault], loaded: list[Resource], text: str, filenam
     errors = []
     for fault in found:
         document = documents.get(fault.key)
-        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault.path).lstrip(".")
         line = document.line_of(fault.path) if document else 0
-        errors.append(ResourceError(filename, line, field, fault.message, fault.remedy))
+        errors.append(ResourceError(filename, line, yamltree.shown(fault.path), fault.message, fault.remedy))
     return ResourceErrors(errors[:ERRORS_MAX])

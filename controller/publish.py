@@ -19,11 +19,10 @@ from controller.registry import Registry
 from mesh.compile import Allocations, Reach, compile_state
 from mesh.model import State
 from mesh.resources import Resource
-from mesh.snapshot import Versioned, item_digest
+from mesh.snapshot import Versioned, item_digest, summed
 
 DEBOUNCE_S = 0.02
 RETRY_S = 1.0
-DIGEST_MODULUS = 1 << 256
 INFLIGHT_MAX = 4  # deltas sent to a node and not yet answered; past it changes gather
 
 log = structlog.get_logger()
@@ -153,5 +152,5 @@ class Publisher:
         with self._reach_lock:
             revision, state, digests, reach = self.revision, self.state, self._digests, self._reach
             seen = reach.of(name)
-        total = sum(digests[key] if state.get(key) is item else item_digest(key, item) for key, item in seen.items())
-        return Versioned(revision, seen, total % DIGEST_MODULUS)
+        shares = (digests[key] if state.get(key) is item else item_digest(key, item) for key, item in seen.items())
+        return Versioned(revision, seen, summed(shares))

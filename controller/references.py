@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from controller.allocate import VIP4, VIP6
+from mesh.model import VIP4, VIP6
 from mesh.resources import AuthorizationPolicy, HTTPRoute, MeshConfig, Resource, Service, Workload
 
 Key = tuple[str, str, str]  # (kind, namespace, name)

@@ -153,8 +153,6 @@ class Gate:
             response = answer({"error": f"{error.reason}: {request.method} {request.path[:200]}"}, error.status)
         except TimeoutError:
             response = answer({"error": f"not done within {REQUEST_TIMEOUT_S:g} s; look at the controller's log"}, 504)
-        except asyncio.CancelledError:
-            raise
         except StoreError as error:
             log.error("store failed", route=route, error=str(error))
             response = answer({"error": str(error)}, 503)

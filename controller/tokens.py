@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Refused:
+class Refusal:
     reason: str
     message: str
 
@@ -48,23 +48,23 @@ def issue(node: str, grant: int, ttl_s: float, now: float | None = None, *, read
     return secret, Record(node, grant, (time.time() if now is None else now) + ttl_s, readmit=readmit)
 
 
-def judge(record: Record | None, node: str, grant: int, key: str, now: float) -> Refused | None:
+def judge(record: Record | None, node: str, grant: int, key: str, now: float) -> Refusal | None:
     """Whether ``node`` with the key ``key`` may use the token now. None: it may. Order: nothing is told to a stranger."""
     again = "ask an operator for a new one: pillion node token " + node
     if record is None:
-        return Refused("token_unknown", f"this controller issued no such token; {again}")
+        return Refusal("token_unknown", f"this controller issued no such token; {again}")
     if record.node != node:
-        return Refused("token_wrong_node", f"the token is for another node, not {node!r}; {again}")
+        return Refusal("token_wrong_node", f"the token is for another node, not {node!r}; {again}")
     if record.used_key:
         if record.used_key != key:
-            return Refused(
+            return Refusal(
                 "token_other_key", f"the token was used with another key; if that was not you, cut the node, then {again}"
             )
-        return Refused("token_used", f"the token was used already; {again}")
+        return Refusal("token_used", f"the token was used already; {again}")
     if now >= record.expires:
-        return Refused("token_expired", f"the token has expired; {again}")
+        return Refusal("token_expired", f"the token has expired; {again}")
     if record.grant and record.grant != grant:
-        return Refused("token_grant_changed", f"the grant the token was issued under is gone; {again}")
+        return Refusal("token_grant_changed", f"the grant the token was issued under is gone; {again}")
     return None
 
 

@@ -15,8 +15,10 @@ from typing import Protocol
 from mesh.budgets import BudgetTable
 from mesh.model import CONFIG_KEY, Budget, Config, IdentityBudget, State
 
-TURN_S = 0.0002  # of the worker's time; an identity's share of it is what others may have to wait for
+TURN_S = 0.0001  # of the worker's time; an identity's share of it is what others may have to wait for
+ALONE_S = 0.0005  # who is alone at work has this much until it is seen whether another came
 BUSY_S = 1.0  # who was active this long ago counts as at work
+CALM_S = 5.0  # and for so long nobody had to wait for another: there is no crowd any more
 EMPTY_S = 0.001
 BURST_S = 1.0  # a rate's worth of this may come at once
 UNKNOWN = 0
@@ -27,6 +29,21 @@ class Deferred(Protocol):
     """What waits for its identity's next turn."""
 
     def proceed(self) -> None: ...
+
+
+class Due:
+    """Something to do that an account pays for."""
+
+    __slots__ = ("_account", "_call")
+
+    def __init__(self, account: Account, call: Callable[[], None]) -> None:
+        self._account, self._call = account, call
+
+    def proceed(self) -> None:
+        account = self._account
+        before, started = account.spent, perf_counter()
+        self._call()
+        account.spent = max(account.spent, before + perf_counter() - started)  # parts of it may have been counted
 
 
 class Rate:
@@ -138,6 +155,14 @@ class Account:
         self.waiting.append(work)
         self.budgets.arm(self)
 
+    def when_due(self, call: Callable[[], None]) -> None:
+        """Now, or in its next turn. What it costs is counted."""
+        due = Due(self, call)
+        if self.spent > self.limit and self.over():
+            self.defer(due)
+        else:
+            due.proceed()
+
 
 class Budgets:
     """All accounts of a worker. ``call_soon``: the loop's, so that ready sockets are looked at in between."""
@@ -149,6 +174,9 @@ class Budgets:
         self.streams_of: Callable[[str], int] = lambda _spiffe: 0  # HBONE streams open, by whoever keeps them
         self._crowded: list[Account] = []
         self._armed = False
+        self._crowd_at = float("-inf")
+        self.crowd = False  # several identities are at work, and one has had to wait for its turn
+        self.on_crowd: Callable[[bool], object] = lambda _crowd: None
 
     def of(self, identity: int, spiffe: str | None) -> Account:
         """The account to count on; look it up once and keep it. Who is not known shares one."""
@@ -170,6 +198,9 @@ class Budgets:
 
     def sweep(self, known: Callable[[str], bool]) -> None:
         """Once a second. ``known``: whether an identity still exists."""
+        if self.crowd and self.clock() - self._crowd_at > CALM_S:
+            self.crowd = False
+            self.on_crowd(False)
         for identity, account in list(self.accounts.items()):
             account.told = 0
             idle = not (account.connections or account.descriptors or account.held or account.waiting)
@@ -195,9 +226,12 @@ class Budgets:
             busy |= other is not account and now - other.active_at < BUSY_S
         account.crowded = busy
         if busy:
-            account.shut = True
+            account.shut, self._crowd_at = True, now
+            if not self.crowd:
+                self.crowd = True
+                self.on_crowd(True)
         else:
-            account.limit = account.spent + account.quota
+            account.limit = account.spent + max(account.quota, ALONE_S)
         return busy
 
     def arm(self, account: Account) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from l7proxy.budget import Account
 
@@ -13,6 +13,25 @@ if TYPE_CHECKING:
 PARKED_S = 0.1  # how long a connection is not read after a 429
 READ_BYTES = 256_000  # what the loop reads at once, and keeps until its last byte is written
 LOST_S = 0.00001  # of the worker's time, about: what the loop does to end a connection
+
+
+class Late(Protocol):
+    """Who reads for an identity whose turn is over. ``late``: what came since, for `proceed` at the next turn."""
+
+    late: bytes | None
+    transport: asyncio.Transport
+
+    def proceed(self) -> None: ...
+
+
+def put_off(reader: Late, account: Account, data: bytes) -> None:
+    """Keeps the data, and reads no more until the account's next turn."""
+    if reader.late is None:
+        reader.late = data
+        reader.transport.pause_reading()
+        account.defer(reader)
+    else:
+        reader.late += data
 
 
 def waiting(full: asyncio.Transport) -> int:

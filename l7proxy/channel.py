@@ -26,6 +26,7 @@ from time import perf_counter
 from typing import Protocol
 
 from l7proxy.budget import Account
+from l7proxy.handshakes import handshakes
 from l7proxy.transport import drop
 
 READ_BYTES = 256 << 10
@@ -43,7 +44,7 @@ _OPTIONS = (
 CHUNK_BYTES = 64 << 10  # goes through TLS at once: its buffers keep the size of the largest; a piece this large is not copied
 FEED_BYTES = CHUNK_BYTES - RECORD_BYTES_MAX  # what is left in there is less than a record
 PIECES_MAX = 256  # for one system call
-PIECE_BYTES_MIN = 512  # of what one read brought, handed on between two looks at the clock
+PIECE_BYTES_MIN = 256  # of what one read brought, handed on between two looks at the clock
 
 
 class _Buffers(threading.local):
@@ -97,11 +98,10 @@ class TlsChannel:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._in, self._out, server_side=server_side, server_hostname=server_name)
         self.meter: Account | None = None  # whose time reading costs
-        self.open = False
+        self.open = self.closed = False
         self.blocked = False  # the kernel's buffer is full; `channel_drained` follows
-        self.closed = False
-        self._closing = self._aborted = False
-        self._reading = False
+        self._closing = self._aborted = self._reading = False
+        self._shaking = False  # a step of the handshake is under way: TLS is another thread's
         self._since = 0.0  # what was read since then is not on the meter yet
         self._piece = PIECE_BYTES_MIN  # while another identity is at work
         self._more = False  # what was read is not all handed on: its meter's turn was over
@@ -110,13 +110,15 @@ class TlsChannel:
         self.kept = 0  # bytes in it
         for level, option, value in _OPTIONS:
             sock.setsockopt(level, option, value)
-        self.resume()
-        loop.call_soon(self._handshake)
+        if server_side:
+            self.resume()
+        else:
+            loop.call_soon(self._shake)
 
     # ---- reading
 
     def resume(self) -> None:
-        if not self._reading and not self.closed:
+        if not (self._reading or self._shaking or self.closed):
             self._reading = True
             self._loop.add_reader(self._fd, self._readable)
 
@@ -139,7 +141,8 @@ class TlsChannel:
     def _readable(self) -> None:
         meter = self.meter
         if meter is not None and meter.spent > meter.limit and meter.over():
-            self._wait(meter)
+            self.pause()
+            meter.defer(self)
             return
         self._since = perf_counter()
         self._read()
@@ -151,10 +154,6 @@ class TlsChannel:
         if self.meter is not None:
             self.meter.spent += self._since - since
         return self._since - since
-
-    def _wait(self, meter: Account) -> None:
-        self.pause()
-        meter.defer(self)
 
     def _turn_is_over(self, meter: Account) -> bool:
         """After a piece. Pieces grow while they are cheap: bytes cost little, frames of a few bytes much."""
@@ -177,11 +176,11 @@ class TlsChannel:
             self._lose(None if self.open else ConnectionResetError("the peer closed during the TLS handshake"))
             return
         self._unfed = self._cipher[:size]
-        while not self.open:
-            if self.closed or not self._feed():
-                return
-            self._handshake()
-        self._decrypt()
+        if self.open:
+            self._decrypt()
+        else:
+            self._feed()
+            self._shake()
         if self._unfed:  # put off; the buffer is everybody's
             self._unfed = memoryview(bytes(self._unfed))
 
@@ -217,7 +216,8 @@ class TlsChannel:
                     if meter is not None and meter.crowded and not self.closed and not self._closing:
                         if self._turn_is_over(meter):
                             self._more = True
-                            self._wait(meter)
+                            self.pause()
+                            meter.defer(self)
                             break
                         most = self._piece
                 if not incoming.pending and not tls.pending() and not self._feed():
@@ -229,30 +229,43 @@ class TlsChannel:
                 self._handler.channel_data(plain[:filled])
             self._lose(error)
             return
+        if filled and not (self.closed or self._aborted):
+            self._handler.channel_data(plain[:filled])
         if self._aborted:  # the reason follows
             return
-        if filled and not self.closed:
-            self._handler.channel_data(plain[:filled])
-        if ended and not self._aborted:
+        if ended:
             self._lose(None)
         elif self._out.pending:
             self._push()  # a key update's answer
 
-    def _handshake(self) -> None:
-        if self.closed or self.open:
+    # ---- the handshake
+
+    def _shake(self) -> None:
+        """Its next step, with the bytes that TLS was fed."""
+        if self.closed:
             return
-        try:
-            self.tls.do_handshake()
-        except ssl.SSLWantReadError:
+        self._shaking = True
+        self.pause()
+        handshakes(self._loop).ask(self)
+
+    def stepped(self, error: Exception | None) -> None:
+        """See `Shaking`."""
+        self._shaking, self._since = False, perf_counter()
+        if isinstance(error, ssl.SSLWantReadError):
             self._push()
-            return
-        except (ssl.SSLError, OSError) as error:
+            self._shake() if self._feed() else self.resume()
+        elif error is not None:
             self._push()  # the alert
             self._lose(error)
-            return
-        self.open = True
-        self._handler.channel_open()  # its first bytes leave with the handshake's last
-        self._push()
+        else:
+            self.open = True
+            self._handler.channel_open()  # its first bytes leave with the handshake's last
+            self._push()
+            if self._in.pending or self._unfed:
+                self._decrypt()
+            if not (self._more or self._closing or self._aborted):
+                self.resume()
+        self._charge()
 
     # ---- writing
 

@@ -104,9 +104,7 @@ class Config:
             state, total = dict(update.put), None
         else:
             total = snapshot.advance(self.sum, self.state, update.put, update.delete)
-            gone = set(update.delete)
-            state = {key: item for key, item in self.state.items() if key not in gone}
-            state.update(update.put)
+            state = snapshot.changed(self.state, update.put, update.delete)
         snapshot.config_of(state)
         return Config(state, revision=update.revision, generation=update.generation, node=node, local=update.local, total=total)
 

@@ -10,7 +10,6 @@ import secrets
 import socket
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from l7proxy import dns_core
 from l7proxy.accept import Acceptor
 from l7proxy.dns_core import Asked, Askers, Forward, Names, Refused
 from l7proxy.dns_grants import Asking, answered
+from mesh.addresses import parse_host_port
 from mesh.link import Listener
 from mesh.outside import WaysOut
 
@@ -59,9 +59,8 @@ class Pending:
 
 def upstream_address(text: str) -> tuple[str, int] | None:
     """``10.0.0.1:53`` or ``[fd77::1]:53``."""
-    host, _, port = text.rpartition(":")
     try:
-        return str(ip_address(host.strip("[]"))), int(port)
+        return parse_host_port(text)
     except ValueError:
         return None
 

@@ -21,6 +21,7 @@ FUTILE = frozenset(
 UNSETTLED = frozenset(("unsettled", "unclean"))  # reasons of an end that was not at rest when it was paired
 UNSETTLED_TIMES = 4
 FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path can not keep
+FLAG_INSIDE, FLAG_TORN, FLAG_ANSWERING = 4, 8, 16  # PL_XF_INSIDE, PL_XF_TORN, PL_XF_ANSWERING
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,18 @@ class View:
     started: float = 0.0
     off: bool = False
     began: int = 0  # the same by the kernel's clock: tells exchanges apart
+    inside: bool = False  # a thread of the client's may be in send() still: an exchange may begin yet
+    torn: bool = False  # ... with a part of a request, which nothing may overtake
+    answering: bool = False  # a server's may be, with the end of the last answer
 
     @property
     def busy(self) -> bool:
         return self.slot >= 0
+
+    @property
+    def takes_body(self) -> bool:
+        """What the client sends is the rest of the request."""
+        return self.phase == REQUEST_BODY and self.req_left > 0
 
     @property
     def ended(self) -> bool:
@@ -63,11 +72,11 @@ class Step(Enum):
 def client_spoke(view: View) -> Step:
     """Bytes of the client, or its FIN, while the session rests. The rest of a body the kernel could not deliver is
     the exchange's; all else is behind it."""
+    if view.torn:
+        return Step.WAIT
     if not view.busy:
-        return Step.PASS
-    if view.handed or (view.phase == REQUEST_BODY and view.req_left):
-        return Step.ADOPT
-    return Step.WAIT
+        return Step.WAIT if view.answering else Step.PASS
+    return Step.ADOPT if view.handed or view.takes_body else Step.WAIT
 
 
 def server_spoke(view: View, slot: int) -> Step:
@@ -77,11 +86,13 @@ def server_spoke(view: View, slot: int) -> Step:
     return Step.ADOPT
 
 
-def waited(view: View) -> Step:
-    """Another look after HOLD."""
+def waited(view: View, *, kept: bool = False) -> Step:
+    """Another look after HOLD. ``kept``: bytes of the client's wait."""
+    if view.inside or view.answering:
+        return Step.WAIT
     if not view.busy:
         return Step.PASS
-    return Step.ADOPT if view.handed else Step.WAIT
+    return Step.ADOPT if view.handed or (kept and view.takes_body) else Step.WAIT
 
 
 class Watch:

@@ -187,7 +187,7 @@ class Asking(asyncio.Protocol):
         view = self._hold()
         if view is None:
             self._lost_record()
-        elif not view.busy:
+        elif not view.busy and not view.inside:
             self.ask()
 
     def _ask(self) -> None:
@@ -199,7 +199,7 @@ class Asking(asyncio.Protocol):
             session.unread
             and not session.transport.is_closing()
             and not session.transport.get_write_buffer_size()
-            and not (view is not None and view.busy)
+            and not (view is not None and (view.busy or view.inside))
             and all(end.idle and end.connection.late is None and not end.connection.transport.get_write_buffer_size()
                     for end in self.ends if not end.connection.lost)
         )  # fmt: skip

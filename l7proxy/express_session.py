@@ -4,6 +4,7 @@ The decisions are in `l7proxy.express`; pairing and arming, in `l7proxy.express_
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
 LEAVE_LOOK_S = 0.01  # whether all is written
+TORN_LOOKS = 200  # about a millisecond: a send() takes some microseconds, unless it is kept from its CPU
 LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges, or that old when one ends, is paired
 VAIN_S = 0.1  # a pair that ends sooner has cost more than it saved: to make one takes the agent about 3 ms
 BRIEF_MANY = 8  # in a row that were not worth it: after them age is no sign,
@@ -161,7 +163,7 @@ class Pair(Asking):
         elif self.session.rq != IDLE:  # an event came first
             if self.state == PARTING:
                 self._apart(tell=True)
-        elif (step := express.waited(view)) is Step.WAIT:
+        elif (step := express.waited(view, kept=bool(self.kept))) is Step.WAIT:
             self._look_in(min(2 * self.delay, LOOK_MAX_S))
         elif step is Step.ADOPT and self._adopt(view):
             pass
@@ -227,10 +229,14 @@ class Pair(Asking):
         desk.kernel.express_op(self.sock, TAKE, NO_SLOT)
         self.armed = False
         taken = self._view()
+        looks = TORN_LOOKS
+        while taken is not None and taken.torn and (looks := looks - 1):
+            os.sched_yield()
+            taken = self._view()
         if taken is None or (not view.handed and taken.ended):
             return False
         desk.count("express_adopted")
-        if end is None:
+        if end is None or taken.torn:  # what the client sends next would overtake what is on its way from it
             session.cut()
             return True
         self.used.append(end)

@@ -58,6 +58,8 @@ class DestinationTunnel(Tunnel):
         config = inbound.worker.config
         tls = self.channel.tls
         self.served = (tls.served or "") if isinstance(tls, ServerSide) else ""
+        if self.served not in inbound.worker.svids:
+            raise PeerRefused("no_svid", f"the certificate of {self.served} was withdrawn meanwhile")
         peer = check_peer(tls.getpeercert(True), config.mesh.trust_domain, inbound.serials)
         check_source(config, peer, self.source)
         budgets = inbound.worker.budgets
@@ -78,7 +80,8 @@ class DestinationTunnel(Tunnel):
     def on_request(self, stream: Stream, headers: Headers) -> None:
         worker = self.inbound.worker
         if stream.id not in self.core.streams:  # reset by the same bytes
-            self.account.request(worker.budgets.clock())
+            if not self.account.request(worker.budgets.clock()):
+                worker.metrics.denied("budget_requests")
             return
         answered = False
         try:
@@ -127,7 +130,7 @@ class DestinationTunnel(Tunnel):
         refused = tls.refused if isinstance(tls, ServerSide) else None
         self.inbound.gone(self)
         if self.peer is not None:
-            if self.core.failed or isinstance(
+            if self.core.at_fault or isinstance(
                 error, HboneError
             ):  # what HTTP/2 forbids: rapid resets, CONTINUATION without end, …
                 self.account.refused["hbone_error"] += 1

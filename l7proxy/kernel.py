@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from l7proxy.express import FLAG_OFF, View
+from l7proxy.express import FLAG_ANSWERING, FLAG_INSIDE, FLAG_OFF, FLAG_TORN, View
 from l7proxy.target import Caller
 from mesh.link import Hello
 
@@ -133,6 +133,9 @@ class Kernel:
             time.perf_counter() - since_ns / 1e9,
             bool(values[at["flags"]] & FLAG_OFF),
             began,
+            bool(values[at["flags"]] & FLAG_INSIDE),
+            bool(values[at["flags"]] & FLAG_TORN),
+            bool(values[at["flags"]] & FLAG_ANSWERING),
         )
 
     def express_op(

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import ctypes
 import gc
-import logging
 import os
 import select
 import signal
@@ -27,6 +26,7 @@ import structlog
 from l7proxy.confine import ConfineError, confine, die_with_parent, live_without_parent, user_ids
 from l7proxy.drain import LIMIT_S
 from l7proxy.places import Place, PlacesError, claim
+from mesh import logs
 from mesh.notify import Notify
 
 WORKERS_MAX = 256
@@ -40,21 +40,6 @@ RETIRE_S = 5.0  # after SIGTERM; a worker that has not gone its own way by then 
 SILENCE_S = 30.0  # a worker whose loop does not turn for so long is killed
 
 log = structlog.get_logger()
-
-
-def configure_logging() -> None:
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
 
 
 def tune_allocator() -> None:
@@ -95,7 +80,7 @@ def run_worker(index: int, listen: socket.socket, tie: Tie, generation: int = 0,
     """One worker, until it is drained. Returns the exit status."""
     import uvloop
 
-    from l7proxy import inbound
+    from l7proxy import inbound, scheduling
     from l7proxy.worker import Worker
 
     tune_allocator()
@@ -104,6 +89,7 @@ def run_worker(index: int, listen: socket.socket, tie: Tie, generation: int = 0,
         worker = Worker(index, listen)
         worker.generation = generation
         inbound.install(worker)
+        worker.budgets.on_crowd = scheduling.prompt
         worker.on_sweep.append(lambda _: tie.beat())
 
         def retire() -> None:
@@ -285,7 +271,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    configure_logging()
+    logs.configure(sys.stderr)
     if not 0 < arguments.workers <= WORKERS_MAX:
         log.error("--workers is out of range", workers=arguments.workers, most=WORKERS_MAX)
         return 2

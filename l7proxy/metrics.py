@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from l7proxy.errors import REASONS
-from mesh.metrics import BOUNDS_S
+from mesh.metrics import BOUNDS_S, cumulated
 
 SERIES_MAX = 16384  # past it everything is counted as "other"
 OTHER = "other"
@@ -114,11 +114,7 @@ class Metrics(Collector):  # type: ignore[misc]  # prometheus_client is not foll
                 total + series.seconds,
             )
         for labels, (buckets, total) in merged.items():
-            running, pairs = 0, []
-            for bound, count in zip((*BOUNDS_S, float("inf")), buckets, strict=True):
-                running += count
-                pairs.append(("+Inf" if bound == float("inf") else repr(bound), running))
-            seconds.add_metric(list(labels), buckets=pairs, sum_value=total)
+            seconds.add_metric(list(labels), buckets=cumulated(buckets), sum_value=total)
         yield requests
         yield seconds
         yield from self._collect_tcp()

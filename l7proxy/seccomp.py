@@ -48,7 +48,8 @@ _X86_64 = _words("""
     newfstatat=262 readlinkat=267 faccessat=269 pselect6=270 ppoll=271 unshare=272 set_robust_list=273 get_robust_list=274
     epoll_pwait=281 timerfd_create=283 timerfd_settime=286 accept4=288 eventfd2=290 epoll_create1=291 dup3=292 pipe2=293
     preadv=295 pwritev=296 perf_event_open=298 recvmmsg=299 prlimit64=302 sendmmsg=307 setns=308 getcpu=309
-    process_vm_readv=310 process_vm_writev=311 finit_module=313 getrandom=318 memfd_create=319 bpf=321 execveat=322
+    process_vm_readv=310 process_vm_writev=311 finit_module=313 sched_setattr=314 getrandom=318 memfd_create=319 bpf=321
+    execveat=322
     userfaultfd=323 membarrier=324 statx=332 rseq=334 io_uring_setup=425 io_uring_enter=426 pidfd_open=434 clone3=435
     close_range=436 pidfd_getfd=438 faccessat2=439 epoll_pwait2=441
 """)
@@ -106,6 +107,7 @@ def program() -> bytes:
     out += _one_of("ioctl", 1, _IOCTLS)
     out += _one_of("prctl", 0, _PRCTLS)
     out += _one_of("socketpair", 0, (_AF_UNIX,))
+    out += _one_of("sched_setattr", 0, (0,))  # its own: without a capability it gets no more of a processor by that
     # prlimit64 to read its own limits: pid 0, no new value (both words of the pointer)
     out += [
         _op(_JEQ, NUMBERS["prlimit64"], 0, 8),

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from l7proxy.budget import Account
-from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted, waiting
+from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted, put_off, waiting
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
 from l7proxy.http1.added import with_headers
@@ -85,7 +85,8 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         account = self.account
         if self.metered:
             if self.late is not None or (account.spent > account.limit and account.over()):
-                self._put_off(data)
+                put_off(self, account, data)
+                self._count_held()
                 return
             started = self.heard = perf_counter()
             self.client_data(data)
@@ -95,15 +96,6 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
             self.client_data(data)
         if self.pending or self.holds:
             self._count_held()
-
-    def _put_off(self, data: bytes) -> None:
-        if self.late is None:
-            self.late = data
-            self.transport.pause_reading()
-            self.account.defer(self)
-        else:
-            self.late += data
-        self._count_held()
 
     def proceed(self) -> None:
         """Its identity's next turn."""

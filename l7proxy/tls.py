@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -191,36 +192,41 @@ class ServerSide(ssl.SSLObject):
 
 
 class Contexts:
-    """TLS contexts of one worker, made when first asked for and kept until their SVID or the bundle changes."""
+    """TLS contexts of one worker, made when first asked for and kept until their SVID or the bundle changes. A server's is
+    asked for in the midst of a handshake, by another thread."""
 
     def __init__(self, svids: Callable[[], Mapping[str, Svid]]) -> None:
         self._svids = svids
         self._bundle: tuple[str, ...] = ()
         self._made: dict[tuple[str, bool], tuple[str, ssl.SSLContext]] = {}
+        self._lock = threading.Lock()  # what is forgotten is not made from what was before, nor its key's descriptor used
 
     def set_bundle(self, bundle: tuple[str, ...]) -> None:
         """The mesh's roots (PEM). Contexts of another bundle are forgotten; live connections keep theirs."""
         if bundle != self._bundle:
-            self._bundle = bundle
-            self._made.clear()
+            with self._lock:
+                self._bundle = bundle
+                self._made.clear()
 
     def forget(self, spiffe: str) -> None:
-        self._made.pop((spiffe, True), None)
-        self._made.pop((spiffe, False), None)
+        with self._lock:
+            self._made.pop((spiffe, True), None)
+            self._made.pop((spiffe, False), None)
 
     def _get(self, spiffe: str, server: bool) -> ssl.SSLContext:
-        svid = self._svids().get(spiffe)
-        if svid is None:
-            raise PeerRefused("no_svid", f"this node holds no certificate for {spiffe} yet")
-        made = self._made.get((spiffe, server))
-        if made is not None and made[0] == svid.serial:
-            return made[1]
-        context = _context(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT, self._bundle)
-        _load(context, svid)
-        if server:
-            context.num_tickets = 0  # no resumption: every connection shows its certificate
-        self._made[spiffe, server] = (svid.serial, context)
-        return context
+        with self._lock:
+            svid = self._svids().get(spiffe)
+            if svid is None:
+                raise PeerRefused("no_svid", f"this node holds no certificate for {spiffe} yet")
+            made = self._made.get((spiffe, server))
+            if made is not None and made[0] == svid.serial:
+                return made[1]
+            context = _context(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT, self._bundle)
+            _load(context, svid)
+            if server:
+                context.num_tickets = 0  # no resumption: every connection shows its certificate
+            self._made[spiffe, server] = (svid.serial, context)
+            return context
 
     def client(self, spiffe: str) -> ssl.SSLContext:
         """Raises PeerRefused("no_svid"), ssl.SSLError or OSError for a key that does not load."""

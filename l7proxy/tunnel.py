@@ -15,19 +15,15 @@ from l7proxy.stream_transport import StreamTransport
 from l7proxy.streams import Tunnel
 from l7proxy.target import DialError, Target
 from l7proxy.tls import PeerRefused, check_peer, refusal_of
+from mesh.addresses import host_port
 from mesh.identity import SpiffeId
+from mesh.ports import HBONE_PORT
 
 if TYPE_CHECKING:
     from l7proxy.tunnel_pool import Pool
 
-HBONE_PORT = 15008
 TRIES_MAX = 2  # of one dial, when the tunnel is lost before it was answered
 WAITING_MAX = 4096  # dials waiting for one tunnel to open
-
-
-def host_port(address: str, port: int) -> str:
-    """``10.0.0.1:80`` or ``[fd77::1]:80``."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class Key(NamedTuple):
@@ -48,6 +44,7 @@ class Dial:
     protocol: asyncio.Protocol
     failed: Failed
     deadline: float  # perf_counter
+    ended: Callable[[Dial], object]  # told once it is done: nobody keeps it, and with it its TLS connection, any longer
     tunnel: SourceTunnel | None = None
     stream: Stream | None = None
     done: bool = False
@@ -55,7 +52,7 @@ class Dial:
 
     def cancel(self) -> None:
         if not self.done:
-            self.done = True
+            self.end()
             if self.tunnel is not None:
                 self.tunnel.forget(self)
 
@@ -69,8 +66,12 @@ class Dial:
 
     def fail(self, error: DialError) -> None:
         if not self.done:
-            self.done = True
+            self.end()
             self.failed(error)
+
+    def end(self) -> None:
+        self.done = True
+        self.ended(self)
 
 
 def dial_error(reason: str, detail: str, *, status: int = 503, elsewhere: bool = True) -> DialError:
@@ -171,7 +172,7 @@ class SourceTunnel(Tunnel):
             elif name == b"x-pillion-reason":
                 reason = value.decode("ascii", "replace")[:200]
         if status == b"200":
-            dial.done = True
+            dial.end()
             transport = StreamTransport(self, stream)
             dial.protocol.connection_made(transport)
             transport.start(dial.protocol)

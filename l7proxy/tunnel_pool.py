@@ -10,15 +10,18 @@ import asyncio
 import errno
 import os
 import time
+from functools import partial
 from socket import AF_INET, AF_INET6, SO_ERROR, SOL_SOCKET, socket
 from typing import TYPE_CHECKING
 
 from l7proxy.hbone.stream import BULK, Limits
 from l7proxy.target import DialError, Target
 from l7proxy.tls import Contexts, PeerRefused, check_times, revoked_nodes, revoked_serials
-from l7proxy.tunnel import HBONE_PORT, WAITING_MAX, Dial, Failed, Key, SourceTunnel, dial_error, host_port
+from l7proxy.tunnel import WAITING_MAX, Dial, Failed, Key, SourceTunnel, dial_error
+from mesh.addresses import host_port
 from mesh.model import Workload, key_of
-from mesh.policy import Peer, Request, authorize
+from mesh.policy import Peer, could_connect
+from mesh.ports import HBONE_PORT
 
 if TYPE_CHECKING:
     from l7proxy.config import Config
@@ -49,7 +52,7 @@ class Pool:
     def dial(self, target: Target, protocol: asyncio.Protocol, failed: Failed) -> Dial:
         """The worker's `dial_remote`. Returns at once; the answer comes in a later turn."""
         timeout = self.worker.config.mesh.connect_timeout_s
-        dial = Dial(target, protocol, failed, time.perf_counter() + timeout)
+        dial = Dial(target, protocol, failed, time.perf_counter() + timeout, self._dials.discard)
         self._dials.add(dial)
         if target.caller.spiffe is None:
             nobody = dial_error("no_svid", "a caller without identity cannot leave the node", status=403, elsewhere=False)
@@ -57,8 +60,13 @@ class Pool:
         elif f"node:{target.workload.node}" in self.worker.config.revoked:
             self._later(dial, dial_error("peer_identity", f"node {target.workload.node} is cut from the mesh"))
         else:
-            self._place(dial)
+            account = self.worker.budgets.of(target.caller.identity, target.caller.spiffe)
+            account.when_due(partial(self._begin, dial))
         return dial
+
+    def _begin(self, dial: Dial) -> None:
+        if not dial.done:
+            self._place(dial)
 
     def again(self, dial: Dial) -> None:
         """A dial its tunnel had no room for."""
@@ -101,14 +109,16 @@ class Pool:
         worker.stock.wait(key.netns, family, arrived)
 
     def _dial_tcp(self, key: Key, dials: list[Dial], limits: Limits, sock: socket) -> None:
-        loop, fd = self.worker.loop, sock.fileno()
+        worker, loop, fd = self.worker, self.worker.loop, sock.fileno()
+        account = worker.budgets.of(worker.config.identity(key.source), key.source)
         sock.setblocking(False)
         deadline = max(dial.deadline for dial in dials)
 
         def finished() -> None:
             loop.remove_writer(fd)
             timer.cancel()
-            self._tcp_done(key, dials, limits, sock, sock.getsockopt(SOL_SOCKET, SO_ERROR))
+            code = sock.getsockopt(SOL_SOCKET, SO_ERROR)
+            account.when_due(partial(self._tcp_done, key, dials, limits, sock, code))
 
         def expired() -> None:
             loop.remove_writer(fd)
@@ -213,9 +223,8 @@ class Pool:
                     tunnel.close()
 
     def _sweep(self, now: float) -> None:
-        late = [dial for dial in self._dials if dial.done or dial.deadline < now]
+        late = [dial for dial in self._dials if dial.deadline < now]
         for dial in late:
-            self._dials.discard(dial)
             if not dial.done:
                 tunnel = dial.tunnel
                 if tunnel is not None:
@@ -244,12 +253,7 @@ class Pool:
 def _may_call(config: Config, source: str, owners: list[Workload]) -> bool:
     """Whether some request of ``source`` could be allowed at one of these."""
     peer = Peer(source, config.identity(source), "")
-    for owner in owners:
-        for port in owner.ports:
-            verdict = authorize(config.policies, peer, key_of(owner), Request(port))
-            if verdict.allowed or verdict.needs_l7:
-                return True
-    return False
+    return any(could_connect(config.policies, peer, key_of(owner), port) for owner in owners for port in owner.ports)
 
 
 def install(worker: Worker, contexts: Contexts) -> Pool:

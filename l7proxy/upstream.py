@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from l7proxy.budget import Account
+from l7proxy.budgeted import put_off
 from l7proxy.config import Endpoint
 from l7proxy.local_dial import LocalDial
 from l7proxy.target import Caller, DialError, Target
@@ -163,7 +164,8 @@ class UpstreamConnection(asyncio.Protocol):
         sink, account = self.sink, self.pool.account
         if sink is not None:
             if self.late is not None or (account.spent > account.limit and account.over()):
-                self._put_off(data)
+                account.held += len(data)
+                put_off(self, account, data)
                 return
             started = self.heard = perf_counter()
             sink.upstream_data(data)
@@ -171,16 +173,6 @@ class UpstreamConnection(asyncio.Protocol):
         else:  # nobody asked: whatever it means, it must not become the next answer
             self.upstreams.worker.metrics.count("unsolicited_response")
             self.abort()
-
-    def _put_off(self, data: bytes) -> None:
-        if self.late is None:
-            self.late = data
-            self.pool.account.held += len(data)
-            self.transport.pause_reading()
-            self.pool.account.defer(self)
-        else:
-            self.late += data
-            self.pool.account.held += len(data)
 
     def proceed(self) -> None:
         """The caller's next turn."""

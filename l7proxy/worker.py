@@ -209,8 +209,8 @@ class Worker:
                 listener.close()
         elif isinstance(message, link.DropSvid):
             if (entry := self.svids.pop(message.spiffe, None)) is not None:
-                os.close(entry.key_fd)
                 self._tell_svid(message.spiffe)
+                os.close(entry.key_fd)  # nobody loads it any more
         elif isinstance(message, link.Scrape):
             self.send(link.Metrics(self.index, self.metrics.text()))
         elif isinstance(message, link.Drain):

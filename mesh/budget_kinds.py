@@ -6,10 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mesh.fields import Principal, fault
+from mesh.fields import Principals, fault
 from mesh.resource import Model, Resource
-
-PRINCIPALS_MAX = 256
 
 Connections = Annotated[int, Field(ge=1, le=32768)]
 Streams = Annotated[int, Field(ge=1, le=65536)]
@@ -32,7 +30,7 @@ class BudgetsSpec(Model):
 
 
 class IdentityBudgetSpec(Model):
-    principals: Annotated[list[Principal], Field(max_length=PRINCIPALS_MAX)] = []
+    principals: Principals = []
     budgets: BudgetsSpec
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from mesh.identity import IdentityError, SpiffeId
-from mesh.matching import any_pattern
+from mesh.matching import is_for
 from mesh.model import Budget, BudgetChange, IdentityBudget
 
 __all__ = ["Budget", "BudgetTable"]
@@ -37,10 +37,7 @@ class BudgetTable:
             return self._default
         named: dict[str, float] = {}
         for item in self._changes:
-            if item.namespace not in (identity.namespace, self._root):
-                continue
-            principal = spiffe.removeprefix("spiffe://")
-            if item.principals and not any_pattern(item.principals, principal):
+            if not is_for(identity, item.namespace, item.principals, self._root):
                 continue
             for field in BudgetChange.__struct_fields__:
                 value = getattr(item.budgets, field)

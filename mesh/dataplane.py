@@ -16,21 +16,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from mesh.addresses import parse_host_port
 from mesh.link import LocalWorkload
-from mesh.model import IDENTITY_UNKNOWN, Action, Config, Identity, Protocol, Service, ServicePort, State, TlsMode, Workload
+from mesh.matching import IpNetwork
+from mesh.model import (
+    EGRESS_PORTS_MAX,
+    IDENTITY_UNKNOWN,
+    Action,
+    Config,
+    Identity,
+    Protocol,
+    Service,
+    ServicePort,
+    State,
+    TlsMode,
+    Workload,
+)
 from mesh.outside import WayOut, WaysOut
-from mesh.policy import Peer, PolicySet, Request, authorize, port_needs_proxy
+from mesh.policy import Peer, PolicySet, Request, authorize, could_connect, port_needs_proxy
+from mesh.ports import HBONE_PORT
 from mesh.routing import RouteTable
 from mesh.snapshot import config_of
 
-PORT_OUTBOUND, PORT_HBONE, PORT_DNS = 15001, 15008, 15053
 ANY_PORT = 0  # of a workload's address: its undeclared ports
-ID_MAX = (1 << 29) - 1  # of services and workloads, so that groups fit beside them in 32 bits
 GROUP_DIRECT, GROUP_V6, GROUP_UDP = 1 << 31, 1 << 30, 1 << 29
 BACKENDS_MAX = 65_535  # of one group; the slot is 16 bits
 _V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 NODE_NETNS = 0  # stands for the node's own, whose cookie the agent knows
-EGRESS_PORTS_MAX = 8  # of one range, as the kernel's entry has room for
 
 
 class DestKind(StrEnum):
@@ -290,7 +302,7 @@ class _Planner:
 
     def _verdict(self, key: str, port: int, peer: Peer, rules: dict[int, str]) -> PolicyEntry | None:
         verdict = authorize(self.policies, peer, key, Request(port))
-        if not verdict.allowed and not verdict.needs_l7:
+        if not verdict.possible:
             return None
         number = rule_number(verdict.rule)
         rules[number] = verdict.rule
@@ -322,11 +334,11 @@ class _Planner:
                         )
                     if known:
                         for address in workload.addresses:
-                            yield Dial(netns, address, PORT_HBONE)
+                            yield Dial(netns, address, HBONE_PORT)
                         break
         for upstream in self.config.dns_upstreams if sources else ():  # of the node's netns alone: workloads have no way there
-            resolver, _, dns_port = upstream.rpartition(":")
-            yield Dial(NODE_NETNS, resolver.strip("[]"), int(dns_port))
+            resolver, dns_port = parse_host_port(upstream)
+            yield Dial(NODE_NETNS, resolver, dns_port)
 
 
 def kernel_may(policies: PolicySet, routes: RouteTable, service_key: str, port: ServicePort, endpoints: Iterable[str]) -> bool:
@@ -337,38 +349,31 @@ def kernel_may(policies: PolicySet, routes: RouteTable, service_key: str, port: 
     return not any(port_needs_proxy(policies, endpoint, port.target_port) for endpoint in endpoints)
 
 
-def could_connect(policies: PolicySet, peer: Peer, workload_key: str, port: int) -> bool:
-    """Whether some request of the peer's identity to this port could be allowed."""
-    verdict = authorize(policies, peer, workload_key, Request(port))
-    return verdict.allowed or verdict.needs_l7
-
-
 def plan_egress(config: Config) -> dict[str, Egress]:
     """The longest range decides in the kernel, so each carries what the wider ones around it allow as well. Nothing
     where ``Config.outbound`` allows everything: a range with ports would only narrow that.
     """
     if config.outbound is Action.ALLOW:
         return {}
-    ranges: dict[str, set[int] | None] = {}  # None: every port
+    ranges: dict[IpNetwork, set[int] | None] = {}  # None: every port
     for item in config.outbound_allow:
-        network = str(ipaddress.ip_network(item.cidr, strict=False))
+        network = ipaddress.ip_network(item.cidr, strict=False)
         ports = ranges.setdefault(network, set())
         if not item.ports:
             ranges[network] = None
         elif ports is not None:
             ports.update(item.ports)
+    lengths = {(network.version, network.prefixlen) for network in ranges}
     out = {}
-    for cidr, ports in ranges.items():
-        inner = ipaddress.ip_network(cidr)
+    for inner, ports in ranges.items():
         total: set[int] | None = set(ports) if ports is not None else None
-        for other, more in ranges.items():
-            outer = ipaddress.ip_network(other)
-            if other == cidr or inner.version != outer.version or not inner.subnet_of(outer):  # type: ignore[arg-type]  # versions agree
-                continue
+        shorter = (bits for version, bits in lengths if version == inner.version and bits < inner.prefixlen)
+        for bits in shorter:
+            more = ranges.get(inner.supernet(new_prefix=bits), set())
             total = None if more is None or total is None else total | more
         # Past the kernel's room: a subset is allowed, never more than was asked for
-        out[cidr] = Egress(True, tuple(sorted(total)[:EGRESS_PORTS_MAX]) if total is not None else ())
+        out[str(inner)] = Egress(True, tuple(sorted(total)[:EGRESS_PORTS_MAX]) if total is not None else ())
     # The kernel keeps IPv4 within ::ffff:0:0/96: an IPv6 range around it must not open IPv4
-    if any(":" in cidr and _V4_MAPPED.subnet_of(ipaddress.IPv6Network(cidr)) for cidr in ranges):
+    if any(isinstance(network, ipaddress.IPv6Network) and _V4_MAPPED.subnet_of(network) for network in ranges):
         out.setdefault("0.0.0.0/0", Egress(False))
     return out

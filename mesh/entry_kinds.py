@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mesh.fields import Port, Principal, Text, fault
+from mesh.fields import Port, Principals, Text, fault
 from mesh.identity import IdentityError, check_label
+from mesh.ports import RESERVED_PORTS
 from mesh.resource import Model, Resource
 
 HOSTS_MAX = 64
 ENTRY_PORTS_MAX = 8
-PRINCIPALS_MAX = 256
 HOST_CHARS_MAX = 253
-NEVER = {53: "names are the mesh's own resolver's", **dict.fromkeys((15001, 15008, 15053), "it is the mesh's own")}
+NEVER = {53: "names are the mesh's own resolver's", **dict.fromkeys(RESERVED_PORTS, "it is the mesh's own")}
 
 
 def _host(value: str) -> str:
@@ -64,7 +64,7 @@ class EntryPort(Model):
 class ServiceEntrySpec(Model):
     hosts: Annotated[list[Host], Field(min_length=1, max_length=HOSTS_MAX)]
     ports: Annotated[list[EntryPort], Field(min_length=1, max_length=ENTRY_PORTS_MAX)]
-    principals: Annotated[list[Principal], Field(max_length=PRINCIPALS_MAX)] = []
+    principals: Principals = []
     location: Literal["MESH_EXTERNAL"] = "MESH_EXTERNAL"
     resolution: Literal["DNS"] = "DNS"
 

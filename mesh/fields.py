@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from mesh.addresses import host_port, parse_host_port
 from mesh.identity import IdentityError, SpiffeId, check_label, check_trust_domain
 from mesh.matching import check_regex
 
 LABELS_MAX = 64
+PRINCIPALS_MAX = 256
 TEXT_CHARS_MAX = 1024
 LEASE_S_MIN, LEASE_S_MAX = 3.0, 7 * 86400.0
 
@@ -72,14 +74,10 @@ def _cidr(value: str) -> str:
 
 
 def _endpoint(value: str) -> str:
-    host, _, port = value.rpartition(":")
     try:
-        ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-        if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or (ip.version == 6) != host.startswith("["):
-            raise ValueError
+        return host_port(*parse_host_port(value))
     except ValueError as error:
         raise fault(f"{value!r} is not address:port", "write it as 10.0.0.53:53 or [fd00::53]:53") from error
-    return value
 
 
 def _pattern(value: str) -> str:
@@ -175,6 +173,7 @@ Labels = Annotated[dict[Text, Text], Field(max_length=LABELS_MAX)]
 Decision = Literal["ALLOW", "DENY"]
 ExpressMode = Literal["auto", "off"]  # whether the kernel may carry HTTP by itself
 TrustDomain = Annotated[Text, AfterValidator(_trust_domain)]
+Principals = Annotated[list[Principal], Field(max_length=PRINCIPALS_MAX)]
 LeaseSeconds = Annotated[float, Field(ge=0, le=LEASE_S_MAX, allow_inf_nan=False), AfterValidator(_lease)]  # 0: no limit
 
 

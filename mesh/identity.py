@@ -85,15 +85,6 @@ class SpiffeId:
             )
         return parsed
 
-    @classmethod
-    def from_sni(cls, name: str, trust_domain: str) -> SpiffeId:
-        """The reverse of `sni`. Raises IdentityError when the name is of another trust domain or shape."""
-        account, _, rest = name.partition(".")
-        namespace, _, domain = rest.partition(".")
-        if domain != trust_domain:
-            raise IdentityError(f"server name {name[:253]!r} is not <account>.<namespace>.{trust_domain}")
-        return cls(domain, namespace, account)
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class NodeId:

@@ -29,13 +29,15 @@ from mesh.fields import (
     Pattern,
     Port,
     PortText,
-    Principal,
+    Principals,
     Text,
     TrustDomain,
     fault,
     regex,
     seconds,
 )
+from mesh.model import EGRESS_PORTS_MAX
+from mesh.ports import RESERVED_PORTS
 from mesh.resource import Model, Resource
 
 __all__ = [
@@ -56,11 +58,9 @@ ENTRIES_MAX = 256  # of any list in a resource, unless its field says otherwise
 NODE_GRANTS_MAX = 4096
 RULES_MAX = 64
 OUTBOUND_MAX = 1024
-EGRESS_PORTS_MAX = 8
 
 ADD_HEADERS_ANNOTATION = "mesh.pillion.dev/add-headers"
 ADDABLE_HEADERS = ("x-forwarded-client-cert", "x-request-id", "traceparent")
-RESERVED_PORTS = (15001, 15008, 15053)
 PILLION_V1 = "mesh.pillion.dev/v1alpha1"
 
 
@@ -248,8 +248,8 @@ class HTTPRoute(Resource):
 
 
 class SourceSpec(Model):
-    principals: Annotated[list[Principal], Field(max_length=ENTRIES_MAX)] = []
-    not_principals: Annotated[list[Principal], Field(max_length=ENTRIES_MAX)] = []
+    principals: Principals = []
+    not_principals: Principals = []
     namespaces: Annotated[list[Pattern], Field(max_length=ENTRIES_MAX)] = []
     not_namespaces: Annotated[list[Pattern], Field(max_length=ENTRIES_MAX)] = []
     ip_blocks: Annotated[list[Cidr], Field(max_length=ENTRIES_MAX)] = []
@@ -341,7 +341,7 @@ class DnsForwardSpec(Model):
     """Names that identities may ask for outside the mesh; no principals: all identities."""
 
     names: Annotated[list[Pattern], Field(min_length=1, max_length=ENTRIES_MAX)]
-    principals: Annotated[list[Principal], Field(max_length=ENTRIES_MAX)] = []
+    principals: Principals = []
 
 
 # A pattern alone is for all identities. Told apart by type, so that an error is one error

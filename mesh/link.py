@@ -72,7 +72,7 @@ class Listener(Base, frozen=True, tag="listener"):
     """One descriptor: a bound socket inside a workload's netns. kind: outbound | hbone | dns-udp | dns-tcp |
     dns-forward (UDP, of the node's netns, several: questions to Config.dns_upstreams)."""
 
-    id: str  # "<netns cookie>/<kind>/<family>"
+    id: str  # "<netns cookie>/<kind>/<address>"; of dns-forward "forward/<family>/<number>"
     kind: str
     netns: int
     address: str
@@ -263,11 +263,6 @@ Message = (
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
-
-
-def host_port(address: str, port: int) -> str:
-    """As flows and errors write it: ``10.0.0.1:80`` or ``[fd77::1]:80``."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class LinkError(ValueError):

@@ -6,6 +6,9 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 
+from mesh.express.dfa import TooLarge
+from mesh.express.regex import NotRegular, Pattern
+from mesh.identity import SpiffeId
 from mesh.model import Operation, Source
 
 REGEX_CHARS_MAX = 256
@@ -29,6 +32,12 @@ def matches_pattern(pattern: str, value: str) -> bool:
 def any_pattern(patterns: tuple[str, ...], value: str) -> bool:
     """Whether one of the patterns matches."""
     return any(matches_pattern(pattern, value) for pattern in patterns)
+
+
+def is_for(who: SpiffeId, namespace: str, principals: tuple[str, ...], root_namespace: str) -> bool:
+    """Whether what a resource of ``namespace`` gives is for this identity: one of its namespace (of the root namespace: of any),
+    and one of ``principals``, where some are named."""
+    return namespace in (who.namespace, root_namespace) and (not principals or any_pattern(principals, who.principal))
 
 
 def without_query(path: str) -> str:
@@ -66,15 +75,26 @@ def in_blocks(blocks: tuple[IpNetwork, ...], address: str) -> bool:
 
 
 def compile_regex(pattern: str) -> Callable[[str], bool]:
-    """Whether the whole of a text matches. Raises ValueError; see `check_regex` for what is refused."""
-    check_regex(pattern)
-    match = re.compile(pattern).fullmatch
-    return lambda text: len(text) <= REGEX_SUBJECT_CHARS_MAX and match(text) is not None
+    """Whether the whole of a text matches, of a path or a header's value: the time grows with its length and no faster. Raises
+    ValueError; see `check_regex` for what is refused."""
+    walk = check_regex(pattern)
+    if walk is None:
+        match = re.compile(pattern).fullmatch
+        return lambda text: len(text) <= REGEX_SUBJECT_CHARS_MAX and match(text) is not None
+
+    def test(text: str) -> bool:
+        try:
+            return len(text) <= REGEX_SUBJECT_CHARS_MAX and walk(text.encode("latin-1"))
+        except UnicodeEncodeError:  # no request has such a letter
+            return False
+
+    return test
 
 
-def check_regex(pattern: str) -> None:
-    """Raises ValueError for a pattern that is too long, broken, or could take exponential time on a hostile path:
-    a repeat within a repeat, a reference back, a look around.
+def check_regex(pattern: str) -> Pattern | None:
+    """None where `re` takes no longer than the text is long: the pattern leaves it one choice at most. Any other has to be
+    walked. Raises ValueError for a pattern that is too long, broken or can not be walked, and for what was hardly meant: a repeat
+    within a repeat, a reference back, a look around.
     """
     if len(pattern) > REGEX_CHARS_MAX:
         raise ValueError(f"regular expression of {len(pattern)} characters; at most {REGEX_CHARS_MAX}")
@@ -88,6 +108,14 @@ def check_regex(pattern: str) -> None:
         raise ValueError("a repeat within a repeat, as in (a+)+, may take exponential time")
     if _unbounded(pattern) > 4:
         raise ValueError("more than four of *, + and {n,} may take too long on a hostile path")
+    if _choices(pattern) < 2:
+        return None
+    try:
+        return Pattern(pattern)
+    except TooLarge:
+        raise ValueError("too many letters, with its repeats written out; a simpler pattern will do") from None
+    except NotRegular:
+        raise ValueError("this may take too long on a hostile path; write a simpler pattern, without \\b and the like") from None
 
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|\(\?:|.", re.DOTALL)
@@ -121,6 +149,11 @@ def _repeats_repeat(pattern: str) -> bool:
 
 def _unbounded(pattern: str) -> int:
     return sum(token in _REPEATS or (token.startswith("{") and token.endswith(",}")) for token in _TOKEN.findall(pattern))
+
+
+def _choices(pattern: str) -> int:
+    """The places where a text may be read on in several ways."""
+    return sum(token in ("|", "?") or _is_repeat(token) for token in _TOKEN.findall(pattern))
 
 
 def matches_identity(source: Source, principal: str | None, namespace: str | None) -> bool:

@@ -8,12 +8,17 @@ All types are frozen msgspec structs: JSON on the wire, validated at the edge, h
 from __future__ import annotations
 
 from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
 from typing import Literal
 
 import msgspec
 
 IDENTITY_UNKNOWN, IDENTITY_HOST, IDENTITY_WORLD = 0, 1, 2
 FIRST_USER_ID = 256  # identities, workloads and services are numbered by the controller from here, never reused
+IDENTITY_ID_MAX = (1 << 32) - 1
+ID_MAX = (1 << 29) - 1  # of workloads and services: the three bits above tell groups of backends apart, see `mesh.dataplane`
+VIP4, VIP6 = IPv4Network("240.0.0.0/4"), IPv6Network("fd50:494c::/64")  # what services' virtual addresses are taken from
+EGRESS_PORTS_MAX = 8  # of one range outside the mesh, as the kernel's entry has room for
 
 
 Express = Literal["auto", "off"]  # off: HTTP takes the proxy, always
@@ -63,7 +68,7 @@ class Service(Base, frozen=True, tag="Service"):
     id: int
     name: str
     namespace: str
-    vips: tuple[str, ...] = ()  # one of 240.0.0.0/4, one of the mesh's ULA
+    vips: tuple[str, ...] = ()  # one of `VIP4`, one of `VIP6`
     ports: tuple[ServicePort, ...] = ()
     endpoints: tuple[str, ...] = ()  # item keys of the workloads behind it, sorted
     add_headers: tuple[str, ...] = ()  # of x-forwarded-client-cert, x-request-id, traceparent

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from mesh.identity import IdentityError, SpiffeId
-from mesh.matching import any_pattern, matches_pattern
-from mesh.model import CONFIG_KEY, Config, ServiceEntry, State
+from mesh.matching import is_for, matches_pattern
+from mesh.model import CONFIG_KEY, VIP4, VIP6, Config, ServiceEntry, State
 
 # How long an address stays open after its name was answered: the record's own TTL and a little, within these
 GRANT_S_MIN = 30.0
@@ -18,7 +18,6 @@ GRANT_GRACE_S = 10.0  # from the answer to the connect() it was for
 GRANT_ADDRESSES_MAX = 16  # of one answer
 
 _SHARED = ip_network("100.64.0.0/10")
-_VIPS = (ip_network("240.0.0.0/4"), ip_network("fd50:494c::/64"))
 _NAT64 = ip_network("64:ff9b::/96")
 
 
@@ -32,7 +31,7 @@ def outside(address: str) -> bool:
             ip = inner
         elif ip in _NAT64:
             ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-    if any(ip in net for net in _VIPS if net.version == ip.version) or (ip.version == 4 and ip in _SHARED):
+    if any(ip in net for net in (VIP4, VIP6) if net.version == ip.version) or (ip.version == 4 and ip in _SHARED):
         return False
     return ip.is_global and not ip.is_multicast
 
@@ -83,14 +82,10 @@ class WaysOut:
 
     def _make(self, spiffe: str) -> Iterable[WayOut]:
         try:
-            namespace = SpiffeId.parse(spiffe).namespace
+            who = SpiffeId.parse(spiffe)
         except IdentityError:
             return
-        principal = spiffe.removeprefix("spiffe://")
         for entry in self._entries:
-            if entry.namespace not in (namespace, self._root):
-                continue
-            if entry.principals and not any_pattern(entry.principals, principal):
-                continue
-            for host in entry.hosts:
-                yield WayOut(f"{entry.namespace}/{entry.name}#{host}", host, entry.ports)
+            if is_for(who, entry.namespace, entry.principals, self._root):
+                for host in entry.hosts:
+                    yield WayOut(f"{entry.namespace}/{entry.name}#{host}", host, entry.ports)

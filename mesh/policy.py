@@ -29,6 +29,7 @@ __all__ = [
     "Request",
     "Verdict",
     "authorize",
+    "could_connect",
     "l7_fields",
     "port_needs_l7",
     "port_needs_proxy",
@@ -176,6 +177,11 @@ def _audit(view: View, verdict: Verdict, address: str, request: Request, path: s
         elif matched is not None and not verdict.allowed:
             out[f"{matched.rule} would ALLOW"] = None
     return tuple(out)
+
+
+def could_connect(policies: PolicySet, peer: Peer, workload_key: str, port: int) -> bool:
+    """Whether some request of the peer's identity to this port of a workload could be allowed."""
+    return authorize(policies, peer, workload_key, Request(port)).possible
 
 
 def l7_fields(policies: PolicySet, workload_key: str, port: int) -> L7Fields:

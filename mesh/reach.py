@@ -97,7 +97,7 @@ class Reach:
                 authorize(self._policies, Peer(spiffe, workload.identity), workload_key, Request(port)) for port in workload.ports
             ]
             known = self._known[key] = (
-                any(verdict.allowed or verdict.needs_l7 for verdict in verdicts),
+                any(verdict.possible for verdict in verdicts),
                 any(verdict.reason == "deny_rule" for verdict in verdicts),
             )
         return known

@@ -157,7 +157,7 @@ def granted(resources: Iterable[Resource], node: str, namespace: str, service_ac
 
 def _read(document: yamltree.Document, filename: str, errors: list[ResourceError]) -> Resource | None:
     def fail(path: yamltree.Path, message: str, remedy: str) -> None:
-        errors.append(ResourceError(filename, document.line_of(path), _field(path), message, remedy))
+        errors.append(ResourceError(filename, document.line_of(path), yamltree.shown(path), message, remedy))
 
     data = document.data
     if not isinstance(data, dict):
@@ -192,13 +192,6 @@ def _path(loc: tuple[int | str, ...], data: object) -> yamltree.Path:
             continue
         path.append(part)
     return tuple(path)
-
-
-def _field(path: yamltree.Path) -> str:
-    out = ""
-    for part in path:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
-    return out
 
 
 def _name(value: object) -> str:

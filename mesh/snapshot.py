@@ -126,9 +126,14 @@ def item_digest(key: str, item: Item) -> int:
     return int.from_bytes(hashlib.sha256(key.encode() + b"\0" + _canonical.encode(item)).digest(), "big")
 
 
+def summed(shares: Iterable[int]) -> int:
+    """The digest as a number, from each item's share."""
+    return sum(shares) % _MODULUS
+
+
 def digest_sum(state: Mapping[str, Item]) -> int:
     """The digest as a number, to be carried on with `advance`."""
-    return sum(item_digest(key, item) for key, item in state.items()) % _MODULUS
+    return summed(item_digest(key, item) for key, item in state.items())
 
 
 def digest_hex(value: int) -> str:
@@ -151,6 +156,12 @@ def advance(value: int, old: Mapping[str, Item], put: Mapping[str, Item], delete
             value -= item_digest(key, old[key])
         value += item_digest(key, item)
     return value % _MODULUS
+
+
+def changed(state: State, put: Mapping[str, Item], delete: Iterable[str]) -> State:
+    """A new State, after ``put`` and ``delete``."""
+    gone = set(delete)
+    return {**{key: item for key, item in state.items() if key not in gone}, **put}
 
 
 def make_snapshot(state: State, revision: int) -> Snapshot:
@@ -225,9 +236,7 @@ class Versioned:
         value = advance(self.sum, self.state, delta.put, delta.delete)
         if digest_hex(value) != delta.digest:
             raise SnapshotError(f"delta {delta.revision} leads to another digest than it promises")
-        gone = set(delta.delete)
-        state = {key: item for key, item in self.state.items() if key not in gone}
-        state.update(delta.put)
+        state = changed(self.state, delta.put, delta.delete)
         if len(state) > ITEMS_MAX:
             raise SnapshotError(f"delta {delta.revision} makes {len(state)} items; at most {ITEMS_MAX}")
         return Versioned(delta.revision, state, value)

@@ -49,6 +49,11 @@ class Verdict:
     def allowed(self) -> bool:
         return self.action is Action.ALLOW
 
+    @property
+    def possible(self) -> bool:
+        """Allowed, or it might be if more were known."""
+        return self.action is Action.ALLOW or self.needs_l7
+
 
 @dataclass(frozen=True, slots=True)
 class L7Fields:

@@ -37,6 +37,11 @@ class YamlError(ValueError):
         self.remedy = remedy
 
 
+def shown(path: Path) -> str:
+    """As errors name a field: ``spec.ports[0].port``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
 @dataclass(slots=True)
 class Document:
     """One document's data, and the line of each path in it (keys and list indexes from the root)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from mesh import logs
 from mesh.identity import IdentityError, check_label
 from mesh.notify import Notify
 from nodeagent.agent import Agent
@@ -23,6 +23,7 @@ from nodeagent.api import serve
 from nodeagent.datapath_api import DatapathApi
 from nodeagent.fd_store import FdStore
 from nodeagent.files import private_directory
+from nodeagent.join import Misplaced
 from nodeagent.notify import follow
 from nodeagent.options import Options
 
@@ -117,20 +118,11 @@ async def _run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 after SIGTERM, 2 for a wrong command line, 1 when the agent could not go on."""
     arguments = parser().parse_args(argv)
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    logs.configure(sys.stderr)
     os.umask(0o077)
     try:
         asyncio.run(_run(arguments))
-    except OSError as error:
+    except (OSError, Misplaced) as error:
         structlog.get_logger().error("agent_failed", error=str(error))
         return 1
     return 0

@@ -23,7 +23,7 @@ from nodeagent.express import Express
 from nodeagent.files import many_descriptors
 from nodeagent.flows import FlowRing
 from nodeagent.grant_desk import GrantDesk
-from nodeagent.kernel_work import KernelWork, Result, frames
+from nodeagent.kernel_work import KernelWork, Result
 from nodeagent.lease import Lease
 from nodeagent.local_workloads import LocalWorkloads
 from nodeagent.membership import Membership
@@ -258,7 +258,7 @@ class Agent:
             log.error("kernel_refused", revision=order.revision, error=str(error), exc_info=not expected)
             self.post(ev.KernelFailed(order.token, str(error) or type(error).__name__))
             return
-        self.fleet.listeners, self.fleet.netns = frames(result.listeners), result.families
+        self.fleet.listeners, self.fleet.netns = result.listeners, result.families
         self.fleet.forward = result.forward
         ms, many = round((time.monotonic() - started) * 1e3, 1), len(order.enrolled)
         log.info("applied", revision=order.revision, generation=order.generation, workloads=many, errors=result.errors, ms=ms)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from nodeagent.agent import Agent
 from nodeagent.exposition import merge
 from nodeagent.flows import RING_FLOWS_MAX, TooManyFollowers
 from nodeagent.optional import INSTEAD, report
-from nodeagent.reconcile import Reconciler
 from nodeagent.top import top
 from nodeagent.workloads import WorkloadsError, check
 
@@ -33,7 +31,6 @@ CONNECTIONS_MAX = 128
 ENFORCED_S = 15.0  # how long a POST waits
 FLOWS_DEFAULT = 100
 PROTOCOL_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def _json(value: object, status: int = 200) -> web.Response:
@@ -213,7 +210,7 @@ class LocalApi:
             await agent.add_workload(spec)
         except TimeoutError:
             return _problem(408, "body_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s")
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             return _problem(400, "bad_request", f"body: {error}")
         except WorkloadsError as error:
             return _problem(400, "bad_request", str(error))
@@ -254,10 +251,6 @@ class LocalApi:
 
     async def rotate(self, _: web.Request) -> web.Response:
         return _json({"rotating": self._agent.svids.rotate(), "at": time.time()})
-
-
-def _lagging(core: Reconciler) -> list[tuple[str, str]]:
-    return sorted(core.workers.lagging.items())
 
 
 def _detail(agent: Agent) -> str:

@@ -28,7 +28,7 @@ class Blame:
             return ""
         asked = Request(self._target(workload, address, port, protocol))
         verdict = authorize(self._policies, Peer(self._spiffes.get(identity), identity), key, asked)
-        return "" if verdict.allowed or verdict.needs_l7 else verdict.rule
+        return "" if verdict.possible else verdict.rule
 
     def _target(self, workload: int, address: str, port: int, protocol: str) -> int:
         """The workload's own port behind what was asked; that itself if it was no service's."""

@@ -91,7 +91,6 @@ class ControllerClient:
         self._socket: aiohttp.ClientWebSocketResponse | None = None
         self.heard_at = 0.0  # `lease.boot_s`; 0: never
         self.last_error = ""
-        self.reconnects = 0
 
     @property
     def connected(self) -> bool:
@@ -196,7 +195,6 @@ class ControllerClient:
             if self.last_error != error:
                 log.warning("controller_lost", error=error)
             self.last_error = error
-            self.reconnects += 1
             if was_up and time.monotonic() - opened > STEADY_S:
                 pause = BACKOFF_FIRST_S
             if again:

@@ -13,6 +13,7 @@ from ipaddress import ip_network
 from typing import NamedTuple
 
 from mesh.dataplane import NODE_NETNS, DestKind, KernelVerdict, NodePlan, PolicyKey
+from mesh.model import EGRESS_PORTS_MAX
 from nodeagent.datapath_api import MapFull, Member, Role
 from nodeagent.layouts import Layouts, address
 
@@ -23,7 +24,7 @@ PLANNED = ("dests", "backends", "policy", "egress", "dials")  # the maps a plan 
 PROTOCOLS = {"tcp": 6, "udp": 17}
 FORMER_AGENTS_MAX = 1024  # in members, of its 16384; past FORMER_AGENTS_KEPT those without a socket are forgotten
 FORMER_AGENTS_KEPT = 64
-_EGRESS_PORTS = struct.Struct("=8H")
+_EGRESS_PORTS = struct.Struct(f"={EGRESS_PORTS_MAX}H")
 
 
 class MapOp(NamedTuple):
@@ -104,7 +105,7 @@ class Codec:
         for cidr, egress in plan.egress.items():
             network = ip_network(cidr)
             length = network.prefixlen + (96 if network.version == 4 else 0)
-            ports = egress.ports + (0,) * (8 - len(egress.ports))
+            ports = egress.ports + (0,) * (EGRESS_PORTS_MAX - len(egress.ports))
             yield (
                 key_of.pack(prefixlen=length, addr=address(str(network.network_address))),
                 value_of.pack(allow=int(egress.allow), nports=len(egress.ports), ports=_EGRESS_PORTS.pack(*ports)),

@@ -11,12 +11,12 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from mesh.dataplane import NodePlan
-from mesh.link import Flow, Grant
+from mesh.link import Flow, Grant, Listener
 
 if TYPE_CHECKING:
     from nodeagent.express_path import ExpressPath
@@ -57,15 +57,11 @@ class Member(msgspec.Struct, frozen=True):
     express: bool = True
 
 
-class OpenListener(msgspec.Struct, frozen=True):
-    """A bound, listening (TCP) socket inside a netns. The data path keeps a descriptor of its own; `fd` is the
-    data path's: send it (SCM_RIGHTS duplicates it), never close it. Fields as in mesh.link.Listener."""
+class OpenListener(NamedTuple):
+    """A bound, listening (TCP) socket inside a netns, and what workers are told of it. `fd` is the data path's: send it
+    (SCM_RIGHTS duplicates it), never close it."""
 
-    id: str  # "<netns cookie>/<kind>/<address>"
-    kind: str  # outbound | hbone | dns-udp | dns-tcp
-    netns: int
-    address: str
-    port: int
+    frame: Listener
     fd: int
 
 
@@ -93,7 +89,7 @@ class DatapathApi(Protocol):
         """Remember a netns (None: the agent's own) and return its cookie. Again: the same cookie. Raises OSError."""
 
     def forget(self, netns: int) -> None:
-        """Close listeners, stock and handles of this netns cookie, so that it can be deleted. Unknown: nothing."""
+        """Close listeners and handles of this netns cookie, so that it can be deleted. Unknown: nothing."""
 
     def set_members(self, members: Iterable[Member]) -> None:
         """Make exactly these cgroups members (agent, proxy, every workload). Cgroups no longer listed become unknown:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.dataplane import NodePlan
-from mesh.link import Flow, Grant
+from mesh.link import Flow, Grant, Listener
 from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener
 from nodeagent.express_path import ExpressPath
 
@@ -34,7 +34,6 @@ class FakeDatapath:
         self.granted: list[Grant] = []
         self.grant_refused = ""
         self.repairs = 0
-        self.unguarded: tuple[str, ...] = ()
         self.lacking: dict[str, str] = {}
         self._netns: dict[Path | None, int] = {}
         self._open: dict[str, tuple[OpenListener, socket.socket]] = {}
@@ -54,7 +53,7 @@ class FakeDatapath:
             if cookie == netns:
                 del self._netns[path]
         for key, (listener, sock) in list(self._open.items()):
-            if listener.netns == netns:
+            if listener.frame.netns == netns:
                 sock.close()
                 del self._open[key]
 
@@ -107,7 +106,7 @@ class FakeDatapath:
         self.guarded[veth] = (tuple(addresses), permissive)
 
     def set_unguarded(self, addresses: Sequence[str]) -> None:
-        self.unguarded = tuple(addresses)
+        pass
 
     def unguard_veth(self, veth: str) -> None:
         self.guarded.pop(veth, None)
@@ -123,7 +122,7 @@ class FakeDatapath:
             )
             for address in where
         }
-        for key in [k for k, (listener, _) in self._open.items() if listener.netns == netns and k not in wanted]:
+        for key in [k for k, (listener, _) in self._open.items() if listener.frame.netns == netns and k not in wanted]:
             self._open.pop(key)[1].close()
         for key, (kind, address) in wanted.items():
             if key not in self._open:
@@ -132,7 +131,8 @@ class FakeDatapath:
                 sock.bind(("127.0.0.1", 0))
                 if sock.type == socket.SOCK_STREAM:
                     sock.listen(16)
-                self._open[key] = (OpenListener(key, kind, netns, address, sock.getsockname()[1], sock.fileno()), sock)
+                frame = Listener(key, kind, netns, address, sock.getsockname()[1])
+                self._open[key] = (OpenListener(frame, sock.fileno()), sock)
         return [self._open[key][0] for key in wanted]
 
     def make_stock(self, netns: int, family: int, count: int) -> list[int]:

@@ -3,35 +3,32 @@ contents and order come from `datapath`, verdicts from the plan. Pinned maps out
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyroute2.netlink.exceptions import NetlinkError
-
 from mesh.dataplane import NodePlan
 from mesh.link import Flow, Grant
-from nodeagent import cgroups, counters, optional, tc
+from nodeagent import cgroups, counters, optional
 from nodeagent import netns as spaces  # the API's parameters are called netns
 from nodeagent.datapath import FORMER_AGENTS_KEPT, PLANNED, Codec, Contents, digest, former_agents
 from nodeagent.datapath_api import DatapathError, DeniedBy, EnrolReport, MapFull, Member, OpenListener, Role
 from nodeagent.denied import denied, owners
-from nodeagent.enrol import PROTOCOLS, enrol
+from nodeagent.enrol import enrol
 from nodeagent.express_path import ExpressPath
-from nodeagent.grants import Grants, asker, leads_to, own_addresses
+from nodeagent.grants import Grants, Reach, asker, leads_to, own_addresses
 from nodeagent.layouts import Layouts, address
 from nodeagent.loading import run_loader, unload
 from nodeagent.map_set import MapSet
 from nodeagent.places import Place, Places
+from nodeagent.pods import Pods
 from nodeagent.ring import FlowReader, Names
-from nodeagent.sockdiag import ANY_STATE, OPEN_STATES, destroy_where
+from nodeagent.sockdiag import ANY_STATE, BOTH, OPEN_STATES, destroy_where
 
-VETHS_RETRY_S = 60.0  # a try compiles
-WHY_CHARS_MAX = 400
 LEVELS_BELOW = 4  # how deep below the attached cgroup a member may lie
 _KEY0, _ONE, _U64 = struct.pack("=I", 0), struct.pack("=I", 1), struct.Struct("=Q")
 
@@ -56,10 +53,8 @@ class Datapath:
         self._names = Names()
         self._reader: FlowReader | None = None
         self._grants = Grants()
-        self._veths: tc.VethGuard | None = None
-        self._veths_tried = 0.0
-        self._off: dict[str, str] = {}
-        self._guarded: dict[str, tuple[tuple[str, ...], bool]] = {}  # by veth: addresses, permissive
+        self._pods = Pods(bpf_dir, run_dir, self._places.whose)
+        self._ending_off = ""  # why connections can not be ended here
         self._cpus = counters.possible_cpus()
         self._own = {"map_ops": 0, "repaired": 0, "map_full": 0, "apply_failed": 0, "connections_ended": 0, "flows_lost": 0}
 
@@ -74,24 +69,13 @@ class Datapath:
         status = run_loader(self.cgroup, self.bpf_dir, self.run_dir / "layouts.json")
         self.open()
         with self._lock:
-            self._load_veths()
-            self._off = {**self._off, **({optional.ENDING: why} if (why := optional.ending()) else {})}
-            return {**status, **({} if self._veths is None else {"veth": True})}
-
-    def _load_veths(self) -> None:
-        """The filter of pods; without it there are none here, until a later try."""
-        if self._veths is not None:
-            self._veths.close()
-        self._veths, self._veths_tried = None, time.monotonic()
-        try:
-            self._veths = tc.VethGuard(self.bpf_dir, self.run_dir)
-            self._veths.sweep()
-            self._off = {part: why for part, why in self._off.items() if part != optional.PODS}
-        except (DatapathError, NetlinkError, OSError) as error:
-            self._off = {**self._off, optional.PODS: str(error)[-WHY_CHARS_MAX:] or type(error).__name__}
+            self._pods.load(self._layouts.enums["PL_MEMBER_PERMISSIVE"])
+            self._ending_off = optional.ending()
+            return {**status, **({"veth": True} if self._pods.on else {})}
 
     def off(self) -> dict[str, str]:
-        return self._off  # never changed, only replaced
+        parts = {optional.PODS: self._pods.why, optional.ENDING: self._ending_off}
+        return {part: why for part, why in parts.items() if why}
 
     def open(self) -> None:
         """Use what is pinned already. Raises DatapathError, SchemaMismatch."""
@@ -130,9 +114,7 @@ class Datapath:
             if self._reader is not None:
                 self._reader.close()
             self._places.close()
-            if self._veths is not None:
-                self._veths.close()
-                self._veths = None
+            self._pods.close()
             self._maps.close()
 
     # ---- network namespaces and sockets
@@ -154,16 +136,19 @@ class Datapath:
     def open_listeners(self, netns: int, addresses: Sequence[str], hbone: bool = True) -> list[OpenListener]:
         with self._lock:
             opened = self._places.open_listeners(netns, addresses, hbone)
-            for veth, (guarded, _) in self._guarded.items():
-                if set(guarded) <= set(addresses):
-                    self._guard(veth)
+            self._pods.opened(addresses)
             self._maps.put("listeners", {_U64.pack(netns): _ONE})
             if self._plan is not None:
                 self._settle({"sources": self._sources(self._plan)})
             return opened
 
     def make_stock(self, netns: int, family: int, count: int) -> list[int]:
-        return self._place(netns).run(lambda: spaces.client_sockets(family, count))
+        with self._lock:
+            held = os.dup(self._places[netns].fd)  # the netns may be let go meanwhile, and the number be another's
+        try:
+            return spaces.run_in(held, lambda: spaces.client_sockets(family, count))
+        finally:
+            os.close(held)
 
     def enrol(self, netns: int, cgroup: Path | None = None) -> EnrolReport:
         with self._lock:
@@ -176,28 +161,15 @@ class Datapath:
 
     def guard_veth(self, veth: str, addresses: Sequence[str], permissive: bool = False) -> None:
         with self._lock:
-            self._guarded[veth] = (tuple(addresses), permissive)
-            self._guard(veth)
-
-    def _guard(self, veth: str) -> None:
-        addresses, permissive = self._guarded[veth]
-        if self._veths is None:
-            raise DatapathError(self._off.get(optional.PODS) or "the programs are not loaded")
-        flags = self._layouts.enums["PL_MEMBER_PERMISSIVE"] if permissive else 0
-        self._veths.guard(veth, addresses, self._places.whose(addresses), flags)
+            self._pods.guard(veth, addresses, permissive)
 
     def set_unguarded(self, addresses: Sequence[str]) -> None:
         with self._lock:
-            if self._veths is not None:
-                self._veths.set_unguarded(addresses)
-            elif optional.PODS not in self._off:  # else there is no filter to let anything through
-                raise DatapathError("the programs are not loaded")
+            self._pods.set_unguarded(addresses)
 
     def unguard_veth(self, veth: str) -> None:
         with self._lock:
-            self._guarded.pop(veth, None)
-            if self._veths is not None:
-                self._veths.unguard(veth)
+            self._pods.unguard(veth)
 
     # ---- express
 
@@ -286,8 +258,6 @@ class Datapath:
 
     def repair(self) -> int:
         with self._lock:
-            if optional.PODS in self._off and time.monotonic() - self._veths_tried > VETHS_RETRY_S:
-                self._load_veths()
             self._maps.observe()
             wanted = dict(self._desired)
             if self._plan is not None:
@@ -297,15 +267,18 @@ class Datapath:
             ops = self._maps.difference(wanted)
             self._maps.execute(ops)
             found = len(ops)
-            self._grants.sweep(lambda netns: leads_to(self._places[netns].diag.dump(OPEN_STATES, PROTOCOLS)))
+            self._grants.sweep(self._reached_from)
             if self._maps["config"].get(_KEY0) != self._layouts["pl_config"].pack(**self._config):
                 self._write_config()
                 found += 1
-            for veth in self._veths.bare(self._guarded) if self._veths is not None else ():
-                self._guard(veth)
-                found += 1
+            found += self._pods.mend()
             self._own["repaired"] += found
             return found
+
+    def _reached_from(self, netns: int) -> frozenset[Reach]:
+        """Where connections of a netns lead; nowhere, once it is let go."""
+        place = self._places.get(netns)
+        return leads_to(place.diag.dump(OPEN_STATES, BOTH)) if place is not None else frozenset()
 
     def _sources(self, plan: NodePlan) -> dict[bytes, bytes]:
         """What a server shall see of a workload whose socket has a loopback address: the workload's own."""
@@ -341,7 +314,7 @@ class Datapath:
 
     def end_denied(self, plan: NodePlan) -> int:
         with self._lock:
-            if optional.ENDING in self._off:
+            if self._ending_off:
                 return 0
             conns = self._maps["conns"]
             lineages = cgroups.lineages(self.cgroup)
@@ -368,7 +341,7 @@ class Datapath:
         """Those of whom no socket is left, once there are many."""
         if len(self._agents) <= FORMER_AGENTS_KEPT:
             return
-        used = {sock.cgroup for place in self._places for sock in place.diag.dump(ANY_STATE, PROTOCOLS)}
+        used = {sock.cgroup for place in self._places for sock in place.diag.dump(ANY_STATE, BOTH)}
         kept = (*self._agents[-FORMER_AGENTS_KEPT // 2 :], cgroups.own_cgroup(), cgroups.cgroup_id(cgroups.agent_path()))
         gone = [each for each in self._agents if each not in used and each not in kept]
         self._agents = tuple(each for each in self._agents if each not in gone)

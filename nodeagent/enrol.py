@@ -6,16 +6,14 @@ older is reported (what it accepts, the ingress hook judges)."""
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from nodeagent import cgroups
 from nodeagent.datapath_api import EnrolReport
-from nodeagent.sockdiag import ANY_STATE, Sock, SockDiag, State
+from nodeagent.sockdiag import ANY_STATE, BOTH, TCP, UDP, Sock, SockDiag, State
 
-PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 ROUNDS = 3  # a foreign process may open another while we look; past this the netns is not ours
 
 
@@ -44,7 +42,7 @@ def foreign(sock: Sock, seen_ids: frozenset[int], cgroup_ids: frozenset[int]) ->
     if sock.cgroup not in cgroup_ids:
         return True
     # The kernel lists no storage of UDP sockets; the egress hook asks for a record with each of their datagrams
-    return sock.protocol == socket.IPPROTO_TCP and seen_ids.isdisjoint(sock.storage)
+    return sock.protocol == TCP and seen_ids.isdisjoint(sock.storage)
 
 
 def plan(
@@ -56,7 +54,7 @@ def plan(
     for sock in socks:
         if (held is not None and sock.inode not in held) or not foreign(sock, seen_ids, cgroup_ids):
             continue
-        waits = sock.state == State.LISTEN or (sock.protocol == socket.IPPROTO_UDP and not sock.remote_port)
+        waits = sock.state == State.LISTEN or (sock.protocol == UDP and not sock.remote_port)
         (listeners if waits and sock.cgroup in cgroup_ids else destroy).append(sock)
     return destroy, listeners
 
@@ -70,7 +68,7 @@ def enrol(diag: SockDiag, seen_by: Mapping[int, int], ids: frozenset[int], held_
     rest: list[Sock] = []
     for _ in range(ROUNDS):
         held = inodes_of(cgroups.pids(held_by)) if held_by is not None else None
-        rest, old = plan(diag.dump(ANY_STATE, PROTOCOLS, tuple(seen_by.values())), frozenset(seen_by), ids, held)
+        rest, old = plan(diag.dump(ANY_STATE, BOTH, tuple(seen_by.values())), frozenset(seen_by), ids, held)
         listeners |= dict.fromkeys(str(sock) for sock in old)
         if not rest:
             break

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from nodeagent.files import write_atomically
+from nodeagent.files import Damaged, read_json, write_atomically
 
 log = structlog.get_logger()
 
@@ -22,9 +22,6 @@ class Owner(msgspec.Struct, frozen=True):
     pid: int
     started: int
     pairs: int
-
-
-_decoder = msgspec.json.Decoder(list[Owner])
 
 
 class Ledger:
@@ -49,8 +46,8 @@ class Ledger:
         """Of so many pairs that a former agent left in the kernel: how many were of workers that are no more, and whether
         some other lives that had any."""
         try:
-            owners = _decoder.decode(self._path.read_bytes())
-        except (OSError, msgspec.MsgspecError):  # there was none, or of another version
+            owners = read_json(self._path, list[Owner])
+        except (FileNotFoundError, Damaged):
             return 0, True
         living = [owner for owner in owners if owner.pairs and started(owner.pid) == owner.started]
         gone = sum(owner.pairs for owner in owners) - sum(owner.pairs for owner in living)

@@ -3,11 +3,11 @@ them to the sockhashes, write the layouts, exit. Uses the node's own maps by the
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
 from nodeagent import btf
+from nodeagent.libbpf import libbpf
 from nodeagent.loader import attach, child, source
 from nodeagent.loader.layouts import nested
 from nodeagent.loader.run import types_of
@@ -28,12 +28,14 @@ ATTACHED = (
 ROWS = {"xrows": 512, "xacts": 4}  # bytes of a state
 DESCRIBED = ("xrecords", "xends", "xprograms", "xverdicts", "xstats", "shapes")
 
-_libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-
 
 def flags() -> list[str]:
     """What the C text takes from the running kernel. Raises btf.NoTypes."""
-    found = {**btf.offsets(), "WOKEN_WAKE": btf.symbol("woken_wake_function")}
+    found = {
+        **btf.offsets(),
+        "WOKEN_WAKE": btf.symbol("woken_wake_function"),
+        "SOCK_ZEROCOPY": btf.number("sock_flags", "SOCK_ZEROCOPY"),
+    }
     return [f"-D{name}={value:#x}" for name, value in found.items()]
 
 
@@ -77,7 +79,7 @@ def load(bpf_dir: Path, folder: Path, layouts: Path) -> None:
 
         for name, program, kind in ATTACHED:
             table = lib.bpf_table_fd(module.module, name.encode())
-            attach.check(_libbpf.bpf_prog_attach(fds[program], table, kind, 0), f"attach {program} to {name}")
+            attach.check(libbpf.bpf_prog_attach(fds[program], table, kind, 0), f"attach {program} to {name}")
         (bpf_dir / "express").mkdir(mode=0o700, exist_ok=True)
         for name, fd in fds.items():
             attach.pin(fd, bpf_dir / "express" / name)

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, cast
 
 from nodeagent.datapath_api import DatapathError
 from nodeagent.layouts import Layouts, address
-from nodeagent.maps import _check
+from nodeagent.libbpf import libbpf
+from nodeagent.maps import check
+from nodeagent.netns import enter
 
 OK = "ok"
 # How long after an enrolment to look again: doubling from, to. The first is far more than a thread needs from choosing TCP's
@@ -28,9 +30,6 @@ SETTLE_FIRST_S, SETTLE_BUSY_S, SETTLE_LAST_S = 0.001, 0.016, 10.0
 SETTLE_YOUNG = 64  # looks
 RESULTS = "PL_XQ_"
 _AF_INET, _AF_INET6 = 2, 10
-_CLONE_NEWNET = 0x40000000
-_libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Enrolment(NamedTuple):
@@ -86,7 +85,7 @@ class Operations:
     """``program``: the pin of express_control."""
 
     def __init__(self, program: Path, layouts: Layouts) -> None:
-        self._fd = _check(_libbpf.bpf_obj_get(os.fsencode(program)), f"program {program}")
+        self._fd = check(libbpf.bpf_obj_get(os.fsencode(program)), f"program {program}")
         self._layout, self._enums = layouts["pl_xop"], layouts.enums
         self._names = {code: name.removeprefix(RESULTS).lower() for name, code in self._enums.items() if name.startswith(RESULTS)}
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()  # SimpleQueue can miss a deadline
@@ -154,9 +153,7 @@ class Operations:
         place = os.fstat(netns_fd).st_ino
         if place == self._here:
             return
-        if _libc.setns(netns_fd, _CLONE_NEWNET):
-            code = ctypes.get_errno()
-            raise OSError(code, f"setns: {os.strerror(code)}")
+        enter(netns_fd)
         self._here = place
 
     def _enrol(self, netns_fd: int, enrolment: Enrolment, future: Future[tuple[str, int]]) -> None:
@@ -218,7 +215,7 @@ class Operations:
         place = ctypes.cast(packet, ctypes.c_void_p)
         opts = _Opts(sz=ctypes.sizeof(_Opts), data_in=place, data_out=place, repeat=1)
         opts.data_size_in = opts.data_size_out = self._layout.size
-        failure = _libbpf.bpf_prog_test_run_opts(self._fd, ctypes.byref(opts))
+        failure = libbpf.bpf_prog_test_run_opts(self._fd, ctypes.byref(opts))
         if failure:
             raise DatapathError(f"express operation {fields['kind']!r}: {os.strerror(-failure)}")
         name = self._names.get(opts.retval, f"code {opts.retval}")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
+from msgspec import structs
 
 from mesh.link import Pair as Ask
 from mesh.link import Paired, PairEnd, Takeover
 from nodeagent.datapath_api import DatapathError, MapFull
-from nodeagent.express_path import OK, Enrolment, ends
+from nodeagent.express_path import OK, Enrolment, duplicate, ends
 from nodeagent.express_programs import Key, Program, Programs, View
 from nodeagent.layouts import text_address
 
@@ -110,7 +111,9 @@ class Pairs:
             return Paired(ask.session, False, reason=refusal.reason, lasting=refusal.lasting)
         self.all[worker, ask.session] = found
         self._count("paired")
-        return Paired(ask.session, True, found.slots, _missing(found))
+        slots = found.slots
+        _let_go(found)
+        return Paired(ask.session, True, slots, _missing(found))
 
     def unpair(self, worker: str, session: int) -> None:
         found = self.all.pop((worker, session), None)
@@ -125,7 +128,7 @@ class Pairs:
         view = programs.view
         if view is None:
             raise Refused("no_state")
-        with socket.socket(fileno=os.dup(accepted)) as sock:
+        with duplicate(accepted) as sock:
             origin = self._sockets.origin(sock)
         if origin is None:
             raise Refused("not_captured")
@@ -258,11 +261,20 @@ class Pairs:
         self._kernel.forget_record(pair.record)
         for fd in pair.fds:
             try:
-                with socket.socket(fileno=os.dup(fd)) as sock:
+                with duplicate(fd) as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             except OSError:
                 pass  # gone already
         _close(pair.fds)
+
+
+def _let_go(pair: Pair) -> None:
+    """Of the ends that were not taken: they are the worker's alone, which uses them for others."""
+    taken = [place for place, slot in enumerate(pair.slots) if slot >= 0]
+    _close([fd for place, fd in enumerate(pair.fds[1:]) if place not in taken])
+    pair.fds = [pair.fds[0], *(pair.fds[1 + place] for place in taken)]
+    pair.ask = structs.replace(pair.ask, endpoints=tuple(pair.ask.endpoints[place] for place in taken))
+    pair.slots = tuple(pair.slots[place] for place in taken)
 
 
 def _missing(pair: Pair) -> tuple[PairEnd, ...]:

@@ -19,10 +19,11 @@ from nodeagent import counters, express_count, express_probes
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_ops import OK, Enrolment, Operations
 from nodeagent.layouts import Layout, Layouts
+from nodeagent.libbpf import libc
 from nodeagent.loading import SOURCES, run_child
 from nodeagent.maps import close_all, open_all
 
-__all__ = ["OK", "Enrolment", "ExpressPath", "Stat", "Verdict", "bucket_floor_ns", "ends"]
+__all__ = ["OK", "Enrolment", "ExpressPath", "Stat", "Verdict", "bucket_floor_ns", "duplicate", "ends"]
 
 MAPS = ("xrecords", "xprograms", "xbuckets", "xloads", "xrows", "xacts", "xverdicts", "xstats", "xcounters")
 ROW_FIRST = 2  # states 0 and 1 of each block have no row
@@ -32,8 +33,6 @@ SAMPLE = SAMPLE_ALL // 100
 GROUPS_MAX = 4
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 _MEMBARRIER, _MEMBARRIER_GLOBAL = 324, 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class TableLike(Protocol):
@@ -97,7 +96,8 @@ class ExpressPath:
         close_all(self._maps)
 
     def _start_afresh(self) -> None:
-        """A former agent's programs and verdicts are void: its tables are ours to overwrite. Its records stay."""
+        """A former agent's programs and verdicts are void: its tables are ours to overwrite, its numbers ours to give again,
+        so what it counted under them is nobody's. Its records stay."""
         layout = self._layouts["pl_xprogram"]
         for index in range(self._maps["xprograms"].entries_max):
             key = _U32.pack(index)
@@ -106,6 +106,8 @@ class ExpressPath:
         for key in list(self._maps["xverdicts"]):
             self._maps["xverdicts"].delete(key)
         _grace()
+        for key in list(self._maps["xstats"]):
+            self._maps["xstats"].delete(key)
 
     # ---- tables
 
@@ -342,10 +344,23 @@ def bucket_floor_ns(index: int) -> int:
     return (8 + part) << (power - 3) << 7
 
 
+def duplicate(fd: int) -> socket.socket:
+    """Of a descriptor that a worker gave. Raises OSError for what is no socket of IP."""
+    copy = os.dup(fd)
+    try:
+        sock = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        sock.close()
+        raise OSError("not a socket of IP")
+    return sock
+
+
 def ends(fd: int) -> tuple[tuple[str, int], tuple[str, int]]:
     """(local, remote) of a proxy's TCP socket, IPv4 in its short form."""
-    sock = socket.socket(fileno=os.dup(fd))
-    with sock:
+    with duplicate(fd) as sock:
         local, remote = (_plain(place) for place in (sock.getsockname(), sock.getpeername()))
     return local, remote
 
@@ -356,5 +371,5 @@ def _plain(place: tuple[Any, ...]) -> tuple[str, int]:
 
 def _grace() -> None:
     """Every program that runs now has returned. membarrier's global form waits for just that."""
-    if _libc.syscall(_MEMBARRIER, _MEMBARRIER_GLOBAL, 0, 0):
+    if libc.syscall(_MEMBARRIER, _MEMBARRIER_GLOBAL, 0, 0):
         raise DatapathError(f"membarrier: {os.strerror(ctypes.get_errno())}")

@@ -18,18 +18,18 @@ from pathlib import Path
 
 from nodeagent.datapath_api import DatapathError
 from nodeagent.layouts import Layout
+from nodeagent.libbpf import libc
 from nodeagent.maps import BpfMap, close_all, open_all
+from nodeagent.netns import CLONE_NEWNET
 
 MAPS = ("xends", "xprobes", "xprobereads")
 WAIT_S = 1.0  # far more than a byte on loopback needs
 CLIENT, SERVER = 1, 2  # keys
-_CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _TCP_REPAIR, _TCP_REPAIR_QUEUE, _TCP_QUEUE_SEQ, _TCP_REPAIR_WINDOW = 19, 20, 21, 29  # linux/tcp.h
 _SEGMENT_BYTES = 32_767  # the most that may be asked for
 _RECEIVE, _SEND, _REPAIR_OFF_UNHEARD = 1, 2, -1
 _U64, _U32, _INT = struct.Struct("=Q"), struct.Struct("=I"), struct.Struct("=i")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):
@@ -256,7 +256,7 @@ def alone(work: Callable[[], object]) -> None:
 
     def body() -> None:
         try:
-            if _libc.unshare(_CLONE_NEWNET):
+            if libc.unshare(CLONE_NEWNET):
                 raise DatapathError(f"a network namespace for the probes: {os.strerror(ctypes.get_errno())}")
             _up("lo")
             work()

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from mesh.metrics import BOUNDS_S, identity_label
+from mesh.metrics import BOUNDS_S, cumulated, identity_label
 from nodeagent.express_path import Stat, bucket_floor_ns
 from nodeagent.express_programs import Program
 
@@ -92,11 +92,7 @@ def metrics_text(
     for (source, destination, status), count in codes.items():
         requests.add_metric([source, destination, str(status), PATH_KIND], count)
     for (source, destination), (row, total, up, down) in sums.items():
-        running, cumulated = 0, []
-        for bound, count in zip((*BOUNDS_S, float("inf")), row, strict=True):
-            running += count
-            cumulated.append(("+Inf" if bound == float("inf") else repr(bound), running))
-        seconds.add_metric([source, destination], buckets=cumulated, sum_value=total)
+        seconds.add_metric([source, destination], buckets=cumulated(row), sum_value=total)
         moved.add_metric([source, destination, "in"], up)
         moved.add_metric([source, destination, "out"], down)
     events = CounterMetricFamily("pillion_express", "Requests carried, and why others went to user space", labels=["event"])

@@ -9,6 +9,8 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 
+from nodeagent.datapath_api import OpenListener
+
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 NAME_CHARS_MAX = 255
 
@@ -30,8 +32,8 @@ class FdStore:
                 os.set_inheritable(fd, False)
                 self._kept[name] = os.fstat(fd).st_ino
 
-    def keep(self, listeners: Mapping[str, tuple[object, int]], *, settled: bool) -> None:
-        """``listeners``: id -> (…, descriptor), another mapping whenever they are others. ``settled``: these are all, so what
+    def keep(self, listeners: Mapping[str, OpenListener], *, settled: bool) -> None:
+        """``listeners``: by id, another mapping whenever they are others. ``settled``: these are all, so what
         was inherited and is not among them goes."""
         if not self._address or (listeners is self._seen and not (settled and self._inherited)):
             return

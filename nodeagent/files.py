@@ -1,4 +1,5 @@
-"""Small files that must never be half written: temporary name, fsync, rename, fsync of the directory."""
+"""Small files that must never be half written: temporary name, fsync, rename, fsync of the directory. And what to make of one
+that was damaged all the same."""
 
 from __future__ import annotations
 
@@ -6,6 +7,11 @@ import itertools
 import os
 import resource
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 DESCRIPTORS_MAX = 1 << 20
 
@@ -34,6 +40,20 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+class Damaged(ValueError):
+    """The file can not be read, or is none of this version's."""
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """What a file of ours says. Raises FileNotFoundError, Damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        raise
+    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise Damaged(f"{path}: {error}") from error
 
 
 def private_directory(path: Path) -> Path:

@@ -17,7 +17,7 @@ from nodeagent.datapath_api import DatapathError
 from nodeagent.denied import owners
 from nodeagent.layouts import Layouts, address, text_address
 from nodeagent.maps import BpfMap
-from nodeagent.sockdiag import ANY_STATE, Sock, SockDiag
+from nodeagent.sockdiag import ANY_STATE, BOTH, Sock, SockDiag
 
 WORKLOAD_GRANTS_MAX = 1024  # (address, port) open to one workload at once
 OWN_ADDRESSES_S = 5.0  # how long the node's addresses are remembered
@@ -56,7 +56,7 @@ def asker(
     if len(here) <= 1:
         return next(iter(here), None)
     wanted, owner = (PROTOCOLS.get(grant.transport), grant.client[1]), owners(plan, lineages())
-    socks = diag().dump(ANY_STATE, tuple(PROTOCOLS.values()))
+    socks = diag().dump(ANY_STATE, BOTH)
     found = {owner(sock.cgroup) for sock in socks if (sock.protocol, sock.local_port) == wanted}
     member = found.pop() if len(found) == 1 else None  # of two sockets that share a port, either could have asked
     return member.workload if member is not None else None
@@ -121,10 +121,12 @@ class Grants:
             return "full"
         until = self._clock_ns() + int(grant_s(grant.ttl_s if grant.ttl_s >= 0 else 0.0) * 1e9)
         for opened, rule in wanted.items():
-            known = self._open.setdefault(opened, {})
+            if opened not in self._open:
+                self._open[opened] = {}
+                self._count[workload] = self._count.get(workload, 0) + 1
+            known = self._open[opened]
             known[rule] = max(until, known.get(rule, 0))
             self._write(opened)
-        self._count[workload] = self._count.get(workload, 0) + fresh
         return ""
 
     def allows(self, workload: int, text: str, port: int, protocol: str = "tcp") -> bool:

@@ -22,7 +22,7 @@ import structlog
 
 from mesh.identity import IdentityError, NodeId, parse
 from nodeagent.controller_client import CallFailed, CallRefused, ControllerClient, call
-from nodeagent.files import private_directory, write_atomically
+from nodeagent.files import private_directory, read_json, write_atomically
 from nodeagent.keys import CertificateRefused, Leaf, Secret, bundle_text, make_csr, make_key, renew_at
 
 log = structlog.get_logger()
@@ -33,6 +33,10 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 15.0
 
 class JoinError(RuntimeError):
     """The node has no identity and this attempt gave it none; the message says what to do."""
+
+
+class Misplaced(RuntimeError):
+    """The state directory is another node's; nothing in it was touched."""
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -101,18 +105,18 @@ class NodeIdentity:
         self.counts = {"joined": 0, "refused": 0, "renewed": 0, "renew_failed": 0}
 
     def load(self) -> bool:
-        """Whether a usable identity is on disk. A damaged or expired one is told in the log and not used."""
+        """Whether a usable identity is on disk. A damaged or expired one is told in the log and not used. Raises Misplaced."""
         try:
-            home = msgspec.json.decode(self._home_path.read_bytes(), type=_Home)
+            home = read_json(self._home_path, _Home)
             if home.node != self.node:
-                raise JoinError(f"the state directory belongs to node {home.node!r}; give this node another")
+                raise Misplaced(f"{self._directory} belongs to node {home.node!r}; give this node another --state-dir")
             key = Secret(self._key_path.read_bytes())
             leaf = Leaf(self._chain_path.read_text())
             leaf.check(key, str(_node_id(leaf, self.node)))
             self._context = client_context(self._roots_path.read_text(), (self._chain_path, self._key_path))
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, msgspec.MsgspecError, CertificateRefused) as error:
+        except (OSError, ValueError, JoinError) as error:  # Damaged and CertificateRefused among them
             log.warning("node_identity_unusable", error=str(error), remedy=f"join again: pillion node token {self.node}")
             return False
         self._key, self.leaf, self.controllers, self._token = key, leaf, home.controllers, home.token
@@ -146,9 +150,9 @@ class NodeIdentity:
 
     async def join(self, token: Token) -> None:
         """One attempt. Raises JoinError (the controller's no, or an answer that is none), CallFailed (nobody answered)."""
-        key = self._pending_key()
+        key, csr = self._pending()
         context = client_context(token.ca)
-        body = {"node": self.node, "secret": token.secret, "csr": make_csr(key, common_name=self.node)}
+        body = {"node": self.node, "secret": token.secret, "csr": csr}
         failure: CallFailed | None = None
         async with aiohttp.ClientSession() as session:
             for url in token.controller:
@@ -166,15 +170,16 @@ class NodeIdentity:
         self.counts["joined"] += 1
         log.info("joined", node=self.node, serial=self.leaf.serial if self.leaf else "")
 
-    def _pending_key(self) -> Secret:
-        """The key of an attempt that was interrupted, or a new one."""
+    def _pending(self) -> tuple[Secret, str]:
+        """The key of an attempt that was interrupted, or a new one, and what it asks with."""
         pending = self._directory / "joining.key"
         try:
-            return Secret(pending.read_bytes())
-        except FileNotFoundError:
+            key = Secret(pending.read_bytes())
+            return key, make_csr(key, common_name=self.node)
+        except (FileNotFoundError, CertificateRefused):
             key = make_key()
             write_atomically(pending, key.pem)
-            return key
+            return key, make_csr(key, common_name=self.node)
 
     def _accept(self, key: Secret, answer: dict[str, object], controllers: tuple[str, ...], token: str) -> None:
         chain, bundle = str(answer.get("chain", "")), answer.get("bundle", "")
@@ -251,7 +256,7 @@ def token_of(token_file: Path | None, node: str) -> Token:
 
 async def joined(identity: NodeIdentity, token_file: Path | None, rng: random.Random | None = None) -> None:
     """Returns when the node has an identity: from disk, or by the token, whose file is read at every attempt so that
-    an operator can put a new one there."""
+    an operator can put a new one there. Raises Misplaced."""
     rng = rng or random.Random()
     pause = RETRY_FIRST_S
     if await asyncio.to_thread(identity.load):

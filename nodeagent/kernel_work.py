@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,7 +146,7 @@ class KernelWork:
                 result.errors.update({entry.spec.key: text for entry in enrolled if entry.netns == netns})
                 continue
             self._open.add(netns)
-            result.listeners.update({listener.id: listener for listener in opened})
+            result.listeners.update({listener.frame.id: listener for listener in opened})
             families = {socket.AF_INET6 if ":" in address else socket.AF_INET for address in wanted}
             result.families[netns] = frozenset(int(family) for family in families)
 
@@ -251,11 +251,3 @@ class KernelWork:
 def _member(entry: ev.Enrolled) -> Member:
     permissive = entry.item.tls is TlsMode.PERMISSIVE
     return Member(entry.cgroup, Role.WORKLOAD, entry.item.id, entry.item.identity, entry.netns, permissive)
-
-
-def frames(listeners: Mapping[str, OpenListener]) -> dict[str, tuple[link.Listener, int]]:
-    """As the fleet hands them on."""
-    return {
-        key: (link.Listener(entry.id, entry.kind, entry.netns, entry.address, entry.port), entry.fd)
-        for key, entry in listeners.items()
-    }

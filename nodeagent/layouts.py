@@ -10,9 +10,8 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from nodeagent.datapath_api import SchemaMismatch
+from nodeagent.files import Damaged, read_json
 
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -67,8 +66,8 @@ class Layouts:
     def read(cls, path: Path) -> Layouts:
         """Raises SchemaMismatch when there is none, or none of ours."""
         try:
-            return cls.of(msgspec.json.decode(path.read_bytes()))
-        except (OSError, msgspec.DecodeError, AttributeError) as error:
+            return cls.of(read_json(path, dict[str, Any]))
+        except (OSError, Damaged, AttributeError) as error:
             raise SchemaMismatch(f"{path}: {error}; the loader writes it") from None
 
 

@@ -11,21 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nodeagent.datapath_api import DatapathError, SchemaMismatch
+from nodeagent.libbpf import is_bpffs, libc
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = PROJECT / "bpf"
 LOADER_TIMEOUT_S = 150.0
 EXIT_SCHEMA = 3
-BPFFS_MAGIC = 0xCAFE4A11
 STDERR_BYTES_MAX = 2000
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def is_bpffs(path: Path) -> bool:
-    """Whether the path lies on a bpffs."""
-    answer = (ctypes.c_long * 32)()  # struct statfs begins with f_type
-    return _libc.statfs(os.fsencode(path), answer) == 0 and answer[0] == BPFFS_MAGIC
 
 
 def mount_bpffs(path: Path) -> None:
@@ -33,7 +25,7 @@ def mount_bpffs(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if is_bpffs(path):
         return
-    if _libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700"):
+    if libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700"):
         raise DatapathError(f"mount bpffs on {path}: {os.strerror(ctypes.get_errno())}")
 
 

@@ -11,6 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from nodeagent.datapath_api import DatapathError, MapFull, SchemaMismatch
+from nodeagent.libbpf import MapInfo, describe, libbpf
 
 BATCH_ENTRIES = 4096
 FULL = (errno.E2BIG, errno.ENOSPC)
@@ -29,21 +30,6 @@ class MapType(IntEnum):
 
 _NO_PREALLOC = 1
 MAPPABLE = 1 << 10  # BPF_F_MMAPABLE
-_libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-
-
-class _Info(ctypes.Structure):
-    """The head of struct bpf_map_info (uapi/linux/bpf.h)."""
-
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("id", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-        ("name", ctypes.c_char * 16),
-    )
 
 
 class _BatchOpts(ctypes.Structure):
@@ -52,7 +38,7 @@ class _BatchOpts(ctypes.Structure):
     _fields_ = (("sz", ctypes.c_size_t), ("elem_flags", ctypes.c_uint64), ("flags", ctypes.c_uint64))
 
 
-def _check(result: int, what: str) -> int:
+def check(result: int, what: str) -> int:
     """libbpf 1.x returns -errno. Raises MapFull or DatapathError."""
     if result >= 0:
         return result
@@ -65,9 +51,8 @@ class BpfMap:
     """An open map. Not for concurrent use of one object; the kernel side is."""
 
     def __init__(self, fd: int, name: str = "") -> None:
-        info = _Info()
-        length = ctypes.c_uint32(ctypes.sizeof(info))
-        _check(_libbpf.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(length)), f"map {name}: info")
+        info = MapInfo()
+        check(describe(fd, info), f"map {name}: info")
         self.fd = fd
         self.name = name or info.name.decode()
         self.type, self.id = info.type, info.id
@@ -77,7 +62,7 @@ class BpfMap:
     @classmethod
     def open(cls, path: Path) -> BpfMap:
         """By pin. Raises DatapathError."""
-        fd = _check(_libbpf.bpf_obj_get(os.fsencode(path)), f"map {path}")
+        fd = check(libbpf.bpf_obj_get(os.fsencode(path)), f"map {path}")
         os.set_inheritable(fd, False)
         return cls(fd, path.name)
 
@@ -90,12 +75,12 @@ class BpfMap:
             _fields_ = (("sz", ctypes.c_size_t), ("before", ctypes.c_uint32 * 5), ("map_flags", ctypes.c_uint32))
 
         opts = Opts(ctypes.sizeof(Opts), (ctypes.c_uint32 * 5)(), flags)
-        fd = _libbpf.bpf_map_create(int(kind), name.encode()[:15], key_size, value_size, entries_max, ctypes.byref(opts))
-        return cls(_check(fd, f"make map {name}"), name)
+        fd = libbpf.bpf_map_create(int(kind), name.encode()[:15], key_size, value_size, entries_max, ctypes.byref(opts))
+        return cls(check(fd, f"make map {name}"), name)
 
     def pin(self, path: Path) -> None:
         """Keep the map under a bpffs path. Raises DatapathError."""
-        _check(_libbpf.bpf_obj_pin(self.fd, os.fsencode(path)), f"pin {path}")
+        check(libbpf.bpf_obj_pin(self.fd, os.fsencode(path)), f"pin {path}")
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -120,23 +105,23 @@ class BpfMap:
 
     def _lookup(self, key: bytes, size: int) -> bytes | None:
         value = ctypes.create_string_buffer(size)
-        result = _libbpf.bpf_map_lookup_elem(self.fd, key, value)
+        result = libbpf.bpf_map_lookup_elem(self.fd, key, value)
         if result == -errno.ENOENT:
             return None
-        _check(result, f"map {self.name}: lookup")
+        check(result, f"map {self.name}: lookup")
         return value.raw
 
     def put(self, key: bytes, value: bytes) -> None:
         """Raises MapFull, DatapathError."""
         self._sizes(key, value)
-        _check(_libbpf.bpf_map_update_elem(self.fd, key, value, 0), f"map {self.name} (max {self.entries_max} entries): put")
+        check(libbpf.bpf_map_update_elem(self.fd, key, value, 0), f"map {self.name} (max {self.entries_max} entries): put")
 
     def delete(self, key: bytes) -> bool:
         """Whether it was there."""
-        result = _libbpf.bpf_map_delete_elem(self.fd, key)
+        result = libbpf.bpf_map_delete_elem(self.fd, key)
         if result == -errno.ENOENT:
             return False
-        _check(result, f"map {self.name}: delete")
+        check(result, f"map {self.name}: delete")
         return True
 
     def put_many(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
@@ -154,8 +139,8 @@ class BpfMap:
                 raise DatapathError(f"map {self.name}: an entry has the wrong size; this is a bug")
             count = ctypes.c_uint32(len(part))
             opts = _BatchOpts(ctypes.sizeof(_BatchOpts), 0, 0)
-            result = _libbpf.bpf_map_update_batch(self.fd, keys, values, ctypes.byref(count), ctypes.byref(opts))
-            _check(result, f"map {self.name} (max {self.entries_max} entries): put {len(part)}")
+            result = libbpf.bpf_map_update_batch(self.fd, keys, values, ctypes.byref(count), ctypes.byref(opts))
+            check(result, f"map {self.name} (max {self.entries_max} entries): put {len(part)}")
 
     def _sizes(self, key: bytes, value: bytes) -> None:
         if len(key) != self.key_size or len(value) != self.value_size:
@@ -169,10 +154,10 @@ class BpfMap:
         seen = 0
         while seen <= 2 * self.entries_max:
             following = ctypes.create_string_buffer(self.key_size)
-            result = _libbpf.bpf_map_get_next_key(self.fd, previous, following)
+            result = libbpf.bpf_map_get_next_key(self.fd, previous, following)
             if result == -errno.ENOENT:
                 return
-            _check(result, f"map {self.name}: next key")
+            check(result, f"map {self.name}: next key")
             previous = following.raw
             seen += 1
             yield previous
@@ -194,14 +179,14 @@ class BpfMap:
         while True:
             count = ctypes.c_uint32(size)
             at = token if has_token else None
-            result = _libbpf.bpf_map_lookup_batch(self.fd, at, token, keys, values, ctypes.byref(count), ctypes.byref(opts))
+            result = libbpf.bpf_map_lookup_batch(self.fd, at, token, keys, values, ctypes.byref(count), ctypes.byref(opts))
             if result == -errno.ENOSPC:  # one bucket holds more than a batch
                 size *= 2
                 keys = ctypes.create_string_buffer(self.key_size * size)
                 values = ctypes.create_string_buffer(self.value_size * size)
                 continue
             if result != -errno.ENOENT:
-                _check(result, f"map {self.name}: read")
+                check(result, f"map {self.name}: read")
             has_token = True
             raw_keys, raw_values = keys.raw, values.raw
             for index in range(count.value):

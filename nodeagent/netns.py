@@ -12,21 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from nodeagent.libbpf import libc
+
 T = TypeVar("T")
 
 CLONE_NEWNET = 0x40000000
 SO_NETNS_COOKIE = 71
 IPV6_FREEBIND = 78
 LISTEN_BACKLOG = 4096
-PORT_OUTBOUND, PORT_HBONE, PORT_DNS = 15001, 15008, 15053  # as in bpf/types.h; a test compares
 OWN = Path("/proc/thread-self/ns/net")
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_netns(path: Path | None) -> int:
     """A descriptor that keeps the netns alive; None is the caller's own. Raises OSError."""
     return os.open(path or OWN, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def enter(netns_fd: int) -> None:
+    """Moves the calling thread for good. Needs CAP_SYS_ADMIN; raises OSError."""
+    if libc.setns(netns_fd, CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise OSError(code, f"setns: {os.strerror(code)}")
 
 
 def run_in(netns_fd: int, call: Callable[[], T]) -> T:
@@ -36,9 +42,7 @@ def run_in(netns_fd: int, call: Callable[[], T]) -> T:
 
     def body() -> None:
         try:
-            if _libc.setns(netns_fd, CLONE_NEWNET):
-                code = ctypes.get_errno()
-                raise OSError(code, f"setns: {os.strerror(code)}")
+            enter(netns_fd)
             result.append(call())
         except BaseException as error:  # handed to the caller below
             failure.append(error)
@@ -97,19 +101,11 @@ def client_sockets(family: int, count: int) -> list[int]:
     made: list[int] = []
     try:
         for _ in range(count):
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-            made.append(sock.detach())
-            _nodelay(made[-1])
+            with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                made.append(sock.detach())
     except OSError:
         for fd in made:
             os.close(fd)
         raise
     return made
-
-
-def _nodelay(fd: int) -> None:
-    sock = socket.socket(fileno=fd)
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    finally:
-        sock.detach()

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mesh.link import Listener
+from mesh.ports import DNS_PORT, HBONE_PORT, OUTBOUND_PORT
 from nodeagent import netns as spaces  # the API's parameters are called netns
 from nodeagent import takeover
 from nodeagent.datapath_api import OpenListener
@@ -16,7 +18,7 @@ from nodeagent.sockdiag import SockDiag
 
 T = TypeVar("T")
 
-_LOOPBACK = (("outbound", spaces.PORT_OUTBOUND), ("dns-udp", spaces.PORT_DNS), ("dns-tcp", spaces.PORT_DNS))
+_LOOPBACK = (("outbound", OUTBOUND_PORT), ("dns-udp", DNS_PORT), ("dns-tcp", DNS_PORT))
 
 
 class Place:
@@ -52,6 +54,10 @@ class Places:
     def __getitem__(self, cookie: int) -> Place:
         return self._places[cookie]
 
+    def get(self, cookie: int) -> Place | None:
+        """None: it was let go, or never kept."""
+        return self._places.get(cookie)
+
     def __iter__(self) -> Iterator[Place]:
         return iter(list(self._places.values()))
 
@@ -71,8 +77,7 @@ class Places:
     def forget(self, cookie: int) -> None:
         self._by_path = {path: known for path, known in self._by_path.items() if known != cookie}
         self.addresses.pop(cookie, None)
-        for key in [key for key, listener in self._listeners.items() if listener.netns == cookie]:
-            os.close(self._listeners.pop(key).fd)
+        self._close_listeners(cookie)
         place = self._places.pop(cookie, None)
         if place is not None:
             place.close()
@@ -92,13 +97,16 @@ class Places:
         """All that the netns needs and no others. Raises OSError when a stranger has one of the ports."""
         place = self[cookie]
         wanted = _listeners_of(cookie, addresses if hbone else ())
-        for key in [k for k, listener in self._listeners.items() if listener.netns == cookie and k not in wanted]:
-            os.close(self._listeners.pop(key).fd)
-        opened = [self._listeners.get(key) or self._listen(place, wanted[key]) for key in wanted]
+        self._close_listeners(cookie, but=wanted)
+        opened = [self._listeners.get(key) or self._listen(place, frame) for key, frame in wanted.items()]
         self.addresses[cookie] = tuple(addresses)
         return opened
 
-    def _listen(self, place: Place, wanted: OpenListener) -> OpenListener:
+    def _close_listeners(self, cookie: int, but: Container[str] = ()) -> None:
+        for key in [key for key, (frame, _) in self._listeners.items() if frame.netns == cookie and key not in but]:
+            os.close(self._listeners.pop(key).fd)
+
+    def _listen(self, place: Place, wanted: Listener) -> OpenListener:
         make = spaces.bind_udp if wanted.kind == "dns-udp" else spaces.listen_tcp
         try:
             fd = place.run(lambda: make(wanted.address, wanted.port)).detach()
@@ -110,8 +118,7 @@ class Places:
             if taken is None:
                 raise
             fd = taken
-        listener = OpenListener(wanted.id, wanted.kind, wanted.netns, wanted.address, wanted.port, fd)
-        self._listeners[listener.id] = listener
+        listener = self._listeners[wanted.id] = OpenListener(wanted, fd)
         return listener
 
     def listening(self) -> set[int]:
@@ -125,10 +132,9 @@ class Places:
         return next((cookie for cookie, known in self.addresses.items() if set(addresses) <= set(known)), 0)
 
 
-def _listeners_of(cookie: int, addresses: Sequence[str]) -> dict[str, OpenListener]:
-    """What a netns needs, not open yet (fd -1), by id."""
+def _listeners_of(cookie: int, addresses: Sequence[str]) -> dict[str, Listener]:
+    """What a netns needs, by id."""
     where = [(kind, at, port) for at in ("127.0.0.1", "::1") for kind, port in _LOOPBACK]
-    where += [("hbone", at, spaces.PORT_HBONE) for at in addresses]
-    return {
-        f"{cookie}/{kind}/{at}": OpenListener(f"{cookie}/{kind}/{at}", kind, cookie, at, port, -1) for kind, at, port in where
-    }
+    where += [("hbone", at, HBONE_PORT) for at in addresses]
+    frames = [Listener(f"{cookie}/{kind}/{at}", kind, cookie, at, port) for kind, at, port in where]
+    return {frame.id: frame for frame in frames}

@@ -15,7 +15,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import structlog
 
 from mesh import link
 from nodeagent import forwarders
+from nodeagent.datapath_api import OpenListener
 from nodeagent.keys import sealed_memfd
 from nodeagent.svid import Held
 from nodeagent.worker_link import STOCK_ASK_MAX, WorkerLink, close_all
@@ -74,7 +75,7 @@ class ProxyFleet:
         self._directory, self._hello, self._handler = directory, hello, handler
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.links: dict[str, WorkerLink] = {}  # those that said Ready
-        self.listeners: dict[str, tuple[link.Listener, int]] = {}  # id -> (frame, descriptor of the data path)
+        self.listeners: Mapping[str, OpenListener] = {}  # by id
         self.svids: dict[str, Held] = {}
         self.forward: frozenset[int] = frozenset()  # families of sockets to resolvers outside
         self.netns: dict[int, frozenset[int]] = {}  # cookie -> families the workers may have sockets of
@@ -128,22 +129,19 @@ class ProxyFleet:
             self._tasks.pop(path.name, None)
 
     async def _dial(self, path: Path) -> socket.socket | None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self.counts["dials"] += 1
-        try:
-            async with asyncio.timeout(HELLO_S):
-                await asyncio.get_running_loop().sock_connect(sock, str(path))
-        except BlockingIOError:  # its backlog is full: it exists and does not answer
-            sock.close()
-            await asyncio.sleep(DIAL_EVERY_S)
-            return await self._dial(path) if path.exists() else None
-        except TimeoutError:
-            sock.close()
-            return await self._dial(path) if path.exists() else None
-        except OSError:
-            sock.close()
-            return None
-        return sock
+        """None: nobody listens there."""
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            self.counts["dials"] += 1
+            try:
+                sock.connect(str(path))  # never under way on a Unix socket, which the loop's sock_connect would take it for
+                return sock
+            except BlockingIOError:  # its backlog is full: it exists and does not answer
+                sock.close()
+                await asyncio.sleep(DIAL_EVERY_S)
+            except OSError:
+                sock.close()
+                return None
 
     async def _serve(self, name: str, sock: socket.socket) -> bool:
         """One link from Hello to its end; whether the worker ever said Ready."""
@@ -333,8 +331,3 @@ class ProxyFleet:
         workers = list(self.links.values())
         texts = await asyncio.gather(*(one(worker) for worker in workers))
         return {str(worker.index): text for worker, text in zip(workers, texts, strict=True)}
-
-    def drain(self, seconds: float) -> None:
-        """Tell every worker to finish."""
-        for worker in self.links.values():
-            worker.send(link.Drain(seconds))

@@ -35,11 +35,11 @@ class Readiness:
 def assess(facts: Facts) -> Readiness:
     """Ready, or what is missing in words an operator can act on."""
     missing: list[str] = []
-    detached = sorted(name for name, attached in facts.programs.items() if not attached)
+    detached = _lacking(facts.programs)
     if not facts.programs:
         missing.append("the programs are not loaded yet")
     elif detached:
-        missing.append(f"programs not attached: {', '.join(detached[:NAMED_MAX])}")
+        missing.append(f"programs not attached: {', '.join(detached)}")
     if facts.specs_error:
         missing.append(f"no workloads are known: {facts.specs_error}")
     if facts.cut:
@@ -54,16 +54,21 @@ def assess(facts: Facts) -> Readiness:
         missing.append("kernel maps differ from the state and could not be repaired")
     if facts.persist_error:
         missing.append(f"the state cannot be kept on disk: {facts.persist_error}")
-    behind = sorted(worker for worker, holds in facts.workers.items() if not holds)
+    behind = _lacking(facts.workers)
     if not facts.workers:
         missing.append("no proxy worker is connected")
     elif behind:
-        missing.append(f"proxy workers without the state: {', '.join(behind[:NAMED_MAX])}")
+        missing.append(f"proxy workers without the state: {', '.join(behind)}")
     if facts.lagging:
         missing.append(f"proxy workers that do not answer: {', '.join(facts.lagging[:NAMED_MAX])}")
     missing += _named(facts.waiting)
     refused = _named(facts.refused)
     return Readiness(not missing, "; ".join(missing + refused))
+
+
+def _lacking(has: Mapping[str, bool]) -> list[str]:
+    """Names of those that have not, as many as are told."""
+    return sorted(name for name, there in has.items() if not there)[:NAMED_MAX]
 
 
 def _named(workloads: Mapping[str, str]) -> list[str]:

@@ -12,22 +12,23 @@ from ipaddress import ip_address
 
 import msgspec
 
-from mesh.link import Flow, host_port
+from mesh.addresses import host_port
+from mesh.link import Flow
 from nodeagent.datapath_api import DatapathError, DeniedBy
 from nodeagent.layouts import Layout, text_address
+from nodeagent.libbpf import libbpf
 
 UNTOLD = "proxy_dial"  # every forwarded connection has one; what it is for, the proxy tells
 BLAMED = ("policy_denied", "generation_denied")
 PENDING_MAX = 8192  # events waiting for the one consumer
 TURN_EVENTS_MAX = 1024  # taken in one turn of the loop; the rest waits for the next
 
-_libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_libbpf.ring_buffer__new.restype = ctypes.c_void_p
-_libbpf.ring_buffer__new.argtypes = (ctypes.c_int, _SAMPLE, ctypes.c_void_p, ctypes.c_void_p)
+libbpf.ring_buffer__new.restype = ctypes.c_void_p
+libbpf.ring_buffer__new.argtypes = (ctypes.c_int, _SAMPLE, ctypes.c_void_p, ctypes.c_void_p)
 for _name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
-    getattr(_libbpf, _name).argtypes = (ctypes.c_void_p,)
-_libbpf.ring_buffer__free.restype = None
+    getattr(libbpf, _name).argtypes = (ctypes.c_void_p,)
+libbpf.ring_buffer__free.restype = None
 
 _TURN_FULL = -4  # a negative answer of the callback ends ring_buffer__consume after that record
 
@@ -51,10 +52,10 @@ class RingBuffer:
     def __init__(self, map_fd: int) -> None:
         self._records: list[bytes] = []
         self._callback = _SAMPLE(self._sample)  # must outlive the ring
-        self._ring = _libbpf.ring_buffer__new(map_fd, self._callback, None, None)
+        self._ring = libbpf.ring_buffer__new(map_fd, self._callback, None, None)
         if not self._ring:
             raise DatapathError("the events ring buffer cannot be mapped: locked memory limit?")
-        self.fd: int = _libbpf.ring_buffer__epoll_fd(self._ring)
+        self.fd: int = libbpf.ring_buffer__epoll_fd(self._ring)
 
     def _sample(self, _context: object, data: int, size: int) -> int:
         self._records.append(ctypes.string_at(data, size))
@@ -64,13 +65,13 @@ class RingBuffer:
         """Up to TURN_EVENTS_MAX records, without waiting."""
         self._records = []
         if self._ring:
-            _libbpf.ring_buffer__consume(self._ring)
+            libbpf.ring_buffer__consume(self._ring)
         return self._records
 
     def close(self) -> None:
         ring, self._ring = self._ring, None
         if ring:
-            _libbpf.ring_buffer__free(ring)
+            libbpf.ring_buffer__free(ring)
 
 
 def flow_of(record: bytes, layout: Layout, names: Names, boot_offset_s: float) -> Flow | None:

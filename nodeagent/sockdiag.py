@@ -49,6 +49,8 @@ class State(IntEnum):
 
 
 ANY_STATE = 0xFFF
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+BOTH = (TCP, UDP)
 # Everything that still carries or may carry data; TIME_WAIT and SYN_RECV own no socket, CLOSE moves nothing.
 OPEN_STATES = sum(
     1 << state
@@ -78,10 +80,9 @@ class Sock(msgspec.Struct, frozen=True):
     cgroup: int  # id of the cgroup that made it; 0 unknown
     id: bytes  # inet_diag_sockid: names exactly this socket, by its cookie
     storage: dict[int, bytes]  # map id -> value, of the maps asked for
-    receive_queue: int
 
     def __str__(self) -> str:
-        name = "tcp" if self.protocol == socket.IPPROTO_TCP else "udp"
+        name = "tcp" if self.protocol == TCP else "udp"
         return f"{name} {self.local}:{self.local_port} -> {self.remote}:{self.remote_port} ({self.state.name.lower()})"
 
 
@@ -99,7 +100,7 @@ class SockDiag:
     def dump(
         self,
         states: int = ANY_STATE,
-        protocols: Sequence[int] = (socket.IPPROTO_TCP,),
+        protocols: Sequence[int] = (TCP,),
         storage_fds: Sequence[int] = (),
     ) -> list[Sock]:
         """Sockets of both families in these states (bit ``1 << State``), with the values of these sk_storage maps.
@@ -182,7 +183,7 @@ def attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 def parse(protocol: int, payload: memoryview) -> Sock:
     """One inet_diag_msg with its attributes."""
-    family, state, _, _, sock_id, _, rqueue, _, _, inode = _MESSAGE.unpack_from(payload)
+    family, state, _, _, sock_id, _, _, _, _, inode = _MESSAGE.unpack_from(payload)
     sport, dport, src, dst = struct.unpack_from("!HH16s16s", sock_id)
     cgroup, storage = 0, {}
     for kind, value in attributes(payload[_MESSAGE.size :]):
@@ -191,7 +192,7 @@ def parse(protocol: int, payload: memoryview) -> Sock:
         elif kind == ATTR_SK_BPF_STORAGES:
             storage = dict(_storages(value))
     local, remote = _text(family, src), _text(family, dst)
-    return Sock(family, protocol, State(state), local, sport, remote, dport, inode, cgroup, sock_id, storage, rqueue)
+    return Sock(family, protocol, State(state), local, sport, remote, dport, inode, cgroup, sock_id, storage)
 
 
 def _storages(data: memoryview) -> Iterator[tuple[int, bytes]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from nodeagent.files import private_directory, write_atomically
+from nodeagent.files import Damaged, private_directory, read_json, write_atomically
 from nodeagent.keys import CertificateRefused, Leaf, Secret, make_csr, make_key, renew_at
 
 log = structlog.get_logger()
@@ -58,11 +58,11 @@ class SvidDirectory:
         """None: absent, damaged or expired (then it is deleted)."""
         path = self._path(spiffe)
         try:
-            stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
+            stored = read_json(path, _Stored)
             return Held(spiffe, stored.chain, Secret(stored.key.encode()))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, CertificateRefused) as error:
+        except (Damaged, CertificateRefused) as error:
             log.warning("svid_file_dropped", spiffe=spiffe, reason=str(error))
             self.delete(spiffe)
             return None

@@ -17,8 +17,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from nodeagent.datapath_api import DatapathError
 from nodeagent.layouts import Layout, address
+from nodeagent.libbpf import libbpf
 from nodeagent.loading import SOURCES, run_child
-from nodeagent.maps import BpfMap, _check, _libbpf
+from nodeagent.maps import BpfMap, check
 
 INGRESS_PARENT = 0xFFFFFFF2
 NAME, PREFERENCE = "pillion-veth", 1
@@ -169,7 +170,7 @@ class VethGuard:
         return int(found[0])
 
     def _attach(self, route: IPRoute, veth: str, index: int) -> None:
-        fd = _check(_libbpf.bpf_obj_get(os.fsencode(self._pin)), f"program {self._pin}")
+        fd = check(libbpf.bpf_obj_get(os.fsencode(self._pin)), f"program {self._pin}")
         try:
             try:
                 route.tc("add", "clsact", index)

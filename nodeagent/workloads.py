@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from nodeagent.files import write_atomically
+from nodeagent.files import Damaged, read_json, write_atomically
 
 FILE_BYTES_MAX = 4 << 20
 WORKLOADS_MAX = 4096
@@ -221,11 +221,11 @@ class Book:
     def load(self) -> None:
         """A damaged book is an empty one, told in `error`: its workloads are then unknown, so denied."""
         try:
-            content = msgspec.json.decode(self._path.read_bytes(), type=self._Content)
+            content = read_json(self._path, self._Content)
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError) as error:
-            self.error = f"{self._path}: {error}"
+        except Damaged as error:
+            self.error = str(error)
             return
         self.api, self.file, self.registered = content.api, content.file, set(content.registered)
 

@@ -19,6 +19,7 @@ from l7proxy.hbone.stream import (
     ENHANCE_YOUR_CALM,
     FLOW_CONTROL_ERROR,
     FRAME_SIZE_ERROR,
+    NO_ERROR,
     PROTOCOL_ERROR,
     REFUSED_STREAM,
     STREAM_CLOSED,
@@ -189,10 +190,7 @@ class Core(Sender):
             self._fail(FLOW_CONTROL_ERROR, f"the peer overran the window of stream {stream.id}")
 
     def _remote_end(self, stream: Stream, events: list[Event]) -> None:
-        stream.remote_ended = True
-        events.append((Kind.END, stream, None))
-        if stream.local_ended:
-            self.streams.pop(stream.id, None)
+        self._peer_ended(stream, events)
         self._tell_ngh2(FRAME.pack(0, _END_STREAM, stream.id))
 
     def _tell_ngh2(self, frame: bytes) -> None:
@@ -274,6 +272,8 @@ class Core(Sender):
                     gone = self.streams.pop(number)
                     events.append((Kind.RESET, gone, REFUSED_STREAM))
                 events.append((Kind.GOAWAY, None, event.last_stream_id))
+            elif isinstance(event, ngh2.ConnectionClosed) and event.error_code == NO_ERROR:
+                self._closed(NO_ERROR)
             elif isinstance(event, ngh2.ConnectionClosed):
                 raise self._broken(f"error {event.error_code}: {event.debug_data[:80]!r}")
 

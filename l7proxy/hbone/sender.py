@@ -38,6 +38,7 @@ class Sender:
         self.window_max = limits.stream_window_bytes_max
         self.going_away = False
         self.failed = False
+        self.at_fault = False  # it failed by what the peer did, not by a goodbye
         self._ngh2 = ngh2.Connection(
             ngh2.Role.CLIENT if client else ngh2.Role.SERVER,
             ngh2.Configuration(
@@ -246,16 +247,21 @@ class Sender:
             data: bytes = self._ngh2.data_to_send()
             for event in self._ngh2.events():  # closings of our own making are known already
                 if isinstance(event, ngh2.ConnectionClosed):
-                    self.failed = self.going_away = True
+                    self._closed(event.error_code)
                 elif isinstance(event, ngh2.StreamClosed) and (lost := self.streams.pop(event.stream_id, None)):
                     lost.queue.clear()
                     lost.queued = 0
                     lost.end_asked = True
                     self._lost.append((lost, event.error_code))
         except ngh2.NGH2Error:
-            self.failed = True
+            self.failed = self.at_fault = True
             return b""
         return data
+
+    def _closed(self, code: int) -> None:
+        """ngh2 has nothing more to say or to hear."""
+        self.failed = self.going_away = True
+        self.at_fault |= code != NO_ERROR
 
     def _ask(self, call: Callable[..., object], *arguments: object, **options: object) -> None:
         """What ngh2 refuses here is about a stream or connection that is already gone: `receive` tells."""

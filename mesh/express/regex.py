@@ -16,6 +16,7 @@ from mesh.express.automata import ANY, Nfa, mask
 from mesh.express.dfa import BYTES, TooLarge
 
 PLACES_MAX = 256  # letters of one pattern with its counted repeats written out
+MOVES_MAX = 2048  # remembered of one `Pattern`
 
 
 class NotRegular(Exception):
@@ -43,6 +44,30 @@ def add(nfa: Nfa, pattern: str, accepts: int) -> None:
         nfa.step(start, builder.masks[item], item)
     for item in last:
         nfa.accepts[item] |= accepts
+
+
+class Pattern:
+    """Whether the whole of a text matches, found by going through it once: the time is in proportion to the text, whatever
+    text and pattern are. Raises NotRegular, TooLarge."""
+
+    def __init__(self, pattern: str) -> None:
+        self._nfa = Nfa()
+        add(self._nfa, pattern, 1)
+        self._moves: dict[tuple[frozenset[int], int], frozenset[int]] = {}
+
+    def __call__(self, text: bytes) -> bool:
+        items, moves = frozenset(self._nfa.starts), self._moves
+        for byte in text:
+            after = moves.get((items, byte))
+            if after is None:
+                if len(moves) >= MOVES_MAX:
+                    moves.clear()
+                steps = (step for item in items for step in self._nfa.steps[item])
+                after = moves[items, byte] = frozenset(to for over, to in steps if over >> byte & 1)
+            items = after
+            if not items:
+                return False
+        return any(self._nfa.accepts[item] for item in items)
 
 
 class _Places:

@@ -10,10 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-BPFFS_MAGIC = 0xCAFE4A11
-
-_libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-_libc = ctypes.CDLL(None, use_errno=True)
+from nodeagent.libbpf import MapInfo, describe, libbpf
 
 
 class LoadError(Exception):
@@ -53,19 +50,6 @@ HOOKS = {
 }
 
 
-class MapInfo(ctypes.Structure):
-    """The head of struct bpf_map_info."""
-
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("id", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-    )
-
-
 class LinkInfo(ctypes.Structure):
     """struct bpf_link_info of a cgroup link"""
 
@@ -87,15 +71,9 @@ def check(result: int, what: str) -> int:
     return result
 
 
-def is_bpffs(path: Path) -> bool:
-    """Whether the directory is on a BPF filesystem."""
-    buffer = (ctypes.c_long * 32)()
-    return _libc.statfs(os.fsencode(path), buffer) == 0 and buffer[0] == BPFFS_MAGIC
-
-
 def open_pin(path: Path) -> int | None:
     """A descriptor, None when there is no such pin."""
-    fd = int(_libbpf.bpf_obj_get(os.fsencode(path)))
+    fd = int(libbpf.bpf_obj_get(os.fsencode(path)))
     if fd == -errno.ENOENT:
         return None
     return check(fd, str(path))
@@ -105,35 +83,33 @@ def pin(fd: int, path: Path) -> None:
     """Pin, in place of what is pinned there."""
     fresh = path.with_name(path.name + "-new")
     fresh.unlink(missing_ok=True)
-    check(_libbpf.bpf_obj_pin(fd, os.fsencode(fresh)), f"pin {path}")
+    check(libbpf.bpf_obj_pin(fd, os.fsencode(fresh)), f"pin {path}")
     os.rename(fresh, path)
 
 
 def map_info(fd: int) -> MapInfo:
     """Type and sizes."""
     info = MapInfo()
-    length = ctypes.c_uint32(ctypes.sizeof(info))
-    check(_libbpf.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(length)), "map info")
+    check(describe(fd, info), "map info")
     return info
 
 
 def link_cgroup(fd: int) -> int:
     """The id of the cgroup a link is on; 0 when that is gone."""
     info = LinkInfo()
-    length = ctypes.c_uint32(ctypes.sizeof(info))
-    check(_libbpf.bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(length)), "link info")
+    check(describe(fd, info), "link info")
     return int(info.cgroup_id)
 
 
 def read_map(fd: int, key: bytes, size: int) -> bytes | None:
     """One value."""
     value = ctypes.create_string_buffer(size)
-    return value.raw if _libbpf.bpf_map_lookup_elem(fd, key, value) == 0 else None
+    return value.raw if libbpf.bpf_map_lookup_elem(fd, key, value) == 0 else None
 
 
 def write_map(fd: int, key: bytes, value: bytes) -> None:
     """One entry."""
-    check(_libbpf.bpf_map_update_elem(fd, key, value, 0), "map update")
+    check(libbpf.bpf_map_update_elem(fd, key, value, 0), "map update")
 
 
 def attach(name: str, prog_fd: int, cgroup: Path, directory: Path) -> None:
@@ -143,12 +119,12 @@ def attach(name: str, prog_fd: int, cgroup: Path, directory: Path) -> None:
     old = open_pin(path)
     try:
         if old is not None and link_cgroup(old) == os.fstat(cgroup_fd).st_ino:
-            result = _libbpf.bpf_link_update(old, prog_fd, None)
+            result = libbpf.bpf_link_update(old, prog_fd, None)
             if result == 0:
                 return
             if result != -errno.ENOLINK:
                 check(result, f"{name}: replace the program")
-        link = check(_libbpf.bpf_link_create(prog_fd, cgroup_fd, HOOKS[name].attach_type, None), f"{name}: attach to {cgroup}")
+        link = check(libbpf.bpf_link_create(prog_fd, cgroup_fd, HOOKS[name].attach_type, None), f"{name}: attach to {cgroup}")
         try:
             pin(link, path)
         finally:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 from pathlib import Path
 from typing import Any
 
-from nodeagent import cgroups
+from nodeagent import cgroups, netns
+from nodeagent.libbpf import is_bpffs
 from nodeagent.loader import attach, child, source
 from nodeagent.loader.attach import HOOKS, LoadError, SchemaError
 from nodeagent.loader.layouts import layout_of, name_of, nested
@@ -21,12 +21,11 @@ MAPS = (
 )  # fmt: skip
 WITHOUT_LAYOUT = ("events",)  # its records are struct pl_event
 ROLES = {"agent": "PL_ROLE_AGENT", "proxy": "PL_ROLE_PROXY"}  # cgroups under --cgroup, by convention
-SO_NETNS_COOKIE = 71
 
 
 def load(cgroup: Path, directory: Path, folder: Path, layouts_path: Path) -> dict[str, bool]:
     """Program name -> attached. Raises LoadError; what was attached before then still is."""
-    if not attach.is_bpffs(directory):
+    if not is_bpffs(directory):
         raise LoadError(f"{directory} is not a bpffs: mount -t bpf bpf {directory} -o mode=0700")
     if not (cgroup / "cgroup.procs").exists():
         raise LoadError(f"{cgroup} is not a cgroup2 directory")
@@ -128,13 +127,13 @@ def seed(cgroup: Path, directory: Path, described: dict[str, Any]) -> None:
         value = attach.read_map(config, bytes(4), layout["size"])
         if value is not None and any(value):
             return
-        depth = cgroup_depth(cgroup)
+        depth = cgroups.level(cgroup)
         fields = {
             "schema": described["schema"],
             "generation": 1,
             "level_lo": depth + 1,
             "level_hi": depth + 2,
-            "host_netns": netns_cookie(),
+            "host_netns": netns.cookie_here(),
         }
         roles = {cgroup / name: role for name, role in ROLES.items()}
         roles[cgroups.agent_path()] = ROLES["agent"]  # whose child this is
@@ -151,20 +150,6 @@ def seed(cgroup: Path, directory: Path, described: dict[str, Any]) -> None:
 def pack(layout: dict[str, Any], values: dict[str, int]) -> bytes:
     """One struct of integers; fields not given are zero."""
     return struct.pack(layout["format"], *(values.get(name, 0) for name, *_ in layout["fields"]))
-
-
-def cgroup_depth(cgroup: Path) -> int:
-    """Levels below the cgroup2 root; the root of a delegated hierarchy has no parent with cgroup.procs."""
-    path, depth = cgroup.resolve(), 0
-    while (path.parent / "cgroup.procs").exists():
-        path, depth = path.parent, depth + 1
-    return depth
-
-
-def netns_cookie() -> int:
-    """The cookie of our own netns."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
 
 
 def forget_new(directory: Path, before: set[str]) -> None:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from tests.bpf.families import Family
-from tests.bpf.world import OUTBOUND, Actor, World
+from tests.bpf.world import CALLER, IDENTITY, LEVEL, OUTBOUND, Actor, World
 
 NO_OPTION = f"Errno ({int(errno.ENOPROTOOPT)}|{int(errno.EOPNOTSUPP)})"
 
@@ -47,3 +47,15 @@ def stock(world: World, family: Family, name: str) -> None:
     world.agent[name](family.tcp("s"))
     world.proxy.give("s", world.agent[name]("s"))
     world.proxy("s.settimeout(3)")
+
+
+def serve(world: World, family: Family, port: int, rule: int = 7) -> None:
+    """Workload b listens, ``l``; a's calls to the service go there natively, and policy allows them."""
+    world.b(family.server("l", family.host("b"), port))
+    world.native(family.vip, 80, [(family.host("b"), port)])
+    world.allow("b", IDENTITY["a"], port, rule=rule)
+
+
+def call_for_a(world: World, family: Family) -> None:
+    """The proxy's ``s`` is for workload a."""
+    world.proxy(f"s.setsockopt({LEVEL}, {CALLER}, {world.caller(family.host('a'), 1, IDENTITY['a'])!r})")

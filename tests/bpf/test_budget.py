@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from tests.bpf.families import Family
-from tests.bpf.steps import connect, refused
+from tests.bpf.steps import connect, refused, serve
 from tests.bpf.test_events import drain
 from tests.bpf.world import IDENTITY, World, wait_for
 
@@ -22,9 +22,8 @@ def under_way(world: World, name: str) -> int:
 
 def deaf(world: World, family: Family) -> None:
     """A server of b whose backlog is full: what connects to it stays under way."""
-    world.b(family.server("l", family.host("b"), PORT) + "; l.listen(0)")
-    world.native(family.vip, 80, [(family.host("b"), PORT)])
-    world.allow("b", IDENTITY["a"], PORT)
+    serve(world, family, PORT)
+    world.b("l.listen(0)")
     world.a("import struct; made = []")
     # closed by RST: what a deaf server half accepted would stay in FIN_WAIT1, under way, for as long as TCP tries
     world.a(
@@ -59,11 +58,9 @@ def test_connections_under_way_are_limited_for_each_identity(world: World, famil
 
 
 def test_every_end_of_a_connection_gives_its_place_back(world: World, family: Family) -> None:
-    world.b(family.server("l", family.host("b"), PORT))
-    world.native(family.vip, 80, [(family.host("b"), PORT)])
+    serve(world, family, PORT)
     world.native(family.vip, 82, [(family.host("b"), PORT + 1)])  # nobody listens
-    for port in (PORT, PORT + 1):
-        world.allow("b", IDENTITY["a"], port)
+    world.allow("b", IDENTITY["a"], PORT + 1)
     world.a(
         "def one(af, to, port):\n  s = socket.socket(af); s.settimeout(3)\n  try: s.connect((to, port)); return 0\n"
         "  except OSError as error: return error.errno\n  finally: s.close()"

@@ -255,6 +255,11 @@ def test_pipelined_requests_are_answered_in_order_by_user_space(pairs: Pairs) ->
         (GET, reply(b"x", b"503 Busy"), False),
         (GET, reply(b"x", b"502 Bad"), False),
         (GET, reply(b"x", b"504 Late"), False),
+        (GET, reply(b"x", b"505 Other Version"), True),
+        (GET, reply(b"x", b"451 By Law"), True),
+        (GET, reply(b"x", b"299 Made Up"), False),  # as many of them as there are would take the others' room to be counted
+        (GET, reply(b"x", b"450 Made Up"), False),
+        (GET, reply(b"x", b"599 Made Up"), False),
         (GET, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", False),
         (GET, b"HTTP/1.1 200 OK\r\n\r\nuntil the end", False),
         (GET, b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),

@@ -263,6 +263,36 @@ def test_low_water_marks_keep_a_socket_out(pairs: Pairs, world: World) -> None:
     assert pair.view()["flags"] == 1
 
 
+SO_PEEK_OFF, SO_ZEROCOPY = 42, 60
+
+
+@pytest.mark.parametrize(
+    ("option", "idle", "set_", "reason"), [(SO_PEEK_OFF, -1, 0, "peek_off"), (SO_ZEROCOPY, 0, 1, "zerocopy")]
+)
+def test_what_only_tcp_can_do_keeps_a_socket_out(pairs: Pairs, option: int, idle: int, set_: int, reason: str) -> None:
+    pair = pairs(enrol=False)
+    pair.server.setsockopt(socket.SOL_SOCKET, option, set_)
+    assert pair.enrol() == ["ok", reason]
+    pair = pairs()
+    pair.client.setsockopt(socket.SOL_SOCKET, option, idle)
+    pair.exchange()
+    pair.client.setsockopt(socket.SOL_SOCKET, option, set_)
+    pair.slow_exchange(arm=False)
+    assert pair.punt() == "off"
+
+
+def test_pages_that_are_lent_to_the_kernel_are_given_back(pairs: Pairs) -> None:
+    """MSG_ZEROCOPY: the sender waits to be told so."""
+    pair = pairs()
+    pair.client.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+    pair.client.send(GET, 0x4000000)
+    pair.is_slow(GET)
+    poller = select.poll()
+    poller.register(pair.client, 0)
+    assert poller.poll(1000)
+    assert pair.client.recvmsg(1, 100, socket.MSG_ERRQUEUE)[1]
+
+
 def test_a_low_water_mark_set_meanwhile_hands_over(pairs: Pairs) -> None:
     pair = pairs()
     pair.client.sendall(GET)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterator
 from random import Random
+
+import pytest
 
 from mesh.express import machine
 from mesh.express.dfa import Table
@@ -143,6 +147,15 @@ def test_no_program_has_anothers_stamp(programs: Programs, express: ExpressPath)
     express.drop_program(2)
 
 
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_cpu")  # each CPU has rows of its own: a sender that moves breaks them off
 def test_requests_are_sampled_several_in_a_row(pairs: Pairs, programs: Programs) -> None:
     programs.put(sample=8192)
     pair = pairs()

@@ -5,21 +5,14 @@ import errno
 import pytest
 
 from tests.bpf.families import Family
-from tests.bpf.steps import capture, connect, refused, silent
+from tests.bpf.steps import capture, connect, refused, serve, silent
 from tests.bpf.world import IDENTITY, World
 
 PORT = 7300
 
 
-def serve(world: World, family: Family) -> None:
-    """Workload b listens, a's calls to the service go there natively, policy allows a."""
-    world.b(family.server("l", family.host("b"), PORT))
-    world.native(family.vip, 80, [(family.host("b"), PORT)])
-    world.allow("b", IDENTITY["a"], PORT)
-
-
 def test_a_native_connection_reaches_its_backend(world: World, family: Family) -> None:
-    serve(world, family)
+    serve(world, family, PORT)
     before = world.count("native_allowed")
     connect(world, family, family.vip, 80)
     world.b("c, who = l.accept()")
@@ -50,7 +43,7 @@ def test_backends_share_the_connections(world: World, family: Family) -> None:
 
 
 def test_policy_denies_at_connect(world: World, family: Family) -> None:
-    serve(world, family)
+    serve(world, family, PORT)
     world.forbid("b", IDENTITY["a"], PORT)
     before = world.count("policy_denied")
     world.a(family.tcp("s"))
@@ -60,7 +53,7 @@ def test_policy_denies_at_connect(world: World, family: Family) -> None:
 
 
 def test_an_l7_verdict_sends_a_native_connection_to_the_proxy(world: World, family: Family) -> None:
-    serve(world, family)
+    serve(world, family, PORT)
     capture(world, family)
     world.allow("b", IDENTITY["a"], PORT, verdict="L7")
     connect(world, family, family.vip, 80)
@@ -138,7 +131,7 @@ def test_loopback_without_a_record_is_dropped(world: World, family: Family) -> N
 
 
 def test_a_new_generation_keeps_what_is_allowed_and_ends_the_rest(world: World, family: Family) -> None:
-    serve(world, family)
+    serve(world, family, PORT)
     connect(world, family, family.vip, 80)
     world.b("c, _ = l.accept(); c.settimeout(0.5)")
     world.a("s.sendall(b'1')")
@@ -183,7 +176,7 @@ def test_a_withdrawn_range_ends_outbound_connections(world: World, family: Famil
 
 
 def test_a_disconnected_client_that_listens_carries_no_admission(world: World, family: Family) -> None:
-    serve(world, family)
+    serve(world, family, PORT)
     world.a("import ctypes; libc = ctypes.CDLL(None, use_errno=True)")
     connect(world, family, family.vip, 80)
     world.a("assert libc.connect(s.fileno(), bytes(28), 28) == 0")  # AF_UNSPEC

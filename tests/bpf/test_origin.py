@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bpf.families import Family
-from tests.bpf.steps import NO_OPTION, connect, refused, silent, stock
+from tests.bpf.steps import NO_OPTION, call_for_a, connect, refused, silent, stock
 from tests.bpf.world import CALLER, HBONE, IDENTITY, LEVEL, ORIGIN, World
 
 PORT = 7400
@@ -39,7 +39,7 @@ def test_a_caller_whom_policy_denies_stays_out(world: World, family: Family) -> 
     world.dial("b", family.host("b"), PORT)
     before = world.count("policy_denied")
     stock(world, family, "b")
-    world.proxy(f"s.setsockopt({LEVEL}, {CALLER}, {world.caller(family.host('a'), 1, IDENTITY['a'])!r})")
+    call_for_a(world, family)
     silent(world.proxy, f"s.connect(({family.spell(family.host('b'))!r}, {PORT}))")
     assert world.count("policy_denied") > before
     world.proxy("s.close()")
@@ -52,7 +52,7 @@ def test_the_proxy_dials_only_what_the_agent_listed(world: World, family: Family
     world.dial("b", family.host("b"), PORT + 1)
     before = world.count("dial_denied")
     stock(world, family, "b")
-    world.proxy(f"s.setsockopt({LEVEL}, {CALLER}, {world.caller(family.host('a'), 1, IDENTITY['a'])!r})")
+    call_for_a(world, family)
     refused(world.proxy, f"s.connect(({family.spell(family.host('b'))!r}, {PORT}))")
     refused(world.proxy, f"s.connect(({family.spell(family.loopback)!r}, {PORT}))")
     assert world.count("dial_denied") == before + 2

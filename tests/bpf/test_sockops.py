@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tests.bpf.families import FAMILIES, Family
-from tests.bpf.steps import capture, connect, refused, stock
-from tests.bpf.world import CALLER, IDENTITY, LEVEL, ORIGIN, V4, V6, World, run, text
+from tests.bpf.steps import call_for_a, capture, connect, refused, stock
+from tests.bpf.world import IDENTITY, LEVEL, ORIGIN, V4, V6, World, run, text
 
 PORT = 7800
 FLOOD = 300  # connections of one round
@@ -59,7 +59,7 @@ def test_bytes_between_an_application_and_the_proxy_are_not_held_back(world: Wor
     world.dial("b", family.host("b"), PORT)
     world.allow("b", IDENTITY["a"], PORT)
     stock(world, family, "b")
-    world.proxy(f"s.setsockopt({LEVEL}, {CALLER}, {world.caller(family.host('a'), 1, IDENTITY['a'])!r})")
+    call_for_a(world, family)
     world.proxy(f"s.connect(({family.spell(family.host('b'))!r}, {PORT}))")
     world.b("s, _ = l.accept()")
     assert world.b(asked)

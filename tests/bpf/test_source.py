@@ -10,7 +10,7 @@ import pytest
 
 from nodeagent.loader import child, headers, source
 from nodeagent.loader.layouts import layout_of, nested
-from nodeagent.loader.run import cgroup_depth, pack
+from nodeagent.loader.run import pack
 from tests.bpf.world import ROOT
 
 TYPES = (ROOT / "bpf" / "types.h").read_text()
@@ -72,11 +72,3 @@ def test_the_header_tree_is_whole_and_can_be_made_again(tmp_path: Path) -> None:
     assert (root / "include/asm/types.h").exists()
     with pytest.raises(FileNotFoundError, match="linux-libc-dev"):
         headers.make_tree(tmp_path / "other", machine="pdp11")
-
-
-def test_the_depth_of_a_cgroup_counts_from_the_mount(tmp_path: Path) -> None:
-    for part in ("", "a", "a/b"):
-        (tmp_path / part).mkdir(exist_ok=True)
-        (tmp_path / part / "cgroup.procs").write_text("")
-    assert cgroup_depth(tmp_path / "a/b") == 2
-    assert cgroup_depth(tmp_path) == 0

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller import allocate
-from controller.allocate import VIP4, VIP6, Exhausted, Ledger, plan
+from controller.allocate import KINDS, Exhausted, Ledger, plan
 from controller.store import Delete, Entry, Put
+from mesh.model import VIP4, VIP6
 
 NAMES = st.sets(st.sampled_from([f"Service/shop/s{n}" for n in range(12)]))
 
@@ -61,9 +62,13 @@ def test_a_taken_address_leads_to_the_next(monkeypatch: pytest.MonkeyPatch) -> N
         plan(ledger, set(), set(), {*ledger.service, "Service/a/more"})
 
 
-def test_the_last_number() -> None:
+@pytest.mark.parametrize(("kind", "bits"), tuple(zip(KINDS, (32, 29, 29), strict=True)))  # above 29: GROUP_* of mesh.dataplane
+def test_the_last_number(kind: str, bits: int) -> None:
+    def wanted(names: set[str]) -> list[set[str]]:
+        return [names if each == kind else set() for each in KINDS]
+
     ledger = Ledger()
-    ledger.next["identity"] = allocate.NUMBER_MAX
-    ledger, _ = plan(ledger, {"a"}, set(), set())
+    ledger.next[kind] = (1 << bits) - 1
+    ledger, _ = plan(ledger, *wanted({"a"}))
     with pytest.raises(Exhausted):
-        plan(ledger, {"a", "b"}, set(), set())
+        plan(ledger, *wanted({"a", "b"}))

@@ -160,6 +160,13 @@ async def test_limits_of_requests(shared: Controller) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+async def test_no_answer_tells_what_serves_it(shared: Controller) -> None:
+    async with shared.client() as nobody:
+        for path in ("/v1/status", "/nowhere"):
+            async with nobody.session.get(shared.url + path, ssl=shared.context()) as answer:
+                assert answer.headers["Server"] == "pillion"
+
+
 async def test_old_tls_is_refused(shared: Controller) -> None:
     def dial(maximum: ssl.TLSVersion) -> str | None:
         context = shared.context()

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from l7proxy import express_session
+from tests.l7proxy.express_rig import Express, express_world
 from tests.l7proxy.rig import Mesh, Rig, Server, running
 
 
@@ -38,3 +39,11 @@ def serve() -> Iterator[Callable[[Server], Server]]:
             return server
 
         yield add
+
+
+@pytest.fixture
+def express(mesh: Mesh, start: Callable[..., Rig], serve: Callable[[Server], Server]) -> Iterator[Express]:
+    """A client, and a server whose connections the kernel may carry."""
+    found = express_world(mesh, start, serve)
+    yield found
+    found.close()

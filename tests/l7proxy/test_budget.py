@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from l7proxy.budget import TURN_S, Account, Budgets
+from l7proxy.budget import CALM_S, TURN_S, Account, Budgets
 from mesh.model import Budget, BudgetChange, Config, IdentityBudget, Protocol, Service, Workload
 from tests.l7proxy.rig import Mesh, Rig, Server, http_server, ok, read_all, read_response, spiffe, wait_for
 from tests.l7proxy.test_worker import metric
@@ -111,6 +111,46 @@ def test_who_was_at_work_lately_counts() -> None:
     loop.turn()
     loud.spent += TURN_S
     assert not loud.over()
+
+
+def test_a_crowd_is_told_of_and_its_end() -> None:
+    loop = Loop()
+    loud, other = loop.account(300), loop.account(301)
+    told: list[bool] = []
+    loop.budgets.on_crowd = told.append
+    loud.spent += TURN_S
+    assert not loud.over() and told == []
+    other.spent += 0.00001
+    for _ in range(3):
+        loud.spent += 100 * TURN_S
+        assert loud.over()
+        loop.budgets.arm(loud)
+        loop.turn()
+    assert told == [True]
+    loop.budgets.sweep(lambda _spiffe: True)
+    assert told == [True]
+    loop.now += CALM_S + 0.1
+    loop.budgets.sweep(lambda _spiffe: True)
+    loop.budgets.sweep(lambda _spiffe: True)
+    assert told == [True, False]
+
+
+def test_what_comes_when_a_turn_is_over_waits_and_is_paid_for() -> None:
+    loop = Loop()
+    loud, other = loop.account(300), loop.account(301)
+    log: list[int] = []
+
+    def work() -> None:
+        log.append(1)
+        loud.spent += TURN_S
+
+    loud.when_due(work)
+    assert log == [1] and loud.spent == TURN_S
+    other.spent += 0.00001
+    loud.when_due(work)
+    assert log == [1]
+    loop.turn()
+    assert log == [1, 1] and loud.spent == 2 * TURN_S
 
 
 def test_shares_are_weights() -> None:

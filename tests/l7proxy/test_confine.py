@@ -24,6 +24,7 @@ CHILD = textwrap.dedent(
     """
     import ctypes, errno, json, os, socket, ssl, sys
     import uvloop, asyncio
+    from l7proxy import scheduling
     from l7proxy.confine import confine, status
     from l7proxy.seccomp import NUMBERS
 
@@ -74,6 +75,7 @@ CHILD = textwrap.dedent(
         "prctl dumpable": ("prctl", 4, 1, 0, 0, 0),
         "ioctl tty": ("ioctl", 0, 0x5412, 0),
         "prlimit": ("prlimit64", os.getppid(), 7, 0, 0),
+        "another's schedule": ("sched_setattr", os.getppid(), 0, 0),
     }
     out["calls"] = {name: raw(*call) for name, call in calls.items()}
     out["x32"] = errno.errorcode[ctypes.get_errno()] if libc.syscall(0x40000000 | 39) < 0 else "passed"
@@ -86,9 +88,10 @@ CHILD = textwrap.dedent(
         except OSError as error:
             out["files"][path] = errno.errorcode[error.errno]
     out["key"] = open(f"/proc/self/fd/{key}").read(10)
+    out["scheduling"] = [scheduling.prompt(True), scheduling.prompt(False)]
     pair = socket.socketpair()
     async def life():
-        await asyncio.to_thread(lambda: None)
+        out["scheduling"].append(await asyncio.to_thread(scheduling.patient))
         handed.setblocking(False)
         asyncio.get_running_loop().add_reader(handed.fileno(), lambda: None)
         reader, writer = await asyncio.open_connection(sock=inside)
@@ -144,6 +147,10 @@ def test_files_of_others(seen: dict[str, dict[str, str]]) -> None:
 
 def test_it_can_still_read_the_key_it_was_given(seen: dict[str, str]) -> None:
     assert seen["key"] == "-----BEGIN"
+
+
+def test_it_can_still_say_which_thread_goes_first(seen: dict[str, list[bool]]) -> None:
+    assert seen["scheduling"] == [True, True, True]
 
 
 def test_no_core(seen: dict[str, str]) -> None:

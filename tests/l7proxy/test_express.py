@@ -31,6 +31,10 @@ from l7proxy.http1.exchange import Limits
         (View(0, RESPONSE_HEAD), Step.WAIT),
         (View(0, RESPONSE_BODY, status=200, resp_left=1), Step.WAIT),
         (View(3, RESPONSE_HEAD, handed=True), Step.ADOPT),
+        (View(0, REQUEST_BODY, req_left=5, inside=True, torn=True), Step.WAIT),
+        (View(-1, inside=True, torn=True), Step.WAIT),
+        (View(-1, inside=True), Step.PASS),
+        (View(-1, answering=True), Step.WAIT),
     ],
 )
 def test_client_spoke(view: View, step: Step) -> None:
@@ -55,6 +59,9 @@ def test_waited() -> None:
     assert waited(View(-1)) is Step.PASS
     assert waited(View(1)) is Step.WAIT
     assert waited(View(1, handed=True)) is Step.ADOPT
+    assert waited(View(-1, inside=True)) is Step.WAIT
+    assert waited(View(-1, answering=True)) is Step.WAIT
+    assert waited(View(1, handed=True, inside=True)) is Step.WAIT
 
 
 def test_an_exchange_that_was_over_before_it_was_taken() -> None:

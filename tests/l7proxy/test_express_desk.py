@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -18,13 +18,6 @@ from tests.l7proxy.test_worker import metric, reason
 
 Start = Callable[..., Rig]
 Serve = Callable[[Server], Server]
-
-
-@pytest.fixture
-def express(mesh: Mesh, start: Start, serve: Serve) -> Iterator[Express]:
-    found = express_world(mesh, start, serve)
-    yield found
-    found.close()
 
 
 def two_endpoints(mesh: Mesh, start: Start, serve: Serve) -> Express:

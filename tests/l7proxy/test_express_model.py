@@ -85,7 +85,7 @@ class Peer:
         self.out = b""  # in the proxy's transport
         self.protocol: Any = None
         self.reading = True
-        self.closing = self.app_closed = self.lost = self.reset = False
+        self.closing = self.lost = self.reset = False
 
     # ---- the proxy's transport
 
@@ -161,8 +161,6 @@ class Peer:
         data = self.down.popleft()
         self.queue += data
         self.rcv_nxt += len(data)
-        if not data:
-            self.app_closed = True
 
     def sent_slow(self, data: bytes) -> None:
         self.write_seq += len(data)

@@ -224,6 +224,29 @@ def test_a_pipelined_request_waits_for_an_answer_that_the_kernel_carries(express
     assert requests(express) == 2  # the one in between is the kernel's to count
 
 
+def test_a_body_waits_for_its_head(express: Express, talk: Dialogue) -> None:
+    """The kernel has judged the head, and the thread that sent it is not done: what is passed on now would come first."""
+    head = get("/fast", "Content-Length: 5", method="POST")
+    talk.begin(phase=REQUEST_BODY, head=head, req_left=5, inside=True, torn=True)
+    talk.sock.sendall(b"12345")
+    wait_for(lambda: express.kernel.of(HOLD), "HOLD")
+    assert not express.kernel.of(TAKE)
+    talk.change(inside=False, torn=False)
+    assert talk.server.recv(5, socket.MSG_WAITALL) == b"12345"
+    talk.server.sendall(ok(b"two"))
+    assert read_response(talk.sock)[2] == b"two"
+
+
+def test_nothing_is_passed_on_beside_a_thread_that_may_be_on_its_way(express: Express, talk: Dialogue) -> None:
+    head = get("/fast", "Content-Length: 5", method="POST")
+    talk.begin(phase=REQUEST_BODY, head=head, req_left=5, handed=True, inside=True, torn=True)
+    talk.server.sendall(ok(b"two"))  # before the body
+    wait_for(express.unpaired, "Unpair")
+    with pytest.raises(ConnectionResetError):
+        talk.sock.recv(1)
+    assert express.events()["express_adopted"] == 1
+
+
 def test_a_half_closed_client_gets_its_answer(express: Express, talk: Dialogue) -> None:
     talk.begin()
     talk.sock.shutdown(socket.SHUT_WR)

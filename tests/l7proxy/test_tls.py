@@ -16,7 +16,7 @@ import structlog
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from l7proxy.admission import Refusal
-from l7proxy.inbound import LOGGED_PER_S_MAX
+from l7proxy.inbound import LOGGED_PER_S_MAX, DestinationTunnel
 from l7proxy.tls import PeerRefused, check_peer, revoked_nodes, revoked_serials
 from mesh.model import key_of
 from tests.l7proxy.pki import Authority, Entry
@@ -200,6 +200,21 @@ async def test_no_h2(nodes: TwoNodes) -> None:
     await shake(nodes, lambda context: context.set_alpn_protocols(["http/1.1"]))
     await until(lambda: nodes.destination.reasons)
     assert nodes.destination.reasons == ["tls_handshake"]
+
+
+async def test_a_certificate_withdrawn_during_the_handshake_serves_nobody(
+    nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_open = DestinationTunnel.on_open
+
+    def late(tunnel: DestinationTunnel) -> None:
+        nodes.destination.svids.pop(WEB, None)
+        on_open(tunnel)
+
+    monkeypatch.setattr(DestinationTunnel, "on_open", late)
+    client = await dial(nodes)
+    assert client.failure is not None
+    assert nodes.destination.reasons == ["no_svid"] and not nodes.destination.served
 
 
 async def test_plaintext_and_silence(nodes: TwoNodes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,7 +13,7 @@ import pytest_asyncio
 
 from l7proxy.hbone.stream import BULK
 from l7proxy.stream_transport import PIECES_EARLY
-from mesh.model import Action, Budget
+from mesh.model import Action, Budget, BudgetChange, IdentityBudget, key_of
 from tests.l7proxy.two_nodes import CLIENT, CLIENT_IP, WEB, WEB_IP, Collect, Echo, TwoNodes, until
 
 
@@ -147,6 +148,21 @@ async def test_lost_tunnel_resets_streams_and_the_next_dial_makes_another(nodes:
     assert again.failure is None
 
 
+@pytest.mark.parametrize("answer", [(200, ""), (503, "overloaded")])
+async def test_a_tunnel_is_not_kept_for_a_dial_that_was_answered(nodes: TwoNodes, answer: tuple[int, str]) -> None:
+    """Else the TLS connections of a second go all at once."""
+    nodes.destination.answer = answer
+    client = nodes.dial(opaque=True)
+    await until(lambda: client.answered)
+    assert not nodes.pool._dials
+    kept = [weakref.ref(tunnel) for tunnel in nodes.pool._open]
+    if client.transport is not None:
+        client.transport.close()
+    await until(lambda: not nodes.pool._open)
+    client.transport = None
+    await until(lambda: not any(tunnel() for tunnel in kept))
+
+
 async def test_what_ended_before_a_fault_in_the_same_read_is_told(nodes: TwoNodes) -> None:
     client = nodes.dial(opaque=True)
     await until(lambda: client.answered)
@@ -158,6 +174,25 @@ async def test_what_ended_before_a_fault_in_the_same_read_is_told(nodes: TwoNode
     tunnel.channel.send([b"\0\0\0\x08\0\0\0\0\0"])  # a WINDOW_UPDATE without a length
     await until(lambda: client.lost)
     assert isinstance(client.lost[0], ConnectionResetError)
+
+
+async def test_a_stream_over_the_budget_counts_though_it_was_reset_at_once(nodes: TwoNodes) -> None:
+    budget = IdentityBudget("client", "shop", BudgetChange(requests_per_s=1), (CLIENT.removeprefix("spiffe://"),))
+    nodes.items[key_of(budget)] = budget
+    nodes.destination.reconfigure(nodes.items)
+    client = nodes.dial()
+    await until(lambda: client.answered)
+    (near,), (far,) = nodes.pool._open, nodes.inbound.tunnels
+    headers = ((b":method", b"CONNECT"), (b":authority", b"127.77.1.1:8080"), (b"forwarded", b'for="127.77.0.1:1"'))
+    asked = []
+    for _ in range(3):
+        stream = near.core.open(headers)
+        asked += near.core.take()[0]
+        near.core.reset(stream)
+        asked += near.core.take()[0]
+    near.channel.send(asked)
+    await until(lambda: far.account.requests == 4)
+    assert far.account.refused == nodes.destination.metrics.denials == {"budget_requests": 3}
 
 
 @pytest.mark.parametrize("opaque", [False, True])

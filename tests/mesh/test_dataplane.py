@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from mesh.dataplane import (
     plan_node,
     rule_number,
 )
+from mesh.kinds import OUTBOUND_MAX
 from mesh.link import LocalWorkload
 from mesh.model import Action, Config, Identity, OutboundAllow, Protocol, Rule, Workload
 from mesh.policy import Peer, PolicySet, Request, authorize
@@ -201,6 +204,13 @@ class TestEgress:
         found = plan_egress(self.config(("10.0.0.0/8", tuple(range(1, 9))), ("10.1.0.0/16", tuple(range(5, 13)))))
         assert found["10.1.0.0/16"] == Egress(True, tuple(range(1, 9)))
 
+    def test_as_many_ranges_as_may_be_are_planned_in_a_moment(self):
+        many = [(f"10.{n >> 2}.{(n & 3) << 6}.0/{18 + n % 2}", (443,)) for n in range(OUTBOUND_MAX - 2)]
+        start = time.process_time()
+        found = plan_egress(self.config(("10.0.0.0/8", (80,)), ("10.128.0.0/9", ()), *many))
+        assert time.process_time() - start < 0.5
+        assert found["10.1.0.0/18"] == Egress(True, (80, 443)) and found["10.200.0.0/18"] == Egress(True)
+
 
 def test_without_a_config_there_is_no_plan():
     with pytest.raises(SnapshotError):
@@ -212,7 +222,7 @@ def test_a_thousand_policies_and_replicas_are_planned_in_a_moment():
         service("web", protocol=Protocol.TCP, endpoints=tuple(f"Workload/shop/web-{n}" for n in range(50))),
         *(Identity(1000 + n, f"spiffe://mesh.local/ns/shop/sa/c{n}") for n in range(2000)),
         *(workload(f"web-{n}", number=400 + n) for n in range(50)),
-        *(policy(f"p{n}", Action.DENY, Rule()) for n in range(0)),
+        *(policy(f"p{n}", Action.DENY, Rule(), selector={"app": f"other-{n}"}) for n in range(1000)),
     )
     items["Config//mesh"] = Config("mesh.local", default_action=Action.ALLOW)
     found = plan_node(items, "n1", [LocalWorkload(key, n, n) for n, key in enumerate(items) if isinstance(items[key], Workload)])

@@ -79,7 +79,7 @@ class Node:
         connector = aiohttp.UnixConnector(str(self.scratch / "run/agent.sock"))
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            session.request(method, "http://agent" + path, json=body) as response,
+            session.request(method, "http://agent" + path, **{"data" if isinstance(body, bytes) else "json": body}) as response,
         ):
             text = await response.text()
             return response.status, json.loads(text) if response.content_type == "application/json" else text
@@ -241,6 +241,9 @@ async def test_pillion_run_answers_when_enforced(serving: Node) -> None:
     assert answer["spiffe"] in {entry.item.spiffe for entry in serving.agent.core.enrolled}
     code, answer = await serving.call("POST", "/v1/workloads", {**body, "name": "db-2"})
     assert code == 400 and "cgroup" in answer["error"]
+    for junk in (b"{", b'"\xff"', b"[" * 100_000):
+        code, answer = await serving.call("POST", "/v1/workloads", junk)
+        assert code == 400 and answer["error"].startswith("body: ")
     assert (await serving.call("DELETE", "/v1/workloads/shop/db-1"))[0] == 200
     await until(lambda: "Workload/shop/db-1" in serving.controller.deleted)
     assert (await serving.call("DELETE", "/v1/workloads/shop/db-1"))[0] == 404

@@ -100,7 +100,8 @@ def test_the_book_survives_and_a_damaged_one_is_empty(tmp_path: Path) -> None:
     again = Book(tmp_path)
     again.load()
     assert again.api == {SPEC.key: SPEC} and again.registered == {SPEC.key} and not again.error
-    (tmp_path / "workloads.json").write_text("{")
-    damaged = Book(tmp_path)
-    damaged.load()
-    assert not damaged.api and damaged.error
+    for junk in (b"{", b'{"api": 1}', b'{"registered": ["\xff"]}', b'{"x":' + b"[" * 100_000):
+        (tmp_path / "workloads.json").write_bytes(junk)
+        damaged = Book(tmp_path)
+        damaged.load()
+        assert not damaged.api and "workloads.json" in damaged.error

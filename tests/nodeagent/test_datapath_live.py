@@ -191,7 +191,7 @@ def test_a_new_agent_finds_the_old_ones_maps(mesh: Setup) -> None:
 def test_listeners_are_ours_alone_and_come_back_from_the_proxy(mesh: Setup) -> None:
     world, datapath, (cookie, _) = mesh
     opened = datapath.open_listeners(cookie, world.a.addresses)
-    assert {(listener.kind, listener.address, listener.port) for listener in opened} == {
+    assert {(frame.kind, frame.address, frame.port) for frame, _ in opened} == {
         *(
             (kind, at, port)
             for at in ("127.0.0.1", "::1")
@@ -200,32 +200,21 @@ def test_listeners_are_ours_alone_and_come_back_from_the_proxy(mesh: Setup) -> N
         *(("hbone", at, 15008) for at in world.a.addresses),
     }
     assert [listener.fd for listener in datapath.open_listeners(cookie, world.a.addresses)] == [one.fd for one in opened]
-    hbone = next(listener for listener in opened if listener.id == f"{cookie}/hbone/{world.a.addresses[0]}")
+    hbone = next(listener for listener in opened if listener.frame.id == f"{cookie}/hbone/{world.a.addresses[0]}")
     with socket.socket(fileno=os.dup(hbone.fd)) as listening:
         assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
         inode = inode_of(listening.fileno())
     # The proxy keeps it while the agent is gone
-    code = "import sys; sys.stdin.read()"
-    keeper = subprocess.Popen(
-        [
-            "sh",
-            "-c",
-            'echo $$ > "$1/cgroup.procs"; echo up; exec "$2" -c "$3"',
-            "-",
-            str(world.cgroup / "proxy"),
-            sys.executable,
-            code,
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=[hbone.fd],
-    )
+    code = "import sys; print('up', flush=True); sys.stdin.read()"  # up: it opens no file any more
+    join = 'echo $$ > "$1/cgroup.procs"; exec "$2" -c "$3"'
+    argv = ["sh", "-c", join, "-", str(world.cgroup / "proxy"), sys.executable, code]
+    keeper = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[hbone.fd])
     try:
         assert keeper.stdout is not None and keeper.stdout.readline() == b"up\n"
         datapath.forget(cookie)
         assert datapath.adopt(world.a.path) == cookie
         again = datapath.open_listeners(cookie, world.a.addresses)
-        taken = next(listener for listener in again if listener.id == hbone.id)
+        taken = next(listener for listener in again if listener.frame.id == hbone.frame.id)
         assert inode_of(taken.fd) == inode
     finally:
         keeper.kill()

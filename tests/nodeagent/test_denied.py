@@ -58,7 +58,7 @@ def test_denied(cgroup: int, kind: str, conn: dict[str, object], expected: bool)
     flags = layouts.enums["PL_CONN_SERVER"] if conn.get("server") else 0
     peer = address(str(conn.get("peer", "0.0.0.0")))
     stored = layouts["pl_conn"].pack(kind=layouts.enums[kind], flags=flags, peer=peer, proto=6, generation=1, **fields)  # type: ignore[arg-type]
-    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "10.0.0.2", 2, 3, cgroup, b"", {CONNS: stored}, 0)
+    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "10.0.0.2", 2, 3, cgroup, b"", {CONNS: stored})
     doomed = denied(PLAN, layouts, CONNS, owners(PLAN, {CHILD: (CHILD, CLIENT)}), lambda group: group == AGENT)
     assert doomed(sock) is expected
 
@@ -67,7 +67,7 @@ def test_what_a_name_opens_goes_on() -> None:
     layouts = compiled_layouts()
     peer = {"peer": address("198.51.100.1"), "peer_port": 443}
     stored = layouts["pl_conn"].pack(kind=layouts.enums["PL_CONN_OUTBOUND"], identity=301, proto=6, generation=1, **peer)  # type: ignore[arg-type]
-    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "198.51.100.1", 443, 3, CLIENT, b"", {CONNS: stored}, 0)
+    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "198.51.100.1", 443, 3, CLIENT, b"", {CONNS: stored})
     for whose, expected in ((501, False), (502, True)):
         granted = {(whose, "198.51.100.1", 443)}
         doomed = denied(PLAN, layouts, CONNS, owners(PLAN, {}), lambda _: False, lambda *asked: asked in granted)
@@ -75,7 +75,7 @@ def test_what_a_name_opens_goes_on() -> None:
 
 
 def test_sockets_without_a_record_are_left_alone() -> None:
-    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "10.0.0.2", 2, 3, CLIENT, b"", {}, 0)
+    sock = Sock(socket.AF_INET, 6, State.ESTABLISHED, "10.0.0.1", 1, "10.0.0.2", 2, 3, CLIENT, b"", {})
     assert not denied(PLAN, compiled_layouts(), CONNS, owners(PLAN, {}), lambda _: False)(sock)
 
 

@@ -19,7 +19,7 @@ def sock(**changes: object) -> Sock:
     fields: dict[str, object] = {
         "family": socket.AF_INET, "protocol": socket.IPPROTO_TCP, "state": State.ESTABLISHED, "local": "10.0.0.1",
         "local_port": 1, "remote": "10.0.0.2", "remote_port": 2, "inode": 9, "cgroup": 70, "id": b"",
-        "storage": {5: b""}, "receive_queue": 0,
+        "storage": {5: b""},
     }  # fmt: skip
     return Sock(**(fields | changes))  # type: ignore[arg-type]
 

@@ -54,10 +54,10 @@ def test_those_of_a_worker_that_lives_are_not(ledger: Ledger, gone: int) -> None
     assert ledger.orphans(5) == (5, True)  # others have ended since
 
 
-@pytest.mark.parametrize("text", [None, "", "[{}]", '[{"pid": "x"}]', "nonsense"])
-def test_without_a_word_nothing_is_claimed(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize("text", [None, b"", b"[{}]", b'[{"pid": "x"}]', b"nonsense", b'[{"pid": 1, "\xff": 1}]'])
+def test_without_a_word_nothing_is_claimed(tmp_path: Path, text: bytes | None) -> None:
     if text is not None:
-        (tmp_path / "pairs.json").write_text(text)
+        (tmp_path / "pairs.json").write_bytes(text)
     assert Ledger(tmp_path / "pairs.json").orphans(7) == (0, True)
 
 

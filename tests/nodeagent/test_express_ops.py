@@ -36,7 +36,7 @@ class Ready(Operations):
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ready]:
-    monkeypatch.setattr(express_ops, "_libbpf", SimpleNamespace(bpf_obj_get=lambda path: os.open("/dev/null", os.O_RDONLY)))
+    monkeypatch.setattr(express_ops, "libbpf", SimpleNamespace(bpf_obj_get=lambda path: os.open("/dev/null", os.O_RDONLY)))
     made = Ready(Path("/none"), cast(Layouts, Fakes(pl_xop=None)))
     yield made
     made.close()

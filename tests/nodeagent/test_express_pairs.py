@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -111,6 +112,46 @@ def test_what_is_no_socket_is_refused(desk: Desk) -> None:
     os.close(reader)
     os.close(writer)
     assert answer.reason == "failed" and not desk.kernel.records
+
+
+def test_an_end_that_was_not_taken_is_the_workers_alone(desk: Desk) -> None:
+    """It goes back to the worker's pool: the agent keeps it no longer open, and gives it to no other worker."""
+    before = descriptors()
+    ends = (PairEnd(WEB, 9090), PairEnd(WEB, 8080))
+    with connection() as (upstream, far), asked(endpoints=ends) as (ask, fds):
+        fds.insert(1, os.dup(upstream.fileno()))
+        assert desk.pairs.pair(desk.programs, "worker-0", ask, fds) == Paired(1, True, (-1, 0), ())
+        upstream.close()
+        far.settimeout(1)
+        assert far.recv(1) == b""
+    assert descriptors() == before + 2
+    desk.pairs.orphan("worker-0", 1.0)
+    ((takeover, given),) = desk.pairs.hand_over("worker-1")
+    assert (takeover.endpoints, takeover.slots, len(given)) == (ends[1:], (0,), 2)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", ["pipe", "unix", "unconnected", "packet"])
+def test_what_is_no_connection_leaves_nothing_behind(desk: Desk, place: int, kind: str) -> None:
+    """A worker that was taken over can send any descriptor it has, as often as it likes."""
+    before = descriptors()
+    with ExitStack() as stack:
+        if kind == "pipe":
+            reader, writer = os.pipe()
+            stack.callback(os.close, writer)
+            stack.callback(os.close, reader)
+        elif kind == "unix":
+            one, other = socket.socketpair()
+            reader = stack.enter_context(one).fileno()
+            stack.enter_context(other)
+        else:
+            family = {"packet": socket.AF_PACKET, "unconnected": socket.AF_INET}[kind]
+            reader = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)).fileno()
+        with asked() as (ask, fds):
+            os.dup2(reader, fds[place])
+            answer = desk.pairs.pair(desk.programs, "worker-0", ask, fds)
+    assert not answer.ok and not desk.pairs.all and not desk.kernel.records
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(("side", "reason"), [("client", "client_lowat"), ("server", "server_lowat")])

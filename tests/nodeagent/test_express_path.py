@@ -28,9 +28,11 @@ from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_path import ExpressPath, Verdict, bucket_floor_ns
 from nodeagent.express_probes import PROBES, Four
 from nodeagent.layouts import Layout
+from nodeagent.libbpf import libbpf
 from nodeagent.maps import BpfMap, close_all, open_all
 from tests.bpf.world import ROOT, cgroup_root
 
+SO_COOKIE = 57
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -158,6 +160,17 @@ def test_a_new_agent_voids_the_programs_and_keeps_the_records(place: Path, path:
         fresh.forget_record(record)
         fresh.reap()
         fresh.close()
+
+
+def test_a_new_agent_does_not_count_what_a_former_one_numbered(place: Path, path: ExpressPath) -> None:
+    """Program 1 is another caller's or service's now: what it carried then would be told as this one's."""
+    key = path._layouts["pl_xstat_key"].pack(program=1, name=0, status=200)
+    value = path._layouts["pl_xstat"].pack(requests=7) * path._cpus
+    assert libbpf.bpf_map_update_elem(path._maps["xstats"].fd, key, value, 0) == 0
+    (place / "third").mkdir()
+    fresh = ExpressPath(place / "bpf", place / "third")
+    assert not fresh.stats()
+    fresh.close()
 
 
 def test_without_the_ordinary_programs_it_says_so(tmp_path: Path) -> None:
@@ -310,6 +323,33 @@ def test_most_of_a_long_segment_sent_again_is_read_once(path: ExpressPath, place
     close_all(maps)
     assert bytes(got) == data
     assert path.counters()["sent_again"] == before + 1
+
+
+@pytest.mark.parametrize("read", [0, 4, 9])
+def test_what_is_sent_again_to_a_socket_that_was_forgotten(path: ExpressPath, place: Path, read: int) -> None:
+    """As the map forgets the one not heard of for longest; of what it was sent, something may wait unread."""
+    maps = open_all(place / "bpf" / "maps", (*express_probes.MAPS, "xnexts"))
+    said = bytearray()
+
+    def work() -> None:
+        four = Four(maps, path._layouts["pl_xend"])
+        four.redirect()
+        four.read_all()
+        four.server.sendall(b"redirected")
+        assert four.client.recv(10) == b"redirected"
+        four.accepted.sendall(b"first and")
+        four.server.sendall(b" then")
+        said.extend(four.client.recv(read) if read else b"")
+        assert maps["xnexts"].delete(four.client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        four.accepted = express_probes.rewound(four.accepted, 4)
+        four.accepted.sendall(b" and last")
+        while len(said) < len("first and then last") and (piece := four.client.recv(1 << 16)):
+            said.extend(piece)
+        four.close()
+
+    express_probes.alone(work)
+    close_all(maps)
+    assert said == b"first and then last"
 
 
 def test_epoll_without_events_is_seen(path: ExpressPath, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_a_restart_ends_no_connection_through_the_proxy(life: Life, family: int)
     first.enrol(cookies[0])
     opened = first.open_listeners(cookies[0], life.world.a.addresses)
     at = ("127.0.0.1", "::1")[family]
-    with held(next(each.fd for each in opened if (each.kind, each.address) == ("dns-tcp", at))) as listener:
+    with held(next(fd for frame, fd in opened if (frame.kind, frame.address) == ("dns-tcp", at))) as listener:
         client = life.world.a.start(CLIENT.format(to=RESOLVER[family]))
         accepted = [listener.accept()[0]]
         first.close()

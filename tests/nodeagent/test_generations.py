@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,24 @@ def another(node: Node, index: int, born: int) -> FakeWorker:
     worker.start()
     node.more.append(worker)
     return worker
+
+
+async def test_a_worker_that_does_not_accept_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "worker-0.sock"
+    fleet = proxy_link.ProxyFleet(tmp_path, lambda: link.Hello("n1", "", (), "", ()), None)  # type: ignore[arg-type]
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as others:
+        listener.bind(str(path))
+        listener.listen(0)
+        others.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))  # its backlog is full
+        dialling = asyncio.create_task(fleet._dial(path))
+        await until(lambda: dialling.done() or fleet.counts["dials"] > 1)
+        assert not dialling.done()
+        others.enter_context(listener.accept()[0])
+        found = await asyncio.wait_for(dialling, 5)
+        assert found is not None
+        with found:
+            assert found.getpeername() == str(path)
+    assert await fleet._dial(path) is None
 
 
 async def test_it_drains_when_a_newer_one_serves_and_not_before(node: Node) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +15,8 @@ from mesh.dataplane import Dest, DestKey, DestKind, Dial, Member, NodePlan
 from mesh.link import Grant
 from mesh.outside import GRANT_ADDRESSES_MAX, GRANT_GRACE_S, GRANT_S_MAX, GRANT_S_MIN, WayOut
 from nodeagent import grants
+from nodeagent.datapath_api import MapFull
+from nodeagent.datapath_live import Datapath
 from nodeagent.grants import Grants, asker, leads_to
 from nodeagent.layouts import text_address
 from nodeagent.sockdiag import Sock, State
@@ -162,6 +166,17 @@ def test_a_limit_for_each_answer_each_workload_and_the_node(desk: Desk, monkeypa
     assert desk.ask(many[5]) == ""
 
 
+def test_what_the_map_had_no_room_for_counts_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next plan, or the next answer, will find room for it."""
+    monkeypatch.setattr(grants, "WORKLOAD_GRANTS_MAX", 2)
+    with monkeypatch.context() as full:
+        full.setattr(desk.map, "put", Mock(side_effect=MapFull("full")))
+        with pytest.raises(MapFull):
+            desk.ask(THERE)
+    assert desk.ask(THERE6) == ""
+    assert desk.ask("93.184.215.15") == "full"
+
+
 def test_what_is_past_stays_while_a_connection_needs_it(desk: Desk) -> None:
     desk.ask(THERE, THERE6, name="a.wide.test", ttl=0)
     desk.now += GRANT_S_MIN
@@ -215,20 +230,8 @@ def test_the_next_agent_goes_on(desk: Desk) -> None:
 
 
 def sock(protocol: int, port: int, cgroup: int, remote: int = 0) -> Sock:
-    return Sock(
-        socket.AF_INET,
-        protocol,
-        State.ESTABLISHED,
-        "127.0.0.1",
-        port,
-        THERE if remote else "0.0.0.0",
-        remote,
-        1,
-        cgroup,
-        b"",
-        {},
-        0,
-    )
+    there = THERE if remote else "0.0.0.0"
+    return Sock(socket.AF_INET, protocol, State.ESTABLISHED, "127.0.0.1", port, there, remote, 1, cgroup, b"", {})
 
 
 @pytest.mark.parametrize(
@@ -258,3 +261,7 @@ def test_who_lives_alone_is_who_asked() -> None:
 
 def test_where_sockets_lead() -> None:
     assert leads_to([sock(6, 1, 1, 443), sock(17, 1, 1)]) == {(6, THERE, 443)}
+
+
+def test_a_place_that_was_let_go_leads_nowhere(tmp_path: Path) -> None:
+    assert Datapath(tmp_path, tmp_path, tmp_path)._reached_from(4711) == frozenset()

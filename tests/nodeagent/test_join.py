@@ -14,7 +14,7 @@ import pytest
 
 from mesh import snapshot
 from nodeagent.controller_client import CallFailed, CallRefused, ControllerClient
-from nodeagent.join import JoinError, NodeIdentity, Token, joined, read_token, token_of
+from nodeagent.join import JoinError, Misplaced, NodeIdentity, Token, joined, read_token, token_of
 from nodeagent.membership import Membership
 from nodeagent.workloads import Spec
 from tests.nodeagent.fakes import Authority, FakeController, until
@@ -78,10 +78,26 @@ async def test_a_join_is_kept(member: NodeIdentity, tmp_path: Path) -> None:
     assert names == {"node.key": 0o600, "node.pem": 0o600, "bundle.pem": 0o644, "home.json": 0o600}
 
 
-async def test_a_damaged_identity_is_not_used(member: NodeIdentity, tmp_path: Path) -> None:
-    path = tmp_path / "state/node.key"
+@pytest.mark.parametrize("name", ["node.key", "node.pem", "bundle.pem", "home.json"])
+async def test_a_damaged_identity_is_not_used(member: NodeIdentity, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "state" / name
     path.write_bytes(path.read_bytes()[:40])
     assert not NodeIdentity("n1", tmp_path / "state").load()
+
+
+async def test_a_join_that_was_interrupted_goes_on(controller: FakeController, tmp_path: Path) -> None:
+    """With its key, which the token may be bound to; with a new one, where that can not be read."""
+    identity = NodeIdentity("n1", tmp_path / "state")
+    for junk in (b"", b"junk", b"-----BEGIN PRIVATE KEY-----\n"):
+        (tmp_path / "state/joining.key").write_bytes(junk)
+        await identity.join(read_token(controller.token(), "n1"))
+        assert identity.load()
+
+
+async def test_another_nodes_directory_is_left_alone(member: NodeIdentity, tmp_path: Path) -> None:
+    with pytest.raises(Misplaced, match="--state-dir"):
+        NodeIdentity("n2", tmp_path / "state").load()
+    assert NodeIdentity("n1", tmp_path / "state").load()
 
 
 async def test_a_refused_join_says_why(controller: FakeController, tmp_path: Path) -> None:

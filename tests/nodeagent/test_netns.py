@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from mesh.ports import RESERVED_PORTS
 from nodeagent import netns
+from nodeagent.datapath_live import Datapath
 from nodeagent.loader import source
 from nodeagent.loading import SOURCES
 from tests.nodeagent.kernel_world import world
@@ -26,11 +29,7 @@ def space() -> Iterator[int]:
 
 def test_ports_are_those_of_the_programs() -> None:
     constants = source.constants((SOURCES / "types.h").read_text())
-    assert tuple(constants[f"PL_PORT_{name}"] for name in ("OUTBOUND", "HBONE", "DNS")) == (
-        netns.PORT_OUTBOUND,
-        netns.PORT_HBONE,
-        netns.PORT_DNS,
-    )
+    assert tuple(constants[f"PL_PORT_{name}"] for name in ("OUTBOUND", "HBONE", "DNS")) == RESERVED_PORTS
 
 
 def test_only_the_throwaway_thread_is_elsewhere(space: int) -> None:
@@ -67,3 +66,17 @@ def test_stock_that_cannot_be_made_leaves_nothing_open(space: int) -> None:
     with pytest.raises(OSError):  # noqa: PT011  # any: the family does not exist
         netns.run_in(space, lambda: netns.client_sockets(200, 3))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_sockets_are_of_their_netns_though_that_is_let_go_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptor's number may be another netns's by then."""
+    datapath = Datapath(tmp_path, tmp_path, tmp_path)
+    place, run_in = datapath.adopt(None), netns.run_in
+
+    def late(fd: int, call: Callable[[], list[int]]) -> list[int]:
+        datapath.forget(place)
+        return run_in(fd, call)
+
+    monkeypatch.setattr(netns, "run_in", late)
+    for fd in datapath.make_stock(place, socket.AF_INET, 2):
+        os.close(fd)

@@ -86,7 +86,7 @@ async def test_the_fake_keeps_what_it_is_told() -> None:
     cookie = api.adopt(None)
     assert api.adopt(None) == cookie and all(api.load().values())
     listeners = api.open_listeners(cookie, ("10.0.0.1",))
-    assert {listener.kind for listener in listeners} == {"outbound", "dns-udp", "dns-tcp", "hbone"}
+    assert {frame.kind for frame, _ in listeners} == {"outbound", "dns-udp", "dns-tcp", "hbone"}
     digest = api.apply(NodePlan(), 1)
     more = {PolicyKey(1, n, 1, "tcp"): PolicyEntry(KernelVerdict.ALLOW, 1) for n in range(2)}
     with pytest.raises(MapFull):

@@ -8,7 +8,10 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from scapy import all as scapy
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_NA, ICMPv6ND_NS, IPv6, IPv6ExtHdrFragment
+from scapy.layers.l2 import ARP, Ether
+from scapy.packet import Raw
 
 from mesh.dataplane import Dest, DestKey, DestKind, Dial, Egress, NodePlan
 from nodeagent import counters
@@ -48,9 +51,9 @@ class Rig:
     def reason(self, packet: object) -> str:
         """The reason for which the filter dropped it; "" if it passed."""
         before = self.counts()
-        self.sender.send(bytes(scapy.Ether(dst="ff:ff:ff:ff:ff:ff") / packet))
+        self.sender.send(bytes(Ether(dst="ff:ff:ff:ff:ff:ff") / packet))
         self.sent += 1
-        marker = bytes(scapy.Ether(dst="ff:ff:ff:ff:ff:ff") / scapy.ARP(psrc="0.0.0.0", pdst=f"10.98.0.{self.sent}"))
+        marker = bytes(Ether(dst="ff:ff:ff:ff:ff:ff") / ARP(psrc="0.0.0.0", pdst=f"10.98.0.{self.sent}"))
         self.sender.send(marker)
         while self.receiver.recv(65536) != marker:  # frames keep their order: the verdict before it has been counted
             pass
@@ -78,11 +81,11 @@ def rig() -> Iterator[Rig]:
 
 
 def tcp(destination: str, port: int, source: str = A4, flags: str = "S", sport: int = 40000) -> object:
-    return scapy.IP(src=source, dst=destination) / scapy.TCP(sport=sport, dport=port, flags=flags)
+    return IP(src=source, dst=destination) / TCP(sport=sport, dport=port, flags=flags)
 
 
 def tcp6(destination: str, port: int, source: str = A6, flags: str = "S", sport: int = 40000) -> object:
-    return scapy.IPv6(src=source, dst=destination) / scapy.TCP(sport=sport, dport=port, flags=flags)
+    return IPv6(src=source, dst=destination) / TCP(sport=sport, dport=port, flags=flags)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,8 @@ def tcp6(destination: str, port: int, source: str = A6, flags: str = "S", sport:
         (tcp("10.99.9.9", 80, flags="SA", sport=15008), ""),
         (tcp("10.99.9.9", 80, flags="S", sport=15008), "outbound_denied"),
         (tcp("10.99.8.8", 15008), "outbound_denied"),
-        (scapy.IP(src=A4, dst="10.99.9.9") / scapy.UDP(sport=1, dport=15008), "outbound_denied"),
-        (scapy.IP(src=A4, dst="192.0.2.7", ihl=0, len=443) / scapy.TCP(dport=80), "egress_protocol"),
+        (IP(src=A4, dst="10.99.9.9") / UDP(sport=1, dport=15008), "outbound_denied"),
+        (IP(src=A4, dst="192.0.2.7", ihl=0, len=443) / TCP(dport=80), "egress_protocol"),
         (tcp("192.0.2.7", 443), ""),
         (tcp("192.0.2.7", 80), "outbound_denied"),
         (tcp6("2001:db8::7", 80), ""),
@@ -104,23 +107,23 @@ def tcp6(destination: str, port: int, source: str = A6, flags: str = "S", sport:
         (tcp6("2001:db8::7", 80, source="fd99:7::77"), "spoofed"),
         (tcp(A4, 1), "egress_no_connect"),  # a workload of this node: nobody connected
         (tcp(A4, 1, flags="A"), ""),  # opens nothing; its ingress hook decides
-        (scapy.IP(src=A4, dst=A4) / scapy.UDP(sport=1, dport=1), "egress_no_connect"),
-        (scapy.IP(src=A4, dst=A4, proto=17, frag=9) / (b"middle" * 8), ""),
-        (scapy.IP(src=A4, dst=A4, proto=6, frag=9) / (b"middle" * 8), "egress_protocol"),
-        (scapy.IPv6(src=A6, dst=A6) / scapy.IPv6ExtHdrFragment(nh=58) / (b"ping" * 8), "egress_protocol"),
-        (scapy.IPv6(src=A6, dst=A6) / scapy.IPv6ExtHdrFragment(nh=17) / scapy.UDP(sport=1, dport=1), "egress_no_connect"),
-        (scapy.IP(src=A4, dst="192.0.2.7") / scapy.UDP(sport=1, dport=443), ""),
-        (scapy.IP(src=A4, dst="192.0.2.7") / scapy.ICMP() / b"tunnel", "egress_protocol"),
-        (scapy.IP(src=A4, dst="192.0.2.7", proto=132) / (b"sctp" * 8), "egress_protocol"),
-        (scapy.IP(src=A4, dst="192.0.2.7", proto=136) / (b"lite" * 8), "egress_protocol"),
-        (scapy.IP(src=A4, dst="192.0.2.7", frag=9) / (b"middle" * 8), "egress_protocol"),
-        (scapy.IPv6(src=A6, dst="2001:db8::7") / scapy.ICMPv6EchoRequest(), "egress_protocol"),
-        (scapy.IPv6(src=A6, dst="ff02::1:ff00:2", hlim=255) / scapy.ICMPv6ND_NS(tgt=PEER6), ""),
-        (scapy.IPv6(src=A6, dst=PEER6, hlim=255) / scapy.ICMPv6ND_NA(tgt=A6), ""),
-        (scapy.IPv6(src=A6, dst=PEER6, hlim=255) / scapy.ICMPv6ND_NA(tgt="fd99:7::77"), "spoofed"),
-        (scapy.ARP(psrc=A4, pdst=PEER4), ""),
-        (scapy.ARP(psrc="10.99.7.77", pdst=PEER4), "spoofed"),
-        (scapy.Raw(b"\0" * 64), "egress_protocol"),
+        (IP(src=A4, dst=A4) / UDP(sport=1, dport=1), "egress_no_connect"),
+        (IP(src=A4, dst=A4, proto=17, frag=9) / (b"middle" * 8), ""),
+        (IP(src=A4, dst=A4, proto=6, frag=9) / (b"middle" * 8), "egress_protocol"),
+        (IPv6(src=A6, dst=A6) / IPv6ExtHdrFragment(nh=58) / (b"ping" * 8), "egress_protocol"),
+        (IPv6(src=A6, dst=A6) / IPv6ExtHdrFragment(nh=17) / UDP(sport=1, dport=1), "egress_no_connect"),
+        (IP(src=A4, dst="192.0.2.7") / UDP(sport=1, dport=443), ""),
+        (IP(src=A4, dst="192.0.2.7") / ICMP() / b"tunnel", "egress_protocol"),
+        (IP(src=A4, dst="192.0.2.7", proto=132) / (b"sctp" * 8), "egress_protocol"),
+        (IP(src=A4, dst="192.0.2.7", proto=136) / (b"lite" * 8), "egress_protocol"),
+        (IP(src=A4, dst="192.0.2.7", frag=9) / (b"middle" * 8), "egress_protocol"),
+        (IPv6(src=A6, dst="2001:db8::7") / ICMPv6EchoRequest(), "egress_protocol"),
+        (IPv6(src=A6, dst="ff02::1:ff00:2", hlim=255) / ICMPv6ND_NS(tgt=PEER6), ""),
+        (IPv6(src=A6, dst=PEER6, hlim=255) / ICMPv6ND_NA(tgt=A6), ""),
+        (IPv6(src=A6, dst=PEER6, hlim=255) / ICMPv6ND_NA(tgt="fd99:7::77"), "spoofed"),
+        (ARP(psrc=A4, pdst=PEER4), ""),
+        (ARP(psrc="10.99.7.77", pdst=PEER4), "spoofed"),
+        (Raw(b"\0" * 64), "egress_protocol"),
     ],
 )
 def test_what_passes(rig: Rig, packet: object, reason: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lab import peer
+from mesh.ports import HBONE_PORT
 
 kind, state, who, host, sni, authority, forwarded, number, seconds = sys.argv[1:10]
 count = int(number)
@@ -17,7 +18,7 @@ count = int(number)
 
 def tls() -> ssl.SSLSocket:
     context = peer.certified(Path(state), who)
-    sock = context.wrap_socket(socket.create_connection((host, peer.PORT), 5), server_hostname=sni)
+    sock = context.wrap_socket(socket.create_connection((host, HBONE_PORT), 5), server_hostname=sni)
     sock.settimeout(5)
     return sock
 
@@ -35,8 +36,12 @@ def gone(sock: socket.socket) -> bool:
 
 
 def handshakes() -> tuple[int, bool]:
-    held = [socket.create_connection((host, peer.PORT), 5) for _ in range(count)]
-    ended = 0
+    held, ended = [], 0
+    for _ in range(count):
+        try:
+            held.append(socket.create_connection((host, HBONE_PORT), 5))
+        except ConnectionResetError:  # refused before connect() had returned
+            ended += 1
     for sock in held:
         sock.settimeout(0.5)
         try:

@@ -295,6 +295,18 @@ def test_overrunning_a_window_ends_the_connection() -> None:
             core.receive(memoryview(frame(0, 0, 1, b"x" * 16384)))
 
 
+def test_a_goodbye_is_no_fault() -> None:
+    """An idle peer that leaves is not counted among those that broke the rules."""
+    client, server = Core(client=True), Core(client=False)
+    for _ in range(3):
+        server.receive(memoryview(out(client)))
+        client.receive(memoryview(out(server)))
+    client.goaway()
+    server.receive(memoryview(out(client)))
+    out(server)
+    assert server.failed and not server.at_fault
+
+
 def test_rapid_reset_is_bounded() -> None:
     peer = Peer(core_is_client=False, limits=Limits(resets_burst=100, resets_per_s=1))
     with pytest.raises((HboneError, AssertionError, h2.exceptions.ProtocolError)):  # noqa: PT012
@@ -304,7 +316,7 @@ def test_rapid_reset_is_bounded() -> None:
             peer.h2.reset_stream(number)
             peer.core.receive(memoryview(peer.h2.data_to_send()))
             peer.h2.receive_data(out(peer.core))
-    assert len(peer.core.streams) <= 1
+    assert len(peer.core.streams) <= 1 and peer.core.at_fault
 
 
 def test_heads_are_bounded() -> None:

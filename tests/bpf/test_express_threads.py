@@ -1,0 +1,228 @@
+"""Several threads inside send() on one connection that the kernel carries. It lets go of the sender's socket before it queues
+what it redirects at the receiver's: what another thread sends meanwhile must not come before it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fcntl import ioctl
+
+import pytest
+
+from tests.bpf.conftest import Pairs
+from tests.bpf.express_pair import GET, HOLD, OKAY, nothing, read
+from tests.bpf.world import wait_for
+
+STRANGE = b"BREW / HTTP/1.1\r\nHost: shop.test\r\n\r\n"
+DENIED = b"GET /no HTTP/1.1\r\nHost: shop.test\r\n\r\n"
+HEAD = b"POST / HTTP/1.1\r\nHost: shop.test\r\nContent-Length: %d\r\n\r\n" % len(DENIED)
+_USERFAULTFD, _MISSING, _FEATURES = 323, 1, 0xAA  # linux/userfaultfd.h
+_API, _REGISTER, _WAKE = 0xC018AA3F, 0xC020AA00, 0x8010AA02
+INSIDE, TORN, ANSWERING = 4, 8, 16  # enum pl_xflag
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+
+def state(thread: threading.Thread) -> str:
+    """As ps shows it."""
+    with open(f"/proc/self/task/{thread.native_id}/stat") as place:
+        return place.read().rpartition(")")[2].split()[0]
+
+
+def gone(thread: threading.Thread) -> bool:
+    """The kernel's task, not Python's thread alone."""
+    return not os.path.exists(f"/proc/self/task/{thread.native_id}")
+
+
+class Started(threading.Thread):
+    """A call on a thread of its own, perhaps on one CPU alone."""
+
+    def __init__(self, call: Callable[..., object], *arguments: object, cpu: int | None = None) -> None:
+        super().__init__(daemon=True)
+        self._call, self._arguments, self._cpu = call, arguments, cpu
+        self.start()
+
+    def run(self) -> None:
+        if self._cpu is not None:
+            os.sched_setaffinity(0, {self._cpu})
+        with suppress(OSError):
+            self._call(*self._arguments)
+
+
+@contextmanager
+def locked(sock: socket.socket) -> Iterator[None]:
+    """Somebody is inside send() on this socket, and has it: what he sends is not there (userfaultfd), and never will be."""
+    watch = _libc.syscall(_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    assert watch >= 0, os.strerror(ctypes.get_errno())
+    place = _libc.mmap(None, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    ioctl(watch, _API, bytearray(struct.pack("=QQQ", _FEATURES, 0, 0)))
+    ioctl(watch, _REGISTER, bytearray(struct.pack("=QQQQ", place, mmap.PAGESIZE, _MISSING, 0)))
+    thread = Started(_libc.send, sock.fileno(), ctypes.c_void_p(place), 1, 0)
+    wait_for(lambda: os.read(watch, 32) if _readable(watch) else b"", "the sender has the socket")
+    try:
+        yield
+    finally:
+        _libc.munmap(ctypes.c_void_p(place), mmap.PAGESIZE)  # so that nothing is sent
+        ioctl(watch, _WAKE, bytearray(struct.pack("=QQ", place, mmap.PAGESIZE)))
+        thread.join(5)
+        os.close(watch)
+
+
+def _readable(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+def hog(over: threading.Event) -> None:
+    """This CPU has no time for others; the kernel gives them some after a second."""
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    while not over.is_set():
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
+
+
+@contextmanager
+def on_its_way(sender: socket.socket, receiver: socket.socket, data: bytes) -> Iterator[None]:
+    """A thread is inside send() with this: judged, and kept from its CPU before the receiver has it."""
+    cpus = os.sched_getaffinity(0)
+    assert len(cpus) > 1, "one CPU for who is kept from it, one for the rest"
+    first = min(cpus)
+    sender.setblocking(True)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, cpus)
+        os.sched_setaffinity(0, cpus - {first})
+        with locked(receiver):
+            thread = Started(sender.send, data, cpu=first)
+            stack.callback(thread.join, 5)
+            wait_for(lambda: state(thread) == "D", "it waits for the receiver's socket")
+            over = threading.Event()
+            busy = Started(hog, over, cpu=first)
+            stack.callback(busy.join, 5)
+            stack.callback(over.set)
+            wait_for(lambda: os.sched_getscheduler(busy.native_id or 0) == os.SCHED_FIFO, "its CPU is busy")
+        yield
+
+
+def test_a_body_does_not_overtake_its_head(pairs: Pairs) -> None:
+    """The server would take the body for a request, which nobody judged. User space waits with it until the head has come."""
+    pair = pairs()
+    with on_its_way(pair.client, pair.server, HEAD):
+        pair.client.send(DENIED)
+        assert pair.punt() == "inside"
+        assert pair.view()["flags"] & ~ANSWERING == HOLD | INSIDE | TORN
+    assert pair.view()["flags"] == HOLD
+    assert read(pair.server, len(HEAD)) == HEAD
+    assert read(pair.accepted, len(DENIED)) == DENIED
+    assert pair.view()["req_left"] == len(DENIED)
+
+
+def test_what_was_once_passed_on_is_not_overtaken_either(pairs: Pairs) -> None:
+    pair = pairs()
+    with on_its_way(pair.client, pair.server, HEAD):
+        pair.client.send(DENIED[:5])
+    assert pair.punt() == "inside"
+    pair.client.send(DENIED[5:])
+    assert pair.punt() == "behind"
+    assert read(pair.server, len(HEAD)) == HEAD
+    assert read(pair.accepted, len(DENIED)) == DENIED
+    assert nothing(pair.server)
+
+
+def test_after_its_end_a_client_sends_no_more(pairs: Pairs) -> None:
+    pair = pairs()
+    pair.client.send(HEAD + DENIED[:5])
+    pair.is_fast(HEAD + DENIED[:5])
+    pair.client.shutdown(socket.SHUT_WR)
+    with pytest.raises(BrokenPipeError):
+        pair.client.send(DENIED[5:])
+    assert nothing(pair.server)
+
+
+def test_the_end_of_a_body_is_not_overtaken(pairs: Pairs) -> None:
+    """By a request after an answer that came before the body did: the server would take the request for the body."""
+    pair = pairs()
+    pair.client.send(HEAD)
+    pair.is_fast(HEAD)
+    with on_its_way(pair.client, pair.server, DENIED):
+        pair.server.sendall(OKAY)
+        assert read(pair.client, len(OKAY)) == OKAY
+        view = pair.view()
+        assert (view["busy"], view["flags"] & ~ANSWERING) == (0, INSIDE | TORN)
+        pair.client.send(GET)
+        assert read(pair.accepted, len(GET)) == GET
+    assert pair.view()["flags"] == 0
+    assert read(pair.server, len(DENIED)) == DENIED
+
+
+def test_after_hold_it_is_seen_that_an_exchange_may_begin(pairs: Pairs) -> None:
+    pair = pairs()
+    with on_its_way(pair.client, pair.server, GET):
+        pair.say(HOLD)
+        view = pair.view()
+        assert (view["busy"], view["flags"] & ~ANSWERING) == (1, HOLD | INSIDE)
+    assert pair.view()["flags"] == HOLD
+    pair.is_fast(GET)
+
+
+def test_an_answer_is_not_overtaken_by_the_next(pairs: Pairs) -> None:
+    """To a client that asks before it has the answer; user space, which would answer the second, hears that it should wait."""
+    pair = pairs()
+    pair.client.send(GET)
+    pair.is_fast(GET)
+    with on_its_way(pair.server, pair.client, OKAY):
+        view = pair.view()
+        assert view["busy"] == 0 and view["flags"] & ANSWERING
+        pair.client.send(STRANGE)
+        assert read(pair.accepted, len(STRANGE)) == STRANGE
+    assert pair.view()["flags"] == 0
+    assert read(pair.client, len(OKAY)) == OKAY
+
+
+@pytest.mark.parametrize("then", ["ends", "sleeps", "runs"])
+def test_threads_that_send_in_turn_beside_one_that_reads(pairs: Pairs, then: str) -> None:
+    """Whoever reads is inside the kernel all the time: who sent last is asked. One that runs could be anywhere."""
+    pair = pairs()
+    pair.client.setblocking(True)
+    got: list[bytes] = []
+    reader = Started(lambda: got.append(pair.client.recv(1 << 16)))
+    wait_for(lambda: state(reader) == "S", "the reader sleeps")
+    over, sent = threading.Event(), threading.Event()
+
+    def sender() -> None:
+        pair.client.send(HEAD)
+        sent.set()
+        while then == "runs" and not over.is_set():
+            pass
+        if then == "sleeps":
+            over.wait()
+
+    thread = Started(sender)
+    sent.wait()
+    if then == "ends":
+        thread.join()
+        wait_for(lambda: gone(thread), "the sender is no more")
+    elif then == "sleeps":
+        wait_for(lambda: state(thread) == "S", "the sender sleeps")
+    pair.client.send(DENIED)
+    if then == "runs":
+        assert pair.view()["flags"] == HOLD | INSIDE | TORN
+        over.set()
+        wait_for(lambda: pair.view()["flags"] == HOLD, "it is over")
+        assert read(pair.accepted, len(DENIED)) == DENIED
+        assert read(pair.server, len(HEAD)) == HEAD
+        pair.upstream.sendall(DENIED)
+        assert read(pair.server, len(DENIED)) == DENIED
+        pair.client.shutdown(socket.SHUT_RD)
+    else:
+        pair.is_fast(HEAD + DENIED)
+        pair.server.sendall(OKAY)
+        reader.join(5)
+        assert got == [OKAY]
+    over.set()
