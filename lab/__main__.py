@@ -41,6 +41,8 @@ def _down(options: argparse.Namespace) -> int:
 def _exec(options: argparse.Namespace) -> int:
     lab = Lab(options.name)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if os.geteuid() != 0:
+        raise LabError("only root can enter a lab's namespaces", "run it as root")
     where = lab.workloads.get(options.where) or lab.nodes.get(options.where)
     if where is None:
         names = ", ".join([*sorted(lab.workloads), *sorted(lab.nodes)])
@@ -159,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PlanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}\n  run it as root", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class Lab:
                 self.paths,
                 f"{node.name}-agent",
                 timeout_s,
-                services.Ticker(self.progress, f"waiting for node {node.name}"),
+                services.Ticker(self.progress, f"waiting for node {node.name}, whose agent compiles and loads its programs"),
             )
             self.progress(f"node {node.name} ready: {time.monotonic() - began:.1f} s")
 

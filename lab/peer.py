@@ -12,7 +12,6 @@ from pathlib import Path
 import h2.config
 import h2.connection
 
-PORT = 15008
 SETTINGS, HEADERS, CONTINUATION = 4, 1, 9  # RFC 9113
 
 

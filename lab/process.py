@@ -87,13 +87,14 @@ def run(
 
 
 class Process:
-    """A started process; its output goes to `log`. It outlives the Python that started it."""
+    """A started process; its output goes to `log`, from `begins` on: former ones of its name wrote there too. It outlives the
+    Python that started it."""
 
-    def __init__(self, name: str, argv: Sequence[str], popen: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, argv: Sequence[str], popen: subprocess.Popen[bytes], log: Path, begins: int) -> None:
         self.name = name
         self.argv = list(argv)  # the program's own
         self.log = log
-        self._popen = popen
+        self._popen, self._begins = popen, begins
 
     @property
     def pid(self) -> int:
@@ -109,7 +110,7 @@ class Process:
 
     def output(self) -> str:
         """All it wrote so far, stdout and stderr together."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_bytes()[self._begins :].decode(errors="replace")
 
     def wait(self, timeout: float | None = None) -> int:
         return self._popen.wait(timeout)
@@ -146,6 +147,7 @@ def start(
     """Start in the background, in a session of its own."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
+        begins = output.tell()
         popen = subprocess.Popen(
             place.argv(command, user),
             stdin=subprocess.DEVNULL,
@@ -156,7 +158,7 @@ def start(
             start_new_session=True,
         )
     wait_joined(popen, place, log)
-    return Process(name, command, popen, log)
+    return Process(name, command, popen, log, begins)
 
 
 def wait_joined(popen: subprocess.Popen[bytes], place: Place, log: Path, timeout_s: float = 5.0 * SLOW) -> None:

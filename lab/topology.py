@@ -26,7 +26,6 @@ NODES_MAX = 99
 WORKLOADS_PER_NODE_MAX = 240
 FIRST_POD = 10
 
-CONTROLLER_PORT = 15443
 CONTROLLER_ADDRESSES = ("10.77.0.2", "fd77::2")
 
 # Spoofed sources must meet the agent's own filters, not rp_filter; addresses are ours alone, so no duplicate detection.

@@ -86,16 +86,16 @@ def _controller() -> Result:
 
 def _agents() -> Result:
     where = chosen.endpoints()
-    seen, good = [], True
+    seen, good, remedy = [], True, "see: pillion status, and the agent's log"
     for name, client in chosen.agent_clients().items() if where.agents else ():
         try:
             status = client.get("/v1/status", timeout_s=10.0)
             seen.append(f"{status['node']} {'ready' if status['ready'] else 'not ready: ' + str(status.get('detail'))}")
             good = good and status["ready"]
         except CliError as error:
-            seen.append(f"{name}: {error.what}")
-            good = False
-    return good, "; ".join(seen) or "none known here", "see: pillion status, and the agent's log"
+            seen.append(f"{name}: {error.what}" if name else error.what)
+            good, remedy = False, error.remedy
+    return good, "; ".join(seen) or "none known here", remedy
 
 
 CHECKS: dict[str, Callable[[], Result]] = {

@@ -34,7 +34,7 @@ WaitOption = Annotated[bool, typer.Option("--wait", help="until every node has i
 
 
 def _reports(node: str | None) -> dict[str, dict[str, Any]]:
-    """What each agent says of express, by node; one that says nothing is off, with the reason."""
+    """What each agent says of express, by node. `on` is None where nobody says it: what its kernel carries goes on."""
     where = chosen.endpoints()
     urls = {node: where.agent_of(node)} if node else dict(where.need_agents())
     out: dict[str, dict[str, Any]] = {}
@@ -43,7 +43,7 @@ def _reports(node: str | None) -> dict[str, dict[str, Any]]:
             report = Client(url).get("/v1/express", timeout_s=10.0)
         except CliError as error:
             unknown = isinstance(error, Refused) and error.status == 404
-            report = {"on": False, "why": "this agent knows nothing of express" if unknown else error.what}
+            report = {"on": False, "why": "this agent knows nothing of express"} if unknown else {"on": None, "why": error.what}
         out[report.get("node") or name or "this node"] = report
     return out
 
@@ -59,7 +59,7 @@ def status(node: NodeOption = None, form: FormatOption = Format.TABLE) -> None:
     for name, report in reports.items():
         carried = report.get("carried", {})
         punted = " ".join(f"{reason}:{count}" for reason, count in sorted(carried.get("punted", {}).items()))
-        on = "on" if report["on"] else "off"
+        on = {True: "on", False: "off", None: "unknown"}[report["on"]]
         rows.append((name, on, report.get("pairs", 0), carried.get("requests", 0), punted, report.get("why")))
     output.table(NODES, rows)
     failed = [
@@ -112,6 +112,9 @@ def top(
 ) -> None:
     """Who asks whom, by which rule: requests the kernel carried and the proxy, and how long the kernel's took."""
     before, then = _reports(node), time.monotonic()
+    for name, report in before.items():
+        if report["on"] is None:
+            print(f"{name}: {report['why']}", file=sys.stderr)
     while True:
         time.sleep(interval)
         reports, now = _reports(node), time.monotonic()
@@ -162,15 +165,14 @@ def _switch(mode: str, services: list[str], workloads: list[str], wait: bool, fo
     targets = [_find(client, kind, name) for kind, name in dict.fromkeys(named)] if named else [mesh]
     changed = [{**target, "spec": {**target["spec"], "express": mode}} for target in targets]
     answer = apply_text(client, yaml.safe_dump_all(changed, sort_keys=False, explicit_start=True), "express")
-    if wait:
-        wait_for(client, answer["revision"], WAIT_S)
+    where = f" {wait_for(client, answer['revision'], WAIT_S)}" if wait else ""
     if form is not Format.TABLE:
         output.machine(answer, form)
     else:
         for result in answer["results"]:
             name = "/".join(part for part in (result["kind"], result["namespace"], result["name"]) if part)
             print(f"{name} express {mode}{', as it was' if result['result'] == 'unchanged' else ''}")
-        print(f"revision {answer['revision']}{' in force everywhere' if wait else ''}")
+        print(f"revision {answer['revision']}{where}")
     if named and mode == "auto" and mesh["spec"].get("express") == "off":
         print("the mesh as a whole is off, so nothing changes yet: pillion express on", file=sys.stderr)
 

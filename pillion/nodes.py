@@ -30,7 +30,8 @@ def _agents() -> dict[str, dict[str, Any]]:
             status = client.get("/v1/status", timeout_s=10.0)
             out[status["node"]] = status
         except CliError as error:
-            out[name or "?"] = {"node": name, "ready": False, "detail": error.what, "workloads": [], "proxy": [], "programs": {}}
+            silent = {"node": name or "agent", "ready": False, "detail": error.what, "remedy": error.remedy}
+            out[name or "?"] = {**silent, "workloads": [], "proxy": [], "programs": {}}
     return out
 
 
@@ -96,6 +97,8 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
             print(f"{agent['node']}: programs not attached: {', '.join(off)}")
         if agent.get("detail"):
             print(f"{agent['node']}: {output.printable(agent['detail'])}")
+        if agent.get("remedy"):
+            print(f"  {output.printable(agent['remedy'])}")
 
 
 def _policy_age(agent: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -223,10 +226,10 @@ def identity_revoke(
     """
     client = chosen.controller_client()
     answers = [client.call("POST", f"/v1/certificates/{quote(serial, safe='')}/revoke") for serial in serials]
-    if wait:
-        wait_for(client, answers[-1]["revision"], 30.0)
+    where = f" {wait_for(client, answers[-1]['revision'], 30.0)}" if wait else ""
     if form is not Format.TABLE:
         output.machine(answers, form)
         return
     for answer in answers:
-        print(f"certificate {answer['serial']} of {output.printable(answer['spiffe'])} is revoked, revision {answer['revision']}")
+        whose = f"certificate {answer['serial']} of {output.printable(answer['spiffe'])}"
+        print(f"{whose} is revoked, revision {answer['revision']}{where}")

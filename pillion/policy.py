@@ -43,6 +43,7 @@ def why(
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Whether SRC may reach DST, and which rule says so. Exit code 0 allowed, 1 not."""
+    _check_request(method, path)
     headers = {}
     for each in header or []:
         name, colon, value = each.partition(":")
@@ -66,6 +67,16 @@ def why(
         output.machine(msgspec.to_builtins(found), form)
     if found.outcome != "allowed":
         raise typer.Exit(1)
+
+
+def _check_request(method: str | None, path: str) -> None:
+    """Rules compare both as they are written, so a slip would be answered as if it were meant."""
+    if method is not None and method.startswith("/"):
+        raise CliError(f"{method!r} is a path, and the method comes before it", f"write for example: GET {method}", USAGE)
+    if method is not None and method != method.upper():
+        raise CliError(f"{method!r}: methods are written in capitals", f"write {method.upper()}", USAGE)
+    if path and path != "*" and not path.startswith("/"):
+        raise CliError(f"path {path!r} does not begin with /", f"write /{path}", USAGE)
 
 
 def _show(found: Explanation) -> None:

@@ -107,15 +107,14 @@ def apply(
             _show_errors([together.placed(each) for each in error.body["errors"]], form)
             raise typer.Exit(1) from error
         raise
-    if wait:
-        wait_for(client, answer["revision"], 30.0)
+    where = f" {wait_for(client, answer['revision'], 30.0)}" if wait else ""
     if form is not Format.TABLE:
         output.machine(answer, form)
         return
     for result in answer["results"]:
         name = "/".join(part for part in (result["namespace"], result["name"]) if part)
         print(f"{result['kind']} {name} {result['result']}")
-    print(f"revision {answer['revision']}{' in force everywhere' if wait else ''}")
+    print(f"revision {answer['revision']}{where}")
 
 
 def apply_text(client: Client, text: str, filename: str) -> dict[str, Any]:
@@ -167,15 +166,20 @@ def summary(kind: str, spec: dict[str, Any]) -> str:
         return f"{spec['node']} may run {', '.join(spec['serviceAccounts'])}"
     if kind == "HTTPRoute":
         parents = ", ".join(parent["name"] for parent in spec["parentRefs"])
-        return f"of {parents}: {len(spec.get('rules', []))} rules"
+        return f"of {parents}: {_rules(spec)}"
     if kind == "AuthorizationPolicy":
         selector = _labels((spec.get("selector") or {}).get("matchLabels", {}))
         target = ", ".join(ref["name"] for ref in spec.get("targetRefs") or []) or selector or "all of the namespace"
         dry = " (audit mode)" if spec.get("mode") == "audit" else ""
-        return f"{spec.get('action', 'ALLOW')}{dry} to {target}: {len(spec.get('rules', []))} rules"
+        return f"{spec.get('action', 'ALLOW')}{dry} to {target}: {_rules(spec)}"
     if kind == "PeerAuthentication":
         return str(spec["mtls"]["mode"])
     return ", ".join(f"{key}={value}" for key, value in spec.items())
+
+
+def _rules(spec: dict[str, Any]) -> str:
+    count = len(spec.get("rules") or [])
+    return f"{count} rule{'' if count == 1 else 's'}"
 
 
 def _protocol(port: dict[str, Any]) -> str:
@@ -223,9 +227,10 @@ def delete(
         output.machine({"revision": revision, "deleted": ["/".join(each) for each in wanted]}, form)
 
 
-def wait_for(client: Client, revision: int, timeout_s: float) -> Any:
+def wait_for(client: Client, revision: int, timeout_s: float) -> str:
+    """Until every connected node has a revision in force; where that is, in words. Raises CliError past the time."""
     try:
-        return client.get(f"/v1/wait?revision={revision}&timeout={timeout_s:g}", timeout_s=timeout_s + 10.0)
+        client.get(f"/v1/wait?revision={revision}&timeout={timeout_s:g}", timeout_s=timeout_s + 10.0)
     except Refused as error:
         if error.status == 504:
             body = error.body if isinstance(error.body, dict) else {}
@@ -237,6 +242,8 @@ def wait_for(client: Client, revision: int, timeout_s: float) -> Any:
                 "see why: pillion status",
             ) from error
         raise
+    away = [node["name"] for node in client.get("/v1/status")["nodes"] if not node["connected"] and not node["cut"]]
+    return f"in force on every connected node; away: {', '.join(away)}" if away else "in force everywhere"
 
 
 def wait(
@@ -247,8 +254,8 @@ def wait(
     """Wait until every connected node has a revision in force."""
     client = chosen.controller_client()
     wanted = revision or client.get("/v1/status")["revision"]
-    wait_for(client, wanted, timeout)
+    where = wait_for(client, wanted, timeout)
     if form is not Format.TABLE:
         output.machine({"revision": wanted}, form)
         return
-    print(f"revision {wanted} is in force everywhere")
+    print(f"revision {wanted} is {where}")

@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 
 import typer
 
+from mesh.identity import IdentityError, check_label
 from pillion.client import Client
 from pillion.context import NodeOption, chosen, labels_of
 from pillion.errors import USAGE, CliError
@@ -78,6 +79,11 @@ def run(
     """Run a program as a workload of this node's mesh; it leaves the mesh when it ends."""
     if os.geteuid() != 0:
         raise CliError("only root may put programs into the mesh", "run it with sudo")
+    for what, given in (("--service", service), ("--namespace", namespace), ("--name", name)):
+        try:
+            check_label(given or "any", what)
+        except IdentityError as error:
+            raise CliError(str(error), "write for example: --service web --namespace shop", USAGE) from error
     labels = labels_of(service, label)
     url = chosen.endpoints().agent_of(node)
     if not url.startswith("unix://"):

@@ -10,6 +10,7 @@ import typer
 from pillion import output
 from pillion.client import Client
 from pillion.context import NodeOption, chosen
+from pillion.errors import CliError
 from pillion.output import Format
 
 INTERVAL_S = 1.0
@@ -18,8 +19,22 @@ COLUMNS = ("NODE", "IDENTITY", "CONNS", "STREAMS", "REQ/S", "HANDSHAKES/S", "BYT
 Sample = dict[str, dict[str, Any]]  # node -> what /v1/top said
 
 
-def sample(urls: dict[str, str]) -> Sample:
-    return {name: Client(url).get("/v1/top") for name, url in urls.items()}
+def sample(urls: dict[str, str], silent: dict[str, CliError]) -> Sample:
+    """Of the nodes that answer; why another did not is put into ``silent``, and shown when that is new. Raises if none does."""
+    found = {}
+    for name, url in urls.items():
+        try:
+            found[name] = Client(url).get("/v1/top")
+            silent.pop(name, None)
+        except CliError as error:
+            if len(urls) == 1:
+                raise
+            if name not in silent:
+                typer.echo(f"error: {error.what}\n  {error.remedy}", err=True)
+            silent[name] = error
+    if not found:
+        raise next(iter(silent.values()))
+    return found
 
 
 def usage(before: Sample, now: Sample) -> list[dict[str, Any]]:
@@ -84,10 +99,11 @@ def top(
     """Who uses the proxy, by identity: what it holds, asks and costs, and what was refused over its budget."""
     where = chosen.endpoints()
     urls = {node: where.agent_of(node)} if node else dict(where.need_agents())
-    before = sample(urls)
+    silent: dict[str, CliError] = {}
+    before = sample(urls, silent)
     while True:
         time.sleep(interval)
-        now = sample(urls)
+        now = sample(urls, silent)
         rows = usage(before, now)
         output.look(COLUMNS, rows, _cells, form, follow)
         if not follow:

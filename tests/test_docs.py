@@ -64,6 +64,13 @@ def test_every_map_has_its_writer() -> None:
     assert made == {name for row in table("Who writes which map") for name in re.findall(r"`(\w+)`", row[0])}
 
 
+def test_every_reason_why_a_request_goes_up_is_told() -> None:
+    listed = re.search(r"enum pl_xreason \{(.*?)\};", (ROOT / "bpf/types.h").read_text(), re.DOTALL)
+    assert listed is not None
+    reasons = {name.lower() for name in re.findall(r"PL_XR_(\w+)", listed[1])} - {"carried", "answered", "count"}
+    assert reasons <= set(re.findall(r"`(\w+)`", (ROOT / "docs/express.md").read_text()))
+
+
 def test_ports() -> None:
     told = {row[0] for row in table("Ports")} - {"unix sockets"}
     assert told == {str(port) for ports in PORTS.values() for port in ports}

@@ -17,14 +17,16 @@ from lab.demo.shop import NotSeen, Shop
 NAME = "demo"
 NEXT = """
 The shop is left up. Try:
-  pillion status
-  pillion lab exec client -- curl -s http://front.shop.mesh/catalog/items
-  pillion policy why shop/intruder shop/catalog GET /admin
-  pillion flows -f
-  pillion get all -n shop
-  pillion run --service client --namespace shop --node n1 -- curl -s http://catalog.shop.mesh/items
-and when done: pillion lab down   (from the project's folder: .venv/bin/pillion …)
+  .venv/bin/pillion status
+  .venv/bin/pillion lab exec client -- curl -s http://front.shop.mesh/catalog/items
+  .venv/bin/pillion policy why shop/intruder shop/catalog GET /admin
+  .venv/bin/pillion flows -f
+  .venv/bin/pillion get all -n shop
+  .venv/bin/pillion run --service client --namespace shop --node n1 -- curl -s http://catalog.shop.mesh/items
+and when done:
+  .venv/bin/pillion lab down
 """
+GONE = "\nThe shop is gone, nothing of it is left. To look around in it: make demo KEEP=1"
 
 
 def show(report: Report, title: str, scene: Callable[[], str]) -> bool:
@@ -90,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if not options.keep:
             lab.down()
-    if options.keep:
-        print(NEXT)
+    print(NEXT if options.keep else GONE)
     return 0 if seen else 1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lab import Lab, Workload
 from lab.lab import WorkloadSpec
 from lab.process import Process
+from mesh.model import VIP4, VIP6
 
 HERE = Path(__file__).parent
 SERVICES = HERE / "services"
@@ -63,10 +64,10 @@ class Shop:
         for name, (_, version) in CATALOGS.items():
             self.start(name, [sys.executable, str(SERVICES / "catalog.py"), name, version, "8000"])
         self.start_redis()
-        self.start_mariadb()
         for name in (*CATALOGS, "redis"):
             self.await_listening(name)
         self.start_front()
+        self.start_mariadb()  # last: it takes longest
         for name in ("front", "mariadb"):
             self.await_listening(name)
         say("nginx, the catalogs, redis and mariadb listen")
@@ -107,6 +108,7 @@ class Shop:
                     "--user=mysql",
                     "--skip-test-db",
                     "--skip-name-resolve",
+                    "--force",  # also where the host cannot look up its own name
                 ),
                 *("--auth-root-authentication-method=normal", *small),
             ],
@@ -191,4 +193,4 @@ class Shop:
 def is_virtual(address: str) -> bool:
     """Whether an address is of the mesh's virtual ranges."""
     ip = ipaddress.ip_address(address)
-    return ip in ipaddress.ip_network("240.0.0.0/4" if ip.version == 4 else "fd50:494c::/64")
+    return ip in (VIP4 if ip.version == 4 else VIP6)

@@ -13,8 +13,7 @@ from lab import Lab, Workload, process
 from lab.capture import Capture
 from lab.demo.shop import SERVICES, NotSeen
 from lab.process import Place
-
-HBONE_PORT = 15008
+from mesh.ports import HBONE_PORT
 
 _SHOW = textwrap.dedent("""
     import socket, ssl, sys

@@ -93,9 +93,19 @@ class Channel:
             time.sleep(0.05)
 
 
+def ending(folder: Path, patience_s: float = 2.0) -> str:
+    """How QEMU ended. What it says of that comes a moment after its sockets are closed."""
+    deadline, found = time.monotonic() + patience_s, folder / "exit"
+    while not (found.exists() and (code := found.read_text().strip())):
+        if time.monotonic() > deadline:
+            return "from outside, with all that belonged to it"  # as VmLab.down does
+        time.sleep(0.05)
+    return {"0": "its kernel went down", "137": "its time was over, or QEMU was killed"}.get(code, f"QEMU's exit code is {code}")
+
+
 class _Session:
     def __init__(self, path: Path, lock: int, name: str, log: Path, deadline: float) -> None:
-        self._lock, self._name, self._log = lock, name, log
+        self._lock, self._name, self._log, self._folder = lock, name, log, path.parent
         self._nonce = secrets.token_bytes(8)
         self._parser = guest.Parser()
         self._out = bytearray()
@@ -183,7 +193,7 @@ class _Session:
         except BlockingIOError:
             return
         except ConnectionError as error:
-            raise self._lost("it ended while a command ran") from error
+            raise self._lost(f"it ended while a command ran; {ending(self._folder)}") from error
 
     def _take(self) -> list[tuple[bytes, bytes]]:
         taken, self._ready = self._ready, []

@@ -15,11 +15,11 @@ from pathlib import Path
 from lab.machine import Machine
 from lab.vm.kernels import locked, tool
 from lab.vm.stage import LEFT_OUT, PROJECT
+from mesh.ports import CONTROLLER_PORT
 
 RELEASE, WHEELS, TOKEN = "/srv/pillion", "/srv/wheelhouse", "/srv/token"  # in the VM
 LEFT_OUT_OF_A_RELEASE = (*LEFT_OUT, "tests", "bench", "fuzz")
 INSTALL_TIMEOUT_S, READY_S = 1800.0, 900  # in emulation, on a machine with other work
-PORT = 15443
 
 
 def canonical(name: str) -> str:
@@ -110,7 +110,7 @@ def install(vm: Machine, role: str, *arguments: str) -> str:
 
 
 def install_controller(vm: Machine) -> str:
-    listen = [f"{vm.addresses[0]}:{PORT}", f"[{vm.addresses[1]}]:{PORT}"]
+    listen = [f"{vm.addresses[0]}:{CONTROLLER_PORT}", f"[{vm.addresses[1]}]:{CONTROLLER_PORT}"]
     return install(vm, "controller", *(word for each in listen for word in ("--listen", each)))
 
 

@@ -94,6 +94,16 @@ def test_input_exit_codes_users_and_timeouts(bare: Lab) -> None:
     server.kill()
 
 
+def test_what_a_process_said_is_its_own_and_not_of_a_former_one_of_its_name(bare: Lab) -> None:
+    server = bare.workloads["server"]
+    said = []
+    for text in ("ready", "later"):
+        process = server.start(["echo", text], "twice")
+        process.wait(10)
+        said.append(process.output())
+    assert said == ["ready\n", "later\n"]
+
+
 def test_the_same_workload_again_is_the_one_there(bare: Lab) -> None:
     again = bare.add_workload("n1", "server", "shop", "web", {"app": "web"})
     assert again.addresses == bare.workloads["server"].addresses

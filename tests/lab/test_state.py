@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab import state
+from lab.__main__ import main
 
 
 def test_a_lock_is_had_while_others_take_the_folder_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -30,3 +31,15 @@ def test_a_lock_is_had_while_others_take_the_folder_away(monkeypatch: pytest.Mon
     state.forget("one")
     assert not root.exists()
     assert made == ["run", "run", "lab"]
+
+
+def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def denied() -> list[str]:
+        raise PermissionError(13, "Permission denied", "/run/pillion/x")
+
+    monkeypatch.setattr(state, "running", denied)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "error: /run/pillion/x: Permission denied\n  run it as root\n"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["exec", "--name", "none", "w", "--", "true"]) == 1
+    assert "run it as root" in capsys.readouterr().err

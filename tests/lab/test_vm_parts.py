@@ -15,6 +15,7 @@ import pytest
 from lab import LabError
 from lab.vm import VmLab, guest, machines, results
 from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
+from lab.vm.channel import ending
 from lab.vm.initrd import archive
 from lab.vm.kernels import Kernel, kernel, pick
 from lab.vm.matrix import files
@@ -211,6 +212,14 @@ def test_the_table_says_on_off_and_why() -> None:
     assert "3 tests, 12 s, 1 May 2026" in by_name["kernel"] and "| attacks | holes | not run |" in text
     left = missing([seen])
     assert "6.1.0-stock: capture" not in left and "6.1.0-stock: egress" in left and "6.1.0-stock: ingress" in left
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [("0", "its kernel went down"), ("137", "killed"), ("1", "exit code is 1"), ("", "from outside")]
+)
+def test_a_vm_that_ended_says_how(tmp_path: Path, code: str, says: str) -> None:
+    (tmp_path / "exit").write_text(f"{code}\n")
+    assert says in ending(tmp_path, 0.0)
 
 
 def test_what_is_not_run_again_is_remembered(tmp_path: Path) -> None:

@@ -107,9 +107,14 @@ def test_two_files_must_not_say_the_same(cli: Cli, controller: Fake, tmp_path: P
 def test_apply_waits_when_asked(cli: Cli, controller: Fake, tmp_path: Path) -> None:
     controller.on("POST /v1/apply", {"revision": 7, "results": []})
     controller.on("GET /v1/wait", {"revision": 7})
+    controller.on("GET /v1/status", STATUS)
     (tmp_path / "a.yaml").write_text(SERVICE)
-    assert "in force everywhere" in cli("--controller", controller.url, "apply", "--wait", "-f", tmp_path / "a.yaml").out
-    assert controller.asked[-1][1] == "/v1/wait?revision=7&timeout=30"
+    apply = ("--controller", controller.url, "apply", "--wait", "-f", tmp_path / "a.yaml")
+    assert "in force everywhere" in cli(*apply).out
+    assert any(target == "/v1/wait?revision=7&timeout=30" for _, target, _ in controller.asked)
+    away = [{**NODE, "name": "n2", "connected": False}, {**NODE, "name": "n3", "connected": False, "cut": True}]
+    controller.on("GET /v1/status", {**STATUS, "nodes": [NODE, *away]})
+    assert cli(*apply).out.endswith("revision 7 in force on every connected node; away: n2\n")
 
 
 def test_a_bad_resource_is_not_sent(cli: Cli, controller: Fake, tmp_path: Path) -> None:
@@ -208,13 +213,14 @@ def test_what_a_kernel_lacks_is_told(cli: Cli, agent: Fake) -> None:
 def test_status_when_an_agent_is_dead(cli: Cli, controller: Fake, tmp_path: Path) -> None:
     controller.on("GET /v1/status", STATUS)
     done = cli("--controller", controller.url, "--agent", f"unix://{tmp_path}/gone.sock", "status")
-    assert done.code == 1 and "does not answer" in done.out
+    assert done.code == 1 and f"\nagent: unix://{tmp_path}/gone.sock does not answer: No such file" in done.out
+    assert "\n  is it running?" in done.out
 
 
 def test_wait_names_the_laggards(cli: Cli, controller: Fake) -> None:
     controller.on("GET /v1/status", STATUS)
     controller.on("GET /v1/wait", {"revision": 7})
-    assert "revision 7 is in force" in cli("--controller", controller.url, "wait", "0").out
+    assert "revision 7 is in force everywhere" in cli("--controller", controller.url, "wait", "0").out
     assert cli("--controller", controller.url, "wait", "0", "-o", "json").json == {"revision": 7}
     late = [{"name": "n2", "acked": 3, "error": "stuck"}]
     controller.on("GET /v1/wait", {"error": "late", "laggards": late}, 504)
@@ -274,6 +280,11 @@ def test_flows_are_filtered_sorted_and_harmless(cli: Cli, agent: Fake) -> None:
     assert "\x1b" not in "".join(lines)
     only = cli("--agent", agent.url, "flows", "--verdict", "denied", "-o", "json").out.splitlines()
     assert [json.loads(line)["verdict"] for line in only] == ["denied"]
+    wrong = cli("--agent", agent.url, "flows", "--verdict", "deny")
+    assert wrong.code == 2 and "allowed, denied, audited" in wrong.err.replace("'", "")
+    asked = len(agent.asked)
+    assert cli("--agent", agent.url, "flows", "-f").out.splitlines() == lines
+    assert "limit=10&follow=1" in agent.asked[asked][1] and "limit=100" in agent.asked[0][1]
 
 
 def test_a_flow_says_what_is_known_and_no_more() -> None:
@@ -349,6 +360,9 @@ def test_policy_why_decides_here_on_the_controllers_state(cli: Cli, controller: 
     denied = cli(*why, "POST", "/", "-o", "json")
     assert denied.code == 1 and denied.json["outcome"] == "denied" and denied.json["revision"] == 12
     assert cli(*why, "-o", "json").json["outcome"] == "needs_l7"
+    for words, said in ((("/admin",), "GET /admin"), (("get", "/"), "write GET"), (("GET", "admin"), "write /admin")):
+        wrong = cli(*why, *words)
+        assert wrong.code == 2 and said in wrong.err
     unknown = cli("--controller", controller.url, "policy", "why", "shop/nobody", "shop/web")
     assert unknown.code == 2 and "shop/nobody" in unknown.err
     controller.on("GET /v1/state", {"revision": 12, "items": {"x": {"kind": "New"}}})
@@ -405,9 +419,10 @@ def test_certificates_are_revoked_by_serial(cli: Cli, controller: Fake) -> None:
     answer = {"revision": 9, "serial": "ab", "spiffe": WORKLOAD["spiffe"], "owner": "node:n1"}
     controller.on("POST /v1/certificates/ab/revoke", answer)
     controller.on("GET /v1/wait", {"revision": 9})
+    controller.on("GET /v1/status", STATUS)
     done = cli("--controller", controller.url, "identity", "revoke", "ab", "--wait")
-    assert done.out == f"certificate ab of {WORKLOAD['spiffe']} is revoked, revision 9\n"
-    assert controller.asked[-1][1].startswith("/v1/wait?revision=9")
+    assert done.out == f"certificate ab of {WORKLOAD['spiffe']} is revoked, revision 9 in force everywhere\n"
+    assert any(target.startswith("/v1/wait?revision=9") for _, target, _ in controller.asked)
     assert cli("--controller", controller.url, "identity", "revoke", "ab", "-o", "json").json == [answer]
     assert cli("--controller", controller.url, "identity", "revoke", "cd").code == 1
 
@@ -436,3 +451,11 @@ def test_operators(cli: Cli, controller: Fake, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [("bogus",), ("get",), ("wait", "-1"), ("node", "nope")])
 def test_wrong_use_is_exit_code_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert cli(*arguments).code == 2
+
+
+@pytest.mark.parametrize(
+    "given", [("--service", "Web_X"), ("--service", "web", "-n", "a.b"), ("--service", "web", "--name", "-x")]
+)
+def test_run_names_what_is_no_name(cli: Cli, given: tuple[str, ...]) -> None:
+    done = cli("run", *given, "--", "true")
+    assert done.code == 2 and f"{given[-2]} {given[-1]!r} is not a DNS label".replace("-n ", "--namespace ") in done.err

@@ -62,7 +62,9 @@ def test_status_where_it_is_off_or_unknown(cli: Cli, agent: Fake, tmp_path: Any)
     assert done.code == 0 and "MeshConfig: express is off" in done.out and " off " in done.out
     agent.answers.clear()
     assert "knows nothing of express" in cli("--agent", agent.url, "express", "status").out
-    assert "does not answer" in cli("--agent", f"unix://{tmp_path}/gone.sock", "express", "status").out
+    gone = ("--agent", f"unix://{tmp_path}/gone.sock", "express")
+    assert rows(cli(*gone, "status").out)[1][:3] == ["this", "node", "unknown"]  # what its kernel carries goes on
+    assert "does not answer" in cli(*gone, "top", "--interval", "0.1").err
 
 
 def test_top(cli: Cli, agent: Fake) -> None:
@@ -91,6 +93,7 @@ def mesh(controller: Fake) -> Fake:
         {"revision": 9, "results": [{"kind": "MeshConfig", "namespace": "", "name": "mesh", "result": "created"}]},
     )
     controller.on("GET /v1/wait", {"revision": 9})
+    controller.on("GET /v1/status", {"revision": 9, "nodes": []})
     return controller
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pillion.top import usage
+from tests.pillion.conftest import Cli, serve
 
 
 def report(time: float, requests: int, seconds: float) -> dict[str, Any]:
@@ -36,3 +39,18 @@ def test_rates_are_between_two_samples() -> None:
 def test_a_worker_that_was_started_anew_counts_from_zero() -> None:
     web = next(row for row in usage(report(100.0, 50, 1.0), report(101.0, 5, 0.1)) if row["identity"] == "shop/web")
     assert web["requests_per_s"] == web["worker_share"] == 0.0
+
+
+def test_a_node_that_does_not_answer_hides_no_other(cli: Cli, tmp_path: Path) -> None:
+    fake, server = serve(tmp_path / "n1.sock")
+    fake.on("GET /v1/top", report(100.0, 50, 1.0)["n1"])
+    nodes = [{"name": name, "agent": f"unix://{tmp_path}/{name}.sock"} for name in ("n1", "n2")]
+    (tmp_path / "labs" / "two").mkdir(parents=True)
+    state = {"name": "two", "mesh": True, "built": True, "controller": f"unix://{tmp_path}/c.sock", "nodes": nodes}
+    (tmp_path / "labs" / "two" / "state.json").write_text(json.dumps(state))
+    done = cli("top", "--interval", "0.1")
+    assert done.code == 0 and "shop/web" in done.out
+    assert done.err.count("n2.sock does not answer") == 1
+    server.shutdown()
+    server.server_close()
+    assert cli("top", "--interval", "0.1").code == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import fcntl
 import hashlib
 import importlib
 import json
@@ -63,12 +64,16 @@ class BPF:
         key = hashlib.sha256(same.encode()).hexdigest()
         if place := place_of(key):
             return Stored(json.loads(place.read_text()), pins)
-        bcc = real()
-        made = bcc.BPF(text=text, cflags=list(cflags))
         MADE_HERE.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = MADE_HERE / f".{key}.{os.getpid()}"
-        fresh.write_text(json.dumps(record(bcc.lib, made.module, pins)))
-        fresh.rename(MADE_HERE / key)
+        with (MADE_HERE / f".{key}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two agents start at once: one compiles, the other waits for it
+            if place := place_of(key):
+                return Stored(json.loads(place.read_text()), pins)
+            bcc = real()
+            made = bcc.BPF(text=text, cflags=list(cflags))
+            fresh = MADE_HERE / f".{key}.{os.getpid()}"
+            fresh.write_text(json.dumps(record(bcc.lib, made.module, pins)))
+            fresh.rename(MADE_HERE / key)
         return made
 
     @staticmethod
