@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import Lab, LabError, cgroups
+from lab.vm.stage import PROJECT, STAND_IN
+from tests.trees import COMPILED, copied
 
 LEFTOVER_GRACE_S = 3.0
 SESSION = f"t{os.getpid()}"  # labs of this worker are named so
@@ -35,6 +40,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if os.geteuid() != 0:
         pytest.exit("the tests make network namespaces and load eBPF: run them as root (sudo make test)", returncode=1)
     os.environ[MARK] = SESSION
+    if not _in_a_vm():
+        session.config.stash[_COMPILED_KEY] = os.environ[COMPILED] = tempfile.mkdtemp(prefix="pillion-compiled-")
     session.config.stash[_NAMES_KEY] = {SESSION}
     session.config.stash[_LOCK_KEY] = _lock()
     session.config.stash[_BEFORE_KEY] = _traces()
@@ -43,6 +50,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _BEFORE_KEY not in session.config.stash:
         return
+    if compiled := session.config.stash.get(_COMPILED_KEY, ""):
+        shutil.rmtree(compiled)
     deadline = time.monotonic() + LEFTOVER_GRACE_S
     while left := _leftovers(session):
         if time.monotonic() > deadline:
@@ -74,6 +83,12 @@ def pytest_testnodedown(node: Any) -> None:
     names.add(getattr(node, "workeroutput", {}).get("session", SESSION))
 
 
+def _in_a_vm() -> bool:
+    """There all is compiled beforehand, see lab/vm/stage.py."""
+    found = find_spec("bcc")
+    return bool(found and found.origin and Path(found.origin).resolve().is_relative_to(PROJECT / STAND_IN))
+
+
 def opened(folder: Path) -> Path:
     """For servers that run as other users: pytest keeps its folders to itself."""
     for each in (folder, *list(folder.parents)[:3]):
@@ -83,6 +98,7 @@ def opened(folder: Path) -> Path:
 
 
 _NAMES_KEY = pytest.StashKey[set[str]]()
+_COMPILED_KEY = pytest.StashKey[str]()
 _LOCK_KEY = pytest.StashKey[int]()
 _BEFORE_KEY = pytest.StashKey[frozenset[str]]()
 
@@ -139,14 +155,20 @@ def _leftovers(session: pytest.Session) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def labs(request: pytest.FixtureRequest) -> Iterator[LabFactory]:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product as it is, for labs whose agents' compiling is not what is tested."""
+    return copied(opened(tmp_path_factory.mktemp("tree")) / "code")
+
+
+@pytest.fixture(scope="session")
+def labs(request: pytest.FixtureRequest, tree: Path) -> Iterator[LabFactory]:
     """`labs("two", nodes=2, mesh=False)`: a lab that is up, one for each name and run; all are down at the end."""
     made: dict[str, Lab] = {}
 
     def make(name: str = "", nodes: int = 2, *, mesh: bool = True, workers: int = 1) -> Lab:
         full = f"{SESSION}{name}"
         if full not in made:
-            made[full] = Lab(full, print)
+            made[full] = Lab(full, print, code=tree)
             made[full].up(nodes, mesh=mesh, workers=workers)
         return made[full]
 
@@ -176,12 +198,12 @@ def lab(labs: LabFactory) -> Lab:
 
 
 @pytest.fixture
-def fresh_lab() -> Iterator[LabFactory]:
+def fresh_lab(tree: Path) -> Iterator[LabFactory]:
     """Like `labs`, for tests that break their lab: down after the test."""
     made: list[Lab] = []
 
     def make(name: str = "f", nodes: int = 2, *, mesh: bool = True, workers: int = 1) -> Lab:
-        made.append(Lab(f"{SESSION}{name}", print))
+        made.append(Lab(f"{SESSION}{name}", print, code=tree))
         return made[-1].up(nodes, mesh=mesh, workers=workers)
 
     yield make

@@ -10,6 +10,7 @@ from pathlib import Path
 import h2.events
 
 from lab import peer
+from mesh.ports import HBONE_PORT
 
 parser = argparse.ArgumentParser()
 for name in ("state", "who", "dial", "authority", "forwarded", "sni"):
@@ -22,7 +23,7 @@ def ask() -> str:
     context = peer.certified(Path(options.state), options.who)
     subprocess.run(shlex.split(options.before), check=False, stderr=subprocess.DEVNULL)
     with (
-        socket.create_connection((options.dial, peer.PORT), timeout=5) as plain,
+        socket.create_connection((options.dial, HBONE_PORT), timeout=5) as plain,
         context.wrap_socket(plain, server_hostname=options.sni) as conn,
     ):
         own = peer.http2()

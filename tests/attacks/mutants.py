@@ -15,7 +15,7 @@ be there exactly once, runs a lab from the copy and gives it to the test as `bro
         assert dial(broken, "127.0.0.1") == "PASSED"
 
 - The row is the number in the file's name. Several tests, or parameters, may carry one name: "stopped" means that all passed.
-- The first argument of `Mutant` is its group. Mutants of one group are taken out together and share one lab (it takes some six
+- The first argument of `Mutant` is its group. Mutants of one group are taken out together and share one lab (it takes some
   seconds to come up): put together what does not interfere, so that each attack's success is its own mutant's doing.
 - `broken` is populated like `mesh` (tests/e2e/mesh.py), so the same function attacks both. Red tests run last, group by group,
   one lab at a time; all that they leave behind goes down with the lab.
@@ -24,7 +24,6 @@ be there exactly once, runs a lab from the copy and gives it to the test as `bro
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +31,7 @@ from pathlib import Path
 from lab import Lab
 from tests.conftest import SESSION
 from tests.e2e.mesh import Mesh, populated, until
-
-PROJECT = Path(__file__).resolve().parents[2]
-PRODUCT = ("bpf", "mesh", "nodeagent", "l7proxy", "controller", "pillion")
+from tests.trees import copied
 
 Patch = tuple[str, str, str]  # file, old, new
 
@@ -69,9 +66,7 @@ def apply(tree: Path, mutants: Iterable[Mutant]) -> None:
 
 def mutated(tree: Path, mutants: Iterable[Mutant]) -> Path:
     """A copy of the product at `tree`, patched."""
-    for package in PRODUCT:
-        shutil.copytree(PROJECT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    apply(tree, mutants)
+    apply(copied(tree), mutants)
     return tree
 
 

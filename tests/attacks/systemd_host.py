@@ -17,9 +17,10 @@ from lab.host.container import Container
 from lab.host.mesh import SOURCE, VENV, HostMesh, binds
 from tests.attacks import mutants
 from tests.attacks.actions import PROGRAMS
-from tests.attacks.mutants import PROJECT, Mutant, mutated
+from tests.attacks.mutants import Mutant, mutated
 from tests.conftest import SESSION, opened
 from tests.e2e.mesh import HTTP_PORT, nginx, policy, service, total
+from tests.trees import PROJECT
 
 GROUP = "hosts"  # of mutants: their trees are not run as a lab
 OUT = "/srv/out"

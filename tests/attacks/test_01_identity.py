@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,9 +230,9 @@ def test_a_token_serves_again_without(broken: Mesh) -> None:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+def own(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """A mesh that loses a node."""
-    with populated(Lab(f"{SESSION}id"), opened(tmp_path_factory.mktemp("own"))) as made:
+    with populated(Lab(f"{SESSION}id", code=tree), opened(tmp_path_factory.mktemp("own"))) as made:
         yield made
 
 

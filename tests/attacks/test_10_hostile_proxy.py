@@ -71,7 +71,7 @@ def hostile(mesh: Mesh, way: str, *arguments: object) -> dict[str, Any]:
     """What it says came of it. Meanwhile the true worker serves."""
     place, argv, env = _start(mesh, way, *arguments)
     try:
-        done = run(place, argv, timeout=30, env=env)
+        done = run(place, argv, timeout=80, env=env)
         assert done.stdout.strip(), done.stderr
         assert mesh.curl("client", f"http://web.shop.mesh:{HTTP_PORT}/")[0] == 200
         return dict(json.loads(done.stdout.splitlines()[-1]))

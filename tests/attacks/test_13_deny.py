@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from lab.pace import SLOW
 from tests.attacks.actions import FAMILIES, address
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import ECHO_PORT, Background, Mesh, policy
@@ -23,8 +24,8 @@ FOR_EVER = Mutant(
     ("l7proxy/worker.py", "            session.recheck()\n", "            pass\n"),
 )  # fmt: skip
 SERVERS = ("echo", "echo-far")  # native; through a tunnel
-HELD_S = 20.0
-IN_FORCE_S = 1.0
+HELD_S = 20.0 * SLOW
+IN_FORCE_S = 1.0 * SLOW
 DENY = "".join(policy(f"deny-{server}", server, action="DENY") for server in SERVERS)
 OTHERS = "".join(policy(f"others-{server}", server, who="intruder") for server in SERVERS)
 

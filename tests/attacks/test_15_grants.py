@@ -15,16 +15,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from lab.process import Process
 from nodeagent.layouts import Layouts, address
 from nodeagent.maps import BpfMap
 from tests.attacks.actions import FAMILIES, PROGRAMS, dial, run
 from tests.attacks.mutants import Counted, Mutant
-from tests.attacks.test_15_names import ANY_SENDER, FORGED, PORT, RIGHT, look_up, packed
+from tests.attacks.outside import FORGED, NODE, RIGHT, asking_outside, look_up, packed
+from tests.attacks.test_15_names import ANY_SENDER
 from tests.e2e.mesh import TRUST_DOMAIN, Mesh, until
 
 RIGHT6 = "2606:2800:21f:cb07::14"
 OTHER = "93.184.215.15"  # the server has it, and no name leads there
+ON_LOOPBACK = (f"{RIGHT}/32", f"{OTHER}/32", f"{RIGHT6}/128")
 OPEN, SHUT, DATAGRAMS = 443, 8443, 4433
 METADATA = "169.254.169.254"
 
@@ -58,14 +59,7 @@ KEPT = Mutant(
     ),
 )
 
-CONFIG = f"""---
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: MeshConfig
-metadata: {{{{name: mesh}}}}
-spec:
-  dnsUpstreams: ["{{v4}}:{PORT}", "[{{v6}}]:{PORT}"]
-  dnsForward: ["*.known.test"]
-"""
+FORWARD = '["*.known.test"]'
 ENTRY = f"""---
 apiVersion: mesh.pillion.dev/v1alpha1
 kind: ServiceEntry
@@ -80,7 +74,6 @@ spec:
 @dataclass
 class Outside:
     mesh: Mesh
-    processes: list[Process]
 
     def ask(self, who: str, name: str, kind: str = "A") -> list[str]:
         return look_up(self.mesh, who, name, kind=kind).answer
@@ -99,31 +92,25 @@ class Outside:
 
 @contextmanager
 def world(mesh: Mesh) -> Iterator[Outside]:
-    n1, n2 = mesh.lab.nodes["n1"], mesh.lab.nodes["n2"]
-    v4, v6 = n2.addresses[:2]
-    for argv in (*(["ip", "address", "add", each, "dev", "lo"] for each in (f"{RIGHT}/32", f"{OTHER}/32", f"{RIGHT6}/128")),):
-        assert n2.run(argv).returncode == 0
+    asking, there = mesh.lab.nodes["n1"], mesh.lab.nodes[NODE]
+    v4, v6 = there.addresses[:2]
+    beside = {
+        "datagrams": ("resolver.py", DATAGRAMS, RIGHT, RIGHT6),
+        "outside": ("outside.py", f"{OPEN},{SHUT}", RIGHT, OTHER, RIGHT6),
+    }
+    for each in ON_LOOPBACK:
+        assert there.run(["ip", "address", "add", each, "dev", "lo"]).returncode == 0
     for to, via in ((RIGHT, v4), (OTHER, v4), (METADATA, v4), (RIGHT6, v6)):
-        assert n1.run(["ip", "route", "replace", to, "via", via]).returncode == 0
-    processes = [
-        n2.start([sys.executable, str(PROGRAMS / "resolver.py"), str(PORT), v4, v6], name="resolver"),
-        n2.start([sys.executable, str(PROGRAMS / "resolver.py"), str(DATAGRAMS), RIGHT, RIGHT6], name="datagrams"),
-        n2.start([sys.executable, str(PROGRAMS / "outside.py"), f"{OPEN},{SHUT}", RIGHT, OTHER, RIGHT6], name="outside"),
-    ]
+        assert asking.run(["ip", "route", "replace", to, "via", via]).returncode == 0
     try:
-        for process in processes:
-            until(lambda process=process: "ready" in process.output(), "nobody is outside")  # type: ignore[misc]  # bound early
-        mesh.apply(CONFIG.format(v4=v4, v6=v6) + ENTRY)
-        yield Outside(mesh, processes)
-        mesh.delete("ServiceEntry", "partner")
-        mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
+        with asking_outside(mesh, FORWARD, ENTRY, beside=beside):
+            yield Outside(mesh)
+            mesh.delete("ServiceEntry", "partner")
     finally:
-        for process in processes:
-            process.kill()
-        for each in (f"{RIGHT}/32", f"{OTHER}/32", f"{RIGHT6}/128"):
-            n2.run(["ip", "address", "del", each, "dev", "lo"])
+        for each in ON_LOOPBACK:
+            there.run(["ip", "address", "del", each, "dev", "lo"])
         for to in (RIGHT, OTHER, METADATA, RIGHT6):
-            n1.run(["ip", "route", "del", to])
+            asking.run(["ip", "route", "del", to])
 
 
 @pytest.fixture(scope="module")

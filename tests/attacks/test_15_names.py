@@ -5,10 +5,8 @@ The mesh asks a resolver outside for names that MeshConfig lets out; that resolv
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dns.message
@@ -17,16 +15,9 @@ import pytest
 from lab.process import Process
 from tests.attacks.actions import FAMILIES, PROGRAMS, run
 from tests.attacks.mutants import Counted, Mutant
+from tests.attacks.outside import FORGED, PORT, RIGHT, asking_outside, look_up, packed
 from tests.attacks.test_06_packets import gateway
 from tests.e2e.mesh import TRUST_DOMAIN, Mesh, until
-
-PORT = 5300
-SERVERS = {
-    "v4": "10.0.0.53",
-    "v6": "fd00::53",
-    "mapped": "::ffff:10.0.0.53",
-}  # nobody is there: whichever a workload asks, we answer
-RIGHT, FORGED = "93.184.215.14", "192.88.99.66"
 
 ANY_ANSWER = Mutant(
     "b1",
@@ -59,17 +50,10 @@ OPEN_WAY_OUT = Mutant(
     ),
 )
 
-CONFIG = f"""---
-apiVersion: mesh.pillion.dev/v1alpha1
-kind: MeshConfig
-metadata: {{{{name: mesh}}}}
-spec:
-  dnsUpstreams: ["{{v4}}:{PORT}", "[{{v6}}]:{PORT}"]
-  dnsForward:
+FORWARD = f"""
   - "*.outside.test"
   - names: ["*.private.test"]
-    principals: ["{TRUST_DOMAIN}/ns/shop/sa/client"]
-"""
+    principals: ["{TRUST_DOMAIN}/ns/shop/sa/client"]"""
 
 
 @dataclass
@@ -84,46 +68,16 @@ class Outside:
         return name in self.resolver.output()
 
 
-@contextmanager
-def asking_outside(mesh: Mesh) -> Iterator[Outside]:
-    node = mesh.lab.nodes["n2"]
-    v4, v6 = node.addresses[:2]
-    argv = [sys.executable, str(PROGRAMS / "resolver.py"), str(PORT), v4, v6]
-    resolver = node.start(argv, name="resolver")
-    try:
-        until(lambda: "ready" in resolver.output(), "the resolver does not listen")
-        mesh.apply(CONFIG.format(v4=v4, v6=v6))
-        yield Outside(mesh, resolver)
-        mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
-    finally:
-        resolver.kill()
-
-
 @pytest.fixture(scope="module")
 def outside(mesh: Mesh) -> Iterator[Outside]:
-    with asking_outside(mesh) as made:
-        yield made
+    with asking_outside(mesh, FORWARD) as resolver:
+        yield Outside(mesh, resolver)
 
 
 @pytest.fixture
 def broken_outside(broken: Mesh) -> Iterator[Outside]:
-    with asking_outside(broken) as made:
-        yield made
-
-
-@dataclass
-class Answer:
-    rcode: str
-    answer: list[str]
-    error: str
-
-
-def look_up(mesh: Mesh, who: str, *names: str, kind: str = "A", family: str = "v4", by: str = "udp") -> Answer:
-    return Answer(**run(mesh.w[who], "lookup.py", SERVERS[family], 53, by, kind, *names))
-
-
-def packed(address: str) -> str:
-    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address).hex()
+    with asking_outside(broken, FORWARD) as resolver:
+        yield Outside(broken, resolver)
 
 
 # ---- rebinding

@@ -91,13 +91,13 @@ def test_bytes_are_not_bounded_without(broken: Mesh) -> None:
 
 @pytest.mark.attack("a flood of handshakes")
 def test_handshakes_are_bounded(mesh: Mesh, counted: Counted) -> None:
-    with flooded(mesh, "{handshakesPerSecond: 10}"), counted(mesh, "n1", "budget_handshakes", times=10):
+    with flooded(mesh, "{handshakesPerSecond: 4}"), counted(mesh, "n1", "budget_handshakes", times=10):
         peer_noise(mesh, "handshakes", 40)
 
 
 @pytest.mark.red("a flood of handshakes", ANY_HANDSHAKES)
 def test_handshakes_are_not_bounded_without(broken: Mesh) -> None:
-    with flooded(broken, "{handshakesPerSecond: 10}"):
+    with flooded(broken, "{handshakesPerSecond: 4}"):
         before = broken.denied("n1", "budget_handshakes")
         peer_noise(broken, "handshakes", 40)
         assert broken.denied("n1", "budget_handshakes") == before

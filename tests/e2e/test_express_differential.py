@@ -24,7 +24,7 @@ DRAWN = int(os.environ.get("PILLION_DIFFERENTIAL_DRAWN", "40000"))
 CARRIED_SHARE_MIN = 0.9  # of what the compiler calls expressible
 RUN_MAX = 250_000  # exchanges of one seed
 LASTING = 32  # exchanges of a connection before it is paired: they weigh in a short run
-SHORT = 500
+SHORT, WARM = 500, 100
 EXAMPLES = min(2000, EXCHANGES // 500)
 FAST = SIDES[1][0]
 
@@ -93,7 +93,8 @@ def test_a_changed_transition_is_seen(twins: Twins, what: str) -> None:
     assert not before.wrong, before.wrong
     write, undo = Tamper(twins.mesh, FAST).edge(to, like)
     try:
-        found = twins.run(exchanges, len(exchanges), connections=4, part=len(exchanges) // 2, between=write)
+        half = len(exchanges) // 2
+        found = twins.run(exchanges, len(exchanges), connections=4, part=half, between=write, warm=_plain(twins)[:WARM])
     finally:
         undo()
     again = twins.run(exchanges, len(exchanges), connections=4)
@@ -107,7 +108,7 @@ def test_bytes_are_counted(twins: Twins) -> None:
     raw = head(b"POST", b"/a", b"app.example", (b"content-length: 1000",), plan)
     one = Sent(raw + text(1000)), Sent(raw + text(1000), cuts=(len(raw),))
     before = Counts.read(twins.mesh)
-    found = twins.run([one[number % 2] for number in range(SHORT)], SHORT, connections=3)
+    found = twins.run([one[number % 2] for number in range(SHORT)], SHORT, connections=3, warm=one * (WARM // 2))
     assert not found.wrong, found.wrong
     counts = Counts.read(twins.mesh) - before
     answered = counts.express["answered"]
@@ -129,6 +130,7 @@ def test_a_changed_count_is_seen(twins: Twins, change: dict[str, int]) -> None:
         part=len(exchanges) // 2,
         between=lambda: tamper.statistics(**change),
         counted_s=0.5,  # one is missing
+        warm=exchanges[:WARM],
     )
     assert any(text.startswith("counted by code") for text in found.wrong), f"not seen: {found}"
     assert not any("saw" in text for text in found.wrong), found.wrong

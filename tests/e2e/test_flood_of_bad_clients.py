@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.mesh import FORGET_PEAK, HTTP_PORT, Mesh, memory, policy
 
 SLOW, OVERSIZED, TRUNCATED = 200, 100, 100
@@ -13,7 +11,6 @@ RSS_GROWTH_BYTES_MAX = 64 << 20
 REQUESTS, REQUESTS_PER_S = 100, 10
 
 
-@pytest.mark.timeout(60)
 def test_a_flood_of_bad_clients_hurts_nobody_else(mesh: Mesh) -> None:
     (worker,) = mesh.lab.pids("n1", "proxy-worker")
     mesh.apply(policy("flood", "web", who="intruder"))

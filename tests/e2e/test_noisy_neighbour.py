@@ -130,11 +130,12 @@ def test_readers_that_sleep(noisy: Mesh) -> None:
 
 def test_a_flood_of_handshakes(noisy: Mesh) -> None:
     before = noisy.denied("n1", "budget_handshakes")
-    with quiet_neighbour(noisy, "{handshakesPerSecond: 20}"):
+    with quiet_neighbour(noisy, "{handshakesPerSecond: 2}"):
         said = peer_noise(noisy, "handshakes", 60)
-    # a second's worth and what has come since; those that were let in wait, and are limited by their source
+    # a second's worth and what has come since (a SYN that the cable's filter caught comes again after 1, 2 and 4 s); those that
+    # were let in wait, and are limited by their source
     refused = noisy.denied("n1", "budget_handshakes") - before
-    assert said["made"] == 60 and 30 <= refused <= 40
+    assert said["made"] == 60 and 40 <= refused <= 58
     assert noisy.metric("n1", "pillion_budget_refused_total", identity=f"{NS}/far-client", reason="budget_handshakes") >= refused
 
 

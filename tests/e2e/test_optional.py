@@ -18,10 +18,11 @@ import pytest
 
 from lab import Lab
 from tests.attacks.actions import on_host
-from tests.attacks.mutants import PROJECT, Mutant, mutated
+from tests.attacks.mutants import Mutant, mutated
 from tests.conftest import SESSION, opened
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, Refused, policy, populated, until
 from tests.e2e.test_kill import kill
+from tests.trees import PROJECT
 
 pytestmark = pytest.mark.timeout(400)  # under load of others
 PATCHED = Mutant(

@@ -35,8 +35,8 @@ spec: {{node: n2, serviceAccounts: [{accounts}]}}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    with populated(Lab(f"{SESSION}cu"), opened(tmp_path_factory.mktemp("own"))) as made:
+def own(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    with populated(Lab(f"{SESSION}cu", code=tree), opened(tmp_path_factory.mktemp("own"))) as made:
         made.w["far-other"] = made.lab.add_workload("n2", "far-other", namespace=NS)
         served = sorted({kind.service for kind in NODE_KINDS.values()})
         made.apply("".join(policy(f"{who}-{name}", name, who=who) for who in CALLERS for name in served))

@@ -149,8 +149,8 @@ def asked(count: int, *spaces: int) -> list[int]:
         send(link.NeedStock(own, 2, 1))
         hear(5.0, lambda: came(own))
     else:
-        hear(10.0, lambda: came(own))
-        hear(10.0, lambda: came(own) >= count, 1.0)
+        hear(30.0, lambda: came(own))
+        hear(30.0, lambda: came(own) >= count, 1.0)
     hear(LATE_S, silence_s=LATE_S)
     return [came(netns) for netns in spaces]
 

@@ -2,7 +2,11 @@
 
 import sys
 
-from scapy.all import IP, UDP, Ether, IPv6, Raw, sendp
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Raw
+from scapy.sendrecv import sendp
 
 mac, source, destination, port, data = sys.argv[1:6]
 layer = IPv6 if ":" in destination else IP
