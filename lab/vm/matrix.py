@@ -80,7 +80,7 @@ SUITE_LIMIT_S = {
     "probes": 600,
 }
 SLOW_EMULATED = 6
-# Of the differential: the whole corpus and some that are drawn; three times as many did not end in 40 minutes
+# Of the differential: the whole corpus and some that are drawn; 8 s on a machine at rest, many times that on a busy one
 EXCHANGES_EMULATED, DRAWN_EMULATED = 3000, 800
 RETRIES_MAX = 40  # more failures than that are no accident
 MEMORY_MIB = 3072
