@@ -1,5 +1,5 @@
 """Clients that do not behave like most, on a connection that the kernel carries; what they read is checked byte by byte.
-argv: JSON {host, port, mode, size, times}.
+argv: JSON {host, port, mode, size, times, warm: exchanges before}.
  eager: writes `times` requests before it reads the first answer, again and again
  sleepy: asks for `size` bytes, sleeps, reads some, sleeps, reads the rest
  vanish: asks, reads a little, and goes (by turns FIN and RST)
@@ -20,7 +20,7 @@ from exact_body import PERIOD, body_of, place_of
 
 ask = {"times": 4, "size": 100_000} | json.loads(sys.argv[1])
 HOST, PORT, SIZE, TIMES, MODE = ask["host"], ask["port"], ask["size"], ask["times"], ask["mode"]
-WARM, TIMEOUT_S = 40, 30.0
+WARM, TIMEOUT_S = ask["warm"], 30.0
 ADDRESS = socket.getaddrinfo(HOST, PORT, type=socket.SOCK_STREAM)[0]
 wrong: list[str] = []
 errors: list[str] = []
@@ -37,7 +37,7 @@ class Connection:
         self.buffer = b""
         for _ in range(warm):
             self.exchange("size", 10)
-            time.sleep(0.004 if warm == WARM else 0)
+            time.sleep(0.001 if warm == WARM else 0)
 
     def ask(self, kind: str, size: int) -> str:
         tag = f"{MODE}-{os.getpid():x}-{next(tags)}"
