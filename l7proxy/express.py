@@ -20,6 +20,7 @@ FUTILE = frozenset(
 )  # reasons of the request's, which pass with nothing but the request
 UNSETTLED = frozenset(("unsettled", "unclean"))  # reasons of an end that was not at rest when it was paired
 UNSETTLED_TIMES = 4
+ANSWER_BYTES_MAX = 256 << 10  # PL_X_BUDGET_BYTES: the kernel carries no longer one
 FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path can not keep
 FLAG_INSIDE, FLAG_TORN, FLAG_ANSWERING = 4, 8, 16  # PL_XF_INSIDE, PL_XF_TORN, PL_XF_ANSWERING
 

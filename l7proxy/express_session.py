@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LOOK_FIRST_S, LOOK_MAX_S = 0.001, 0.05
 LEAVE_LOOK_S = 0.01  # whether all is written
 TORN_LOOKS = 200  # about a millisecond: a send() takes some microseconds, unless it is kept from its CPU
-LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges, or that old when one ends, is paired
+LASTING_EXCHANGES, LASTING_S = 32, 0.25  # a connection with so many exchanges for the kernel, or that old at one, is paired
 VAIN_S = 0.1  # a pair that ends sooner has cost more than it saved: to make one takes the agent about 3 ms
 BRIEF_MANY = 8  # in a row that were not worth it: after them age is no sign,
 BRIEF_TIMES = 1.5  # and it takes so many times the exchanges
@@ -369,14 +369,14 @@ class Newcomer:
         return pool.take()
 
     def keep(self, session: HttpSession, connection: UpstreamConnection) -> None:
-        session.exchanges += 1
-        if session.exchanges == 1:
+        if not session.exchanges:
             session.since = self.desk.now()
+        session.exchanges += session.for_kernel
         if session.scope.brief < BRIEF_MANY:
             lasts = session.exchanges >= LASTING_EXCHANGES or self.desk.now() - session.since > LASTING_S
         else:
             lasts = session.exchanges >= LASTING_EXCHANGES * BRIEF_TIMES
-        if lasts and self.desk.open(session) and self.desk.carries(session, connection.pool.endpoint):
+        if lasts and session.for_kernel and self.desk.open(session) and self.desk.carries(session, connection.pool.endpoint):
             session.since = self.desk.now()
             pair = session.pair = Pair(self.desk, session)
             session.rest = pair.rest

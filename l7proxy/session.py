@@ -11,6 +11,7 @@ from l7proxy.budget import Account
 from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted, put_off, waiting
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
+from l7proxy.express import ANSWER_BYTES_MAX
 from l7proxy.http1.added import with_headers
 from l7proxy.http1.exchange import CLOSED, IDLE, RAW
 from l7proxy.http1.head import RequestHead
@@ -319,6 +320,14 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         self.plan = None
 
     # ---- paired with the kernel
+
+    @property
+    def for_kernel(self) -> bool:
+        """Whether the answer that has just ended was of those it carries. None: it came in one read, see `Quick`."""
+        answer, request = self.response, self.request
+        if answer is None or answer.status in (204, 304) or (request is not None and request.method == "HEAD"):
+            return True
+        return 0 <= answer.framing <= ANSWER_BYTES_MAX
 
     def carry_on(self, head: RequestHead, connection: UpstreamConnection, elapsed: float) -> None:
         """Before `adopt`: what `decide` would have set, for a request that went without us."""

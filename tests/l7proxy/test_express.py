@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from l7proxy.express import (
+    ANSWER_BYTES_MAX,
     FUTILE_MAX,
     REQUEST_BODY,
     RESPONSE_BODY,
@@ -100,3 +104,8 @@ def test_an_end_that_never_rests_is_paired_anew_more_and_more_rarely() -> None:
     found = [number for number in range(1, 100) if unsettled.punted(View(-1, punt="unclean", began=7))]
     assert found == [1, 5, 21, 85]
     assert not any(unsettled.punted(View(-1, punt=punt)) for punt in ("behind", "sample", "") * 300)
+
+
+def test_the_kernels_limit() -> None:
+    types = (Path(__file__).parents[2] / "bpf" / "types.h").read_text()
+    assert re.findall(r"#define PL_X_BUDGET_BYTES (\d+)", types) == [str(ANSWER_BYTES_MAX)]

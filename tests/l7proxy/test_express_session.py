@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from l7proxy import express_session
-from l7proxy.express import FUTILE_MAX, REQUEST_BODY, RESPONSE_BODY, View
+from l7proxy.express import ANSWER_BYTES_MAX, FUTILE_MAX, REQUEST_BODY, RESPONSE_BODY, View
 from mesh import link
 from tests.l7proxy.express_rig import ARM, HOLD, TAKE, Dialogue, Express, Op, express_world, get
 from tests.l7proxy.rig import Mesh, Rig, Server, ok, read_all, read_head, read_response, wait_for
@@ -59,6 +59,27 @@ def test_a_connection_is_paired_once_it_has_shown_that_it_lasts(
             (connection,) = wait_connections(express, 1)
             read_head(connection)
             connection.sendall(ok(b"one"))
+            read_response(sock)
+        wait_for(lambda: express.pairs, "the session to be paired")
+    express.close()
+
+
+def test_a_connection_is_paired_for_answers_that_the_kernel_carries(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(express_session, "LASTING_EXCHANGES", 3)
+    monkeypatch.setattr(express_session, "LASTING_S", -1.0)
+    monkeypatch.setattr(express_session, "BRIEF_MANY", 0)
+    express = express_world(mesh, start, serve)
+    long = ok(b"x" * (ANSWER_BYTES_MAX + 1))
+    chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n0\r\n\r\n"
+    with express.rig.connect(express.client, express.web) as sock:
+        for n, answer in enumerate([long, chunks] * 4 + [ok(b"one")] * int(3 * express_session.BRIEF_TIMES + 0.5)):
+            assert not express.pairs, n
+            sock.sendall(get())
+            (connection,) = wait_connections(express, 1)
+            read_head(connection)
+            connection.sendall(answer)
             read_response(sock)
         wait_for(lambda: express.pairs, "the session to be paired")
     express.close()
