@@ -275,7 +275,8 @@ def test_what_only_tcp_can_do_keeps_a_socket_out(pairs: Pairs, option: int, idle
     try:
         pair.server.setsockopt(socket.SOL_SOCKET, option, set_)
     except OSError as error:
-        assert (option, error.errno) == (SO_PEEK_OFF, errno.EOPNOTSUPP)  # this kernel's TCP has none
+        if (option, error.errno) != (SO_PEEK_OFF, errno.EOPNOTSUPP):  # some kernels' TCP has none
+            raise
         return
     assert pair.enrol() == ["ok", reason]
     pair = pairs()
