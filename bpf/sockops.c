@@ -8,7 +8,7 @@
 
 /* What a paired socket sends the ordinary way goes to TCP page by page: a whole response becomes small segments, of which each
  * would wait for the acknowledgement of the one before, 40 ms (Nagle's algorithm against a delayed ACK). The peer is a proxy on
- * this node, to which small segments cost nothing. The application may ask for the delay again. */
+ * this node, to which small segments cost little. The application may ask for the delay again. */
 static inline void no_delay(struct bpf_sock_ops *s)
 {
   int on = 1;

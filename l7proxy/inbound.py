@@ -130,9 +130,8 @@ class DestinationTunnel(Tunnel):
         refused = tls.refused if isinstance(tls, ServerSide) else None
         self.inbound.gone(self)
         if self.peer is not None:
-            if self.core.at_fault or isinstance(
-                error, HboneError
-            ):  # what HTTP/2 forbids: rapid resets, CONTINUATION without end, …
+            # What HTTP/2 forbids: rapid resets, CONTINUATION without end, …
+            if self.core.at_fault or isinstance(error, HboneError):
                 self.account.refused["hbone_error"] += 1
                 self.inbound.refused(
                     Refusal("hbone_error", str(error or "it was told to calm down")), self.peer.spiffe, self.source
