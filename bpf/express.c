@@ -23,8 +23,6 @@ int express(struct sk_msg_md *m)
   tp = to_tcp_sock(sk);
   if (!tp)
     return SK_PASS;
-  if (!e->settled && TCP_U32(tp, O_RCV_NXT) != e->seq && TCP_U32(tp, O_COPIED_SEQ) == TCP_U32(tp, O_RCV_NXT))
-    e->passed = 1;
   r = record_of(e);
   if (!r) {
     xcount(PL_XR_NO_RECORD);

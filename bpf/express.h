@@ -19,6 +19,33 @@ static inline bool inside(struct pl_xthread *t, u32 others)
   return !read_kernel(&state, 4, (void *)t->state_at) && !(state & TASK_IN_NO_SEND);
 }
 
+/* It has run outside the kernel since it was seen inside: it is not in that send() any more. Each that begins later says so
+ * first (sends_again()). Without this, a thread that computes would be waited for as long as it does, beside one that reads. */
+static inline bool ran_since(struct pl_xthread *t)
+{
+  u64 ran = 0, seen = *(volatile u64 *)&t->seen;
+
+  if (seen < PL_X_SEEN || *(volatile u64 *)&t->seen_task != t->task)
+    return false;
+  return !read_kernel(&ran, 8, (void *)t->ran_at) && ran + PL_X_SEEN != seen;
+}
+
+/* For who asks again and again, as the proxy alone does */
+static inline bool still_inside(struct pl_xthread *t)
+{
+  u64 ran = 0, task = *(volatile u64 *)&t->task;
+
+  if (!inside(t, 0) || ran_since(t))
+    return false;
+  if (*(volatile u64 *)&t->seen >= PL_X_SEEN && t->seen_task == task)
+    return true;
+  __sync_lock_test_and_set(&t->seen, 1); /* a full barrier: who is inside by now is so when its time is read */
+  *(volatile u64 *)&t->seen_task = task;
+  if (!read_kernel(&ran, 8, (void *)t->ran_at))
+    *(volatile u64 *)&t->seen = ran + PL_X_SEEN;
+  return true;
+}
+
 static inline struct pl_xrecord *record_of(struct pl_xend *e)
 {
   u64 id = *(volatile u64 *)&e->record;
@@ -26,14 +53,14 @@ static inline struct pl_xrecord *record_of(struct pl_xend *e)
   return xrecords.lookup(&id);
 }
 
-/* What was asked of this slot is over */
-static inline void load_less(struct pl_xrecord *r, u32 slot)
+/* What was asked is over. Several may say so at the same time: who answers, who takes it over, who ends the pair */
+static inline void load_less(struct pl_xrecord *r)
 {
-  u32 i = r->program * PL_X_SLOTS + (slot & (PL_X_SLOTS - 1)), *load;
+  u64 at = __sync_lock_test_and_set(&r->counted, 0);
+  u32 i = at - 1, *load;
 
-  if (!r->counted)
+  if (!at)
     return;
-  r->counted = 0;
   load = xloads.lookup(&i);
   if (load)
     __sync_fetch_and_add(load, -1);
@@ -68,15 +95,13 @@ static inline bool arm(struct pl_xrecord *r, const struct pl_xarm *a)
     return true;
   }
   if (a->op == PL_X_TAKE) {
-    u32 busy = r->busy;
     r->armed = 0;
     BARRIER;
     r->phase = PL_XP_IDLE;
     r->handed = 0;
     BARRIER;
     r->busy = 0;
-    if (busy)
-      load_less(r, busy - 1);
+    load_less(r);
     return true;
   }
   if (a->op != PL_X_ARM || r->busy)
@@ -107,9 +132,9 @@ static inline void view(struct pl_xrecord *r, struct pl_xview *to)
 
   to->record = r->id;
   to->flags = (r->off ? PL_XF_OFF : 0) | (r->hold ? PL_XF_HOLD : 0);
-  if (inside(&r->sender, 0))
+  if (still_inside(&r->sender))
     to->flags |= r->split ? PL_XF_INSIDE | PL_XF_TORN : PL_XF_INSIDE;
-  if (inside(&r->answerer, 0))
+  if (still_inside(&r->answerer))
     to->flags |= PL_XF_ANSWERING;
   to->armed = r->armed;
   to->busy = r->busy;

@@ -2,6 +2,8 @@
 
 #define STICKY_NS 1000
 #define SAMPLED_AT_ONCE 16
+#define SAMPLED_AT_ONCE_BUSY 64
+#define BUSY_NS 20000 /* from one request to the next on a CPU */
 #define REFS_KNOWN_NS 100000000 /* after so long without an answer, references are timers' */
 
 /* More of a body whose head went fast. It follows its head whatever has changed since: the server waits for it */
@@ -25,7 +27,7 @@ static inline int more_of_request(struct sk_msg_md *m, struct pl_xrecord *r, voi
     r->handed = 1;
     return to_user(r, PL_XR_PIPELINED);
   }
-  if (!key || xsocks.msg_redirect_hash(m, &key, BPF_F_INGRESS) != SK_PASS) {
+  if (!key || !in_one_piece(m) || xsocks.msg_redirect_hash(m, &key, BPF_F_INGRESS) != SK_PASS) {
     r->hold = 1;
     return to_user(r, PL_XR_TARGET_GONE);
   }
@@ -60,23 +62,26 @@ static inline u32 not_now(struct pl_config *c, struct pl_xrecord *r, struct pl_x
 }
 
 /* User space sees some requests, `sample` of 65536 on average, several in a row: to wake it, and to fill the CPU's caches with
- * it, costs more than a request does */
-static inline bool sampled(u32 sample, u32 random)
+ * it, costs more than a request does. More in a row where they follow close upon each other: it is over as soon. */
+static inline bool sampled(u32 sample, u32 random, u64 now)
 {
-  u32 zero = 0, *more;
+  u32 zero = 0, at_once;
+  struct pl_xsampled *s;
 
   if (!sample)
     return false;
-  more = xsampled.lookup(&zero);
-  if (!more)
+  s = xsampled.lookup(&zero);
+  if (!s)
     return true;
-  if (*more) {
-    (*more)--;
+  at_once = now - s->last_ns < BUSY_NS ? SAMPLED_AT_ONCE_BUSY : SAMPLED_AT_ONCE;
+  s->last_ns = now;
+  if (s->more) {
+    s->more--;
     return true;
   }
-  if (random >= (sample / SAMPLED_AT_ONCE ?: 1) && sample < 65536)
+  if (random >= (sample / at_once ?: 1) && sample < 65536)
     return false;
-  *more = SAMPLED_AT_ONCE - 1;
+  s->more = at_once - 1;
   return true;
 }
 
@@ -93,12 +98,14 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   u32 *loads;
 
   task = current_task();
-  if (r->sender.task != task && inside(&r->sender, 1)) {
+  if ((r->sender.task != task || r->sender.tid != (u32)current_ids()) && inside(&r->sender, 1) && !ran_since(&r->sender)) {
     if (busy)
       r->hold = 1;
     return to_user(r, PL_XR_INSIDE);
   }
   note_thread(&r->sender, task, tp);
+  sends_again(&r->sender);
+  busy = *(volatile u32 *)&r->busy;
   if (busy)
     return more_of_request(m, r, tp, busy - 1);
   r->split = 0;
@@ -134,7 +141,7 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   if (!v)
     return to_user(r, PL_XR_VERDICT);
   random = bpf_get_prandom_u32();
-  if (sampled(p->sample, random >> 16))
+  if (sampled(p->sample, random >> 16, now))
     return to_user(r, PL_XR_SAMPLE);
   slot = choose_slot(v, program, random);
 
@@ -166,6 +173,8 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
     return to_user(r, PL_XR_GENERATION);
   if (p->rate_per_s && spent(p, program, now))
     return to_user(r, PL_XR_RATE);
+  if (!in_one_piece(m))
+    return to_user(r, PL_XR_HEAD);
   if (xsocks.msg_redirect_hash(m, &key, BPF_F_INGRESS) != SK_PASS) {
     s->dirty = 1;
     return to_user(r, PL_XR_TARGET_GONE);
@@ -196,7 +205,7 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
     loads = xloads.lookup(&load);
     if (loads)
       __sync_fetch_and_add(loads, 1);
-    r->counted = 1;
+    *(volatile u64 *)&r->counted = load + 1;
   }
   BARRIER;
   *(volatile u32 *)&r->busy = slot + 1; /* from here on the server's answer counts; its bytes move when we return */

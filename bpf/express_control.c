@@ -4,7 +4,7 @@
  * Entering a socket takes two steps. ENROL puts it into xsocks: its sends run express(), and every recv() that begins from
  * now on knows of redirected bytes. But one that sleeps already, in TCP's own recv(), would wait for TCP's own queue alone
  * for ever. So nothing is redirected, and TCP's bytes stay where that reader looks, until SETTLE has seen that there is
- * none: no thread sleeps on the socket, or its owner has since read all that came and sent something. */
+ * none: whoever sleeps on the socket holds a reference to its psock, as only the new recv() and send() do. */
 
 #define WAITERS_MAX 16
 #define TCP_ESTABLISHED 1
@@ -32,12 +32,14 @@ static inline struct bpf_sock *established(struct __sk_buff *skb, u32 family, co
   return lookup_tcp(skb, &t, sizeof(t.ipv6), (u64)-1, 0);
 }
 
-/* Somebody may be inside a recv() of this socket. Threads that poll are not; what can not be told is taken for one. */
+/* Somebody may be inside TCP's own recv() of this socket, which xsocks alone has. Threads that poll are not; what can not be
+ * told is taken for one. */
 static inline bool may_be_reading(void *tp)
 {
-  u64 queue = 0, head, next = 0, func, private;
+  u64 psock = *(volatile u64 *)(tp + O_USER_DATA) & ~7ull, queue, head, next = 0, func, private;
+  u32 refs = 0, asleep = 0;
 
-  if (TCP_U32(tp, O_OWNED))
+  if (TCP_U32(tp, O_OWNED) || !psock || read_kernel(&refs, 4, (void *)(psock + O_PSOCK_REFS)))
     return true;
   queue = *(volatile u64 *)(tp + O_WQ);
   if (!queue)
@@ -48,13 +50,13 @@ static inline bool may_be_reading(void *tp)
   KEEP_LOOP
   for (int i = 0; i < WAITERS_MAX; i++) {
     if (next == head)
-      return false;
+      return asleep > 1 || asleep + 1 > refs; /* two: the kernel tells one of them EAGAIN */
     func = private = 0;
     if (read_kernel(&func, 8, (void *)(next - O_WQE_ENTRY + O_WQE_FUNC)) ||
         read_kernel(&private, 8, (void *)(next - O_WQE_ENTRY + O_WQE_PRIVATE)))
       return true;
     if (WOKEN_WAKE ? func == WOKEN_WAKE : private != 0)
-      return true;
+      asleep++;
     if (read_kernel(&next, 8, (void *)next))
       return true;
   }
@@ -231,7 +233,6 @@ static inline u32 enrol(struct __sk_buff *skb, struct pl_xop *o, struct pl_xreco
       result = PL_XQ_REFUSED; /* somebody else's sockmap has it, or it is closing */
       goto out;
     }
-    e->seq = rcv;
     e->key = key;
   }
   key = o->key = e->key;
@@ -287,7 +288,7 @@ static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_
   rcv = TCP_U32(tp, O_RCV_NXT);
   if (!e->settled) {
     /* A segment moves from TCP's queue as a whole: what was read of it already would be read again */
-    if ((!e->passed && may_be_reading(tp)) || TCP_U32(tp, O_OWNED) || !all_read(tp) || !at_rest(o, r, s, tp)) {
+    if (may_be_reading(tp) || TCP_U32(tp, O_OWNED) || !all_read(tp) || !at_rest(o, r, s, tp)) {
       result = PL_XQ_NOT_YET;
       goto out;
     }
@@ -317,7 +318,7 @@ int express_control(struct __sk_buff *skb)
 {
   struct pl_xop *o = (void *)(long)skb->data;
   struct pl_xrecord *r;
-  u32 result, busy;
+  u32 result;
   u64 id;
 
   if ((void *)(o + 1) > (void *)(long)skb->data_end)
@@ -329,17 +330,13 @@ int express_control(struct __sk_buff *skb)
   if (!r)
     return PL_XQ_NO_RECORD;
   if (o->kind == PL_XK_FORGET) {
-    busy = r->busy;
     r->off = 1;
-    if (busy)
-      load_less(r, busy - 1);
+    load_less(r);
     return PL_XQ_OK;
   }
   if (o->kind == PL_XK_PROGRAM) {
     r->armed = 0; /* its slots may be other endpoints now: the proxy arms again */
     BARRIER;
-    if (r->busy)
-      load_less(r, r->busy - 1);
     r->program = o->program;
     return PL_XQ_OK;
   }

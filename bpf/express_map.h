@@ -30,7 +30,9 @@ PL_MAP("array", xacts, u32, struct pl_xact, PL_X_BLOCKS, 0);
 PL_MAP("hash", xverdicts, struct pl_xverdict_key, struct pl_xverdict, 262144, PL_SPARSE);
 PL_MAP("percpu_hash", xstats, struct pl_xstat_key, struct pl_xstat, 8192, PL_SPARSE);
 PL_MAP("array", xblank, u32, struct pl_xstat, 1, 0); /* stays zero */
-PL_MAP("percpu_array", xsampled, u32, u32, 1, 0); /* how many more are, of those that come next */
+/* When this CPU had a request last; how many more are samples, of those that come next */
+struct pl_xsampled { u64 last_ns; u32 more, pad; };
+PL_MAP("percpu_array", xsampled, u32, struct pl_xsampled, 1, 0);
 PL_MAP("percpu_array", xcounters, u32, u64, PL_COUNTERS, 0);
 
 /* By socket cookie: where TCP's own bytes go on. If one is forgotten while its socket lives, it is found out anew */
@@ -38,6 +40,7 @@ PL_MAP("lru_hash", xnexts, u64, struct pl_xnext, 65536, 0);
 
 static long (*adjust_room)(void *skb, s32 difference, u32 mode, u64 flags) = (void *)50;
 static u64 (*current_task)(void) = (void *)35;
+static u64 (*current_ids)(void) = (void *)14; /* the lower half: the thread's, as in struct task_struct's pid */
 static void *(*to_tcp_sock)(void *sk) = (void *)137;
 
 static inline void xcount(u32 reason)
@@ -71,15 +74,25 @@ static inline bool all_read(void *tp)
   return !queues.waiting && queues.next == psock + O_INGRESS_MSG;
 }
 
+/* Before it is decided whether what it sends is carried */
+static inline void sends_again(struct pl_xthread *t)
+{
+  if (*(volatile u64 *)&t->seen)
+    __sync_lock_test_and_set(&t->seen, 0);
+}
+
 /* It takes the last one's place, who is done */
 static inline void note_thread(struct pl_xthread *t, u64 task, void *tp)
 {
-  if (t->task == task)
+  u32 tid = current_ids();
+
+  if (t->task == task && t->tid == tid) /* a task's place is given again */
     return;
+  t->ran_at = task + O_TASK_UTIME;
   t->tid_at = task + O_TASK_PID;
   t->state_at = task + O_TASK_STATE;
   t->refs_at = (*(volatile u64 *)(tp + O_USER_DATA) & ~7ull) + O_PSOCK_REFS;
-  read_kernel(&t->tid, 4, (void *)t->tid_at);
+  t->tid = tid;
   BARRIER;
   t->task = task;
   __sync_fetch_and_add(&t->changes, 1); /* a full barrier: the proxy sees this one, or it sees the proxy's HOLD */

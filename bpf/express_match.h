@@ -112,3 +112,19 @@ static inline bool contiguous(struct sk_msg_md *m)
     return true;
   return bpf_msg_pull_data(m, 0, want, 0) == 0;
 }
+
+#define MESSAGE_BYTES_MAX (1 << 20) /* more than one can have */
+
+/* All of it. Where the receiver's memory is at its limit, the kernel moves some pieces of a message and comes back with the
+ * others as if they were a message of their own (bpf_tcp_ingress(), 6.1 to 6.18); one piece it moves, or fails send(). */
+static inline bool in_one_piece(struct sk_msg_md *m)
+{
+  u32 size = m->size;
+  u8 *d = m->data, *end = m->data_end;
+
+  if (size > MESSAGE_BYTES_MAX)
+    return false;
+  if (d + size <= end)
+    return true;
+  return bpf_msg_pull_data(m, 0, size, 0) == 0;
+}

@@ -29,7 +29,7 @@ static inline struct pl_xstat *stat_of(struct pl_xrecord *r, u32 status)
 }
 
 /* Counted before the last byte is delivered: whoever has read the response finds it counted */
-static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, void *tp, u32 slot)
+static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, void *tp)
 {
   u64 now = boot_ns(), ns = now - r->t0_ns;
   u32 i = bucket_of(ns);
@@ -45,7 +45,8 @@ static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, void *tp, u
     xcount(PL_XR_STAT_FULL);
   }
   xcount(PL_XR_ANSWERED);
-  load_less(r, slot);
+  if (r->counted)
+    load_less(r);
   note_thread(&r->answerer, current_task(), tp);
   r->done_ns = now;
   r->phase = PL_XP_IDLE;
@@ -102,6 +103,7 @@ static inline int from_server(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   struct pl_xprogram *p;
   u64 key;
 
+  sends_again(&r->answerer);
   *(volatile u64 *)&s->clean = e->settled && all_read(tp) ? clean_at(rcv) : 0;
   if (*(volatile u32 *)&r->busy != slot + 1) {
     if (r->armed && !s->dirty && rcv == s->up_seq && TCP_U32(tp, O_WRITE_SEQ) == s->srv_seq)
@@ -140,13 +142,15 @@ static inline int from_server(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   if (n > left) /* bytes nobody asked for behind it */
     return hand_over(r, tp, PL_XR_SURPLUS);
   key = r->client_key;
+  if (!in_one_piece(m))
+    return hand_over(r, tp, PL_XR_RESPONSE_BUDGET);
   if (!key || xsocks.msg_redirect_hash(m, &key, BPF_F_INGRESS) != SK_PASS)
     return hand_over(r, tp, PL_XR_TARGET_GONE);
   r->status = status;
   r->resp_bytes += n;
   r->resp_left = left - n;
   if (n == left)
-    finish(r, st, tp, slot);
+    finish(r, st, tp);
   else
     r->phase = PL_XP_BODY;
   return SK_PASS;

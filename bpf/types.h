@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 6 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 7 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -184,17 +184,19 @@ struct pl_xstep { u64 bytes; u32 stamp; u16 from, to; };
 #define PL_X_STEPS 64
 
 /* xends: SK_STORAGE on all four. key: of an application's socket in the sockhash, its own for life. settled: every reader of
- * the socket knows of redirected bytes; seq: rcv_nxt at enrolment; passed: has since sent, after having read more. reg: of
- * the table's run, by pl_xaction. passed, reg and steps are written by the socket's own program, under the socket's lock. */
-struct pl_xend { u64 record, key; u32 side, slot, settled, seq, passed, pad; u32 reg[8]; struct pl_xstep steps[PL_X_STEPS]; };
+ * the socket knows of redirected bytes. reg: of the table's run, by pl_xaction. reg and steps are written by the socket's own
+ * program, under the socket's lock. */
+struct pl_xend { u64 record, key; u32 side, slot, settled, pad; u32 reg[8]; struct pl_xstep steps[PL_X_STEPS]; };
 
 /* clean: bit 32 | rcv_nxt of the server's socket, when it was last seen with all read. up_seq, srv_seq: where the proxy's
  * socket stands, by its last arm, in what it wrote and read; base_out, base_in: at pairing. dirty: wrote unasked. */
 struct pl_xslot { u64 key, clean; u32 workload, port, up_seq, srv_seq, base_in, base_out, dirty, pad; };
 
-/* A thread, and by what to tell whether it is inside send() still: addresses of the socket's references and of two fields of
- * the task. changes: how often another one took its place */
-struct pl_xthread { u64 task, refs_at, state_at, tid_at; u32 tid, changes; };
+/* A thread, and by what to tell whether it is inside send() still: addresses of the socket's references and of three fields of
+ * the task. changes: how often another one took its place; seen: PL_X_SEEN + the time that seen_task had run outside the kernel when
+ * it was looked at, less: it was not, or has sent since */
+#define PL_X_SEEN 2
+struct pl_xthread { u64 task, refs_at, state_at, tid_at, ran_at, seen, seen_task; u32 tid, changes; };
 
 /* xrecords: HASH u64 id (random, never reused). One client's connection and the upstreams it may use. */
 enum pl_xphase { PL_XP_IDLE, PL_XP_REQUEST, PL_XP_HEAD, PL_XP_BODY };
@@ -206,10 +208,10 @@ struct pl_xrecord {
   u32 name, rule, status, method_head, head_len, req_left, req_bytes, resp_left, resp_bytes;
   u32 punt;                                   /* pl_xreason of the last one */
   u32 last, refs;                             /* slot + 1 asked last; fewest references seen on the client's socket */
-  u32 counted;                                /* in xloads */
+  u32 split;                                  /* a request that came in parts */
+  u64 counted;                                /* 1 + its place in xloads, while it is counted there */
   u64 t0_ns, done_ns;                         /* CLOCK_BOOTTIME */
   struct pl_xthread sender, answerer;         /* whose send() carried something last, from the client and from a server */
-  u32 split, pad;                             /* a request that came in parts */
   struct pl_xslot slots[PL_X_SLOTS];
   u8 head[PL_X_HEAD_BYTES];
 };
@@ -310,8 +312,8 @@ _Static_assert(sizeof(struct pl_conn) == 64, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
-_Static_assert(sizeof(struct pl_xstep) == 16 && sizeof(struct pl_xend) == 72 + 16 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
-_Static_assert(sizeof(struct pl_xthread) == 40, "pl_xthread");
+_Static_assert(sizeof(struct pl_xstep) == 16 && sizeof(struct pl_xend) == 64 + 16 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xthread) == 64, "pl_xthread");
 _Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
 _Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 72, "pl_xrow, pl_xprogram");
 _Static_assert(sizeof(struct pl_xverdict) == 40 && sizeof(struct pl_xstat_key) == 8, "pl_xverdict, pl_xstat_key");

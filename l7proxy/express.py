@@ -6,8 +6,9 @@ believes any event. Whatever went through user space has latched the pair slow u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from l7proxy.http1.exchange import Limits
 
@@ -25,8 +26,7 @@ FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path ca
 FLAG_INSIDE, FLAG_TORN, FLAG_ANSWERING = 4, 8, 16  # PL_XF_INSIDE, PL_XF_TORN, PL_XF_ANSWERING
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True, gc=False):
     """The kernel's account of one pair. ``slot``: whose exchange runs, -1: none; ``started``: of the last one, by
     perf_counter; ``handed``: the server's bytes come through user space from here on."""
 

@@ -105,7 +105,7 @@ class Asking(asyncio.Protocol):
         """Its own connection to that endpoint, or one of the pool's."""
         for end in self.ends:
             connection = end.connection
-            if connection.pool.endpoint == pool.endpoint and connection.sink is None and not connection.lost:
+            if connection.sink is None and not connection.lost and _same(connection.pool, pool):
                 if end not in self.used:
                     self.used.append(end)
                 return connection
@@ -147,22 +147,33 @@ class Asking(asyncio.Protocol):
             if self.more:
                 self.again()
             else:
-                self._arm(self.used)
+                if self.armed:
+                    self.session.deadline = NEVER
+                else:
+                    self._arm(self.used)
                 if self.leaving:
                     self._leave_behind()
         elif self.state == PLANNED:
             self.ask()
 
-    def _arm(self, ends: list[UpstreamEnd]) -> None:
+    def ends_with(self, data: bytes) -> None:
+        """An exchange is over once this is written, at once and as a whole. Armed before it is, so that it is armed when the
+        client has it and asks again."""
+        session = self.session
+        if self.state == PAIRED and not (self.more or self.kept or self.kept_eof) and session.late is None:
+            self._arm(self.used, len(data))
+
+    def _arm(self, ends: list[UpstreamEnd], unsent: int = 0) -> None:
         session, op = self.session, self.desk.kernel.express_op
+        sent = self.sent + unsent
         for end in ends:
             if end.connection.lost or end.connection.late is not None:
                 self.leave()
                 return
-            if end.slot >= 0 and not op(self.sock, ARM, end.slot, self.consumed, self.sent, end.sent, end.consumed):
+            if end.slot >= 0 and not op(self.sock, ARM, end.slot, self.consumed, sent, end.sent, end.consumed):
                 self.leave()
                 return
-        if not ends and not op(self.sock, ARM, NO_SLOT, self.consumed, self.sent):
+        if not ends and not op(self.sock, ARM, NO_SLOT, self.consumed, sent):
             self.leave()
             return
         self.used = []
@@ -380,3 +391,8 @@ class Asking(asyncio.Protocol):
             else:
                 end.drop()
         self.session.rest = None
+
+
+def _same(one: Pool, other: Pool) -> bool:
+    """Whether they lead to the same endpoint. A pool that was swept away has a successor."""
+    return one is other or one.endpoint == other.endpoint

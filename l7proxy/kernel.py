@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-import time
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from operator import itemgetter
+from time import CLOCK_BOOTTIME, clock_gettime_ns, perf_counter
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,21 +23,10 @@ _CALLER = ("addr", "identity", "port")
 _MAPPED = b"\0" * 10 + b"\xff\xff"  # an IPv4 address in 16 bytes
 _U32 = 0xFFFFFFFF
 _HEAD_BYTES = 1024  # PL_X_HEAD_BYTES; as much as Python's getsockopt takes
-_VIEW = {
-    "flags",
-    "busy",
-    "phase",
-    "handed",
-    "handed_slow",
-    "status",
-    "head_len",
-    "req_left",
-    "resp_left",
-    "punt",
-    "t0_ns",
-    "head",
-}
-_ARM = {"op", "slot", "consumed", "sent", "up_sent", "up_consumed"}
+_VIEW = (
+    "flags", "busy", "phase", "handed", "handed_slow", "status", "head_len", "req_left", "resp_left", "punt", "t0_ns", "head",
+)  # fmt: skip
+_ARM = ("op", "slot", "consumed", "sent", "up_sent", "up_consumed")
 
 
 class SocketLike(Protocol):
@@ -67,8 +58,9 @@ class Kernel:
         self._origin_at: tuple[int, ...] = ()  # where the fields above stand
         self._caller_at: tuple[int, ...] = ()
         self.express = False  # this node's kernel carries exchanges by itself
-        self._view_at: dict[str, int] = {}
-        self._blank: dict[str, int | bytes] = {}  # pl_xarm, in order
+        self._view_at: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple  # the fields of _VIEW
+        self._arm_at: tuple[int, ...] = ()
+        self._blank: tuple[int | bytes, ...] = ()  # what is in pl_xarm besides
 
     def learn(self, hello: Hello) -> None:
         """Takes the layouts of the programs that are loaded now. Raises ValueError when they lack a field."""
@@ -76,9 +68,13 @@ class Kernel:
         if missing := set(_ORIGIN) - set(hello.origin_fields) | set(_CALLER) - set(hello.caller_fields):
             raise ValueError(f"the agent's layouts lack {', '.join(sorted(missing))}")
         self._view, self._arm = struct.Struct(hello.xview_format), struct.Struct(hello.xarm_format)
-        self._view_at = {name: index for index, name in enumerate(hello.xview_fields)}
-        self._blank = dict(zip(hello.xarm_fields, self._arm.unpack(bytes(self._arm.size)), strict=True))
-        self.express = set(hello.xview_fields) >= _VIEW and set(hello.xarm_fields) >= _ARM
+        self.express = set(hello.xview_fields) >= set(_VIEW) and set(hello.xarm_fields) >= set(_ARM)
+        if self.express:
+            self._view_at = itemgetter(*map(hello.xview_fields.index, _VIEW))
+            others = [name for name in hello.xarm_fields if name not in _ARM]
+            blank = dict(zip(hello.xarm_fields, self._arm.unpack(bytes(self._arm.size)), strict=True))
+            self._blank = tuple(blank[name] for name in others)
+            self._arm_at = tuple(map((*_ARM, *others).index, hello.xarm_fields))
         self._hello, self._origin, self._caller = hello, origin, caller
         self._origin_at = tuple(hello.origin_fields.index(name) for name in _ORIGIN)
         self._caller_at = tuple(_CALLER.index(name) if name in _CALLER else len(_CALLER) for name in hello.caller_fields)
@@ -107,35 +103,32 @@ class Kernel:
 
     def express_view(self, sock: SocketLike) -> View | None:
         """The kernel's account of a paired accepted socket; None: it is not paired."""
-        hello, at = self._hello, self._view_at
+        hello = self._hello
         if hello is None or not self.express:
             return None
         try:
             values = self._view.unpack(sock.getsockopt(hello.origin_level, hello.express_opt, self._view.size))
-            head = values[at["head"]]
-            if values[at["head_len"]] > len(head):  # the option next to it has all of it
+            flags, busy, phase, handed, slow, status, head_len, req_left, resp_left, punt, began, head = self._view_at(values)
+            if head_len > len(head):  # the option next to it has all of it
                 head = sock.getsockopt(hello.origin_level, hello.express_opt + 1, _HEAD_BYTES)
         except (OSError, struct.error):
             return None
-        punt = values[at["punt"]]
-        began = values[at["t0_ns"]]
-        since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - began
         return View(
-            values[at["busy"]] - 1,
-            values[at["phase"]],
-            bool(values[at["handed"]]),
-            values[at["handed_slow"]],
-            values[at["status"]],
-            head[: values[at["head_len"]]],
-            values[at["req_left"]],
-            values[at["resp_left"]],
+            busy - 1,
+            phase,
+            handed != 0,
+            slow,
+            status,
+            head[:head_len],
+            req_left,
+            resp_left,
             hello.xreasons[punt] if punt < len(hello.xreasons) else "",
-            time.perf_counter() - since_ns / 1e9,
-            bool(values[at["flags"]] & FLAG_OFF),
+            perf_counter() - (clock_gettime_ns(CLOCK_BOOTTIME) - began) / 1e9,
+            flags & FLAG_OFF != 0,
             began,
-            bool(values[at["flags"]] & FLAG_INSIDE),
-            bool(values[at["flags"]] & FLAG_TORN),
-            bool(values[at["flags"]] & FLAG_ANSWERING),
+            flags & FLAG_INSIDE != 0,
+            flags & FLAG_TORN != 0,
+            flags & FLAG_ANSWERING != 0,
         )
 
     def express_op(
@@ -145,16 +138,9 @@ class Kernel:
         hello = self._hello
         if hello is None or not self.express:
             return False
-        values = {
-            "op": op,
-            "slot": slot,
-            "consumed": consumed & _U32,
-            "sent": sent & _U32,
-            "up_sent": up_sent & _U32,
-            "up_consumed": up_consumed & _U32,
-        }
+        values = (op, slot, consumed & _U32, sent & _U32, up_sent & _U32, up_consumed & _U32, *self._blank)
         try:
-            sock.setsockopt(hello.origin_level, hello.express_opt, self._arm.pack(*(self._blank | values).values()))
+            sock.setsockopt(hello.origin_level, hello.express_opt, self._arm.pack(*[values[at] for at in self._arm_at]))
         except (OSError, struct.error):
             return False
         return True

@@ -68,16 +68,26 @@ class Quick(Cycle):
                 return
             candidate = picked
         pool, pair = candidate.pool, self.pair
-        idle = pool.idle
-        if not idle or not candidate.plain or pool.retired or not (pair is None or pair is worker.express.newcomer):
+        if not candidate.plain or pool.retired:
             self._go(candidate, head)
             return
-        connection = idle[-1]
-        tunnel = connection.tunnel
-        if connection.lost or (tunnel is not None and tunnel.retired):
-            self._go(candidate, head)
-            return
-        del idle[-1]
+        if pair is None or pair is worker.express.newcomer:
+            idle = pool.idle
+            if not idle:
+                self._go(candidate, head)
+                return
+            connection = idle[-1]
+            tunnel = connection.tunnel
+            if connection.lost or (tunnel is not None and tunnel.retired):
+                self._go(candidate, head)
+                return
+            del idle[-1]
+        else:
+            own = pair.take(pool)
+            if own is None:
+                self._go(candidate, head, fresh=True)
+                return
+            connection = own
         pool.health.outstanding += 1
         self.candidate, self.upstream = candidate, connection
         connection.sink = self  # type: ignore[assignment]  # HttpSession is a Sink
@@ -93,18 +103,25 @@ class Quick(Cycle):
             and request is not None and request.plain and candidate is not None and candidate.plain and connection is not None
             and not (self.uppending or self.pending or self.client_ended or self.client_paused or self.ending)
             and not connection.full and worker.flow_budget <= 0 and worker.access is None
-            and (pair is None or pair is worker.express.newcomer)  # the kernel has no part in it yet
         ):  # fmt: skip
             end = data.find(b"\r\n\r\n") + 4
             head = self.heads.responses.get(data[:end])
             if head is not None and head.plain and head.framing == len(data) - end:
                 last, write = request.last, self.to_client
-                write(last_answer(head) + data[end:] if last else data)
+                out = last_answer(head) + data[end:] if last else data
+                paired = pair is not None and pair is not worker.express.newcomer
+                if not paired:
+                    write(out)
                 self.upstream = connection.sink = None
                 pool, now = connection.pool, self.clock.now
                 pool.health.outstanding -= 1
-                if pair is not None and not last and candidate.endpoint.local:  # it counts: a connection that lasts is paired
-                    pair.keep(self, connection)  # type: ignore[arg-type]  # `HttpSession` is all there is
+                if paired:
+                    pair.keep(self, connection)  # type: ignore[union-attr,arg-type]  # `HttpSession` is all there is
+                    if not last:
+                        pair.ends_with(out)  # type: ignore[union-attr]  # a Pair
+                    write(out)
+                elif pair is not None and not last and candidate.endpoint.local:  # it counts: a connection that lasts is paired
+                    pair.keep(self, connection)  # type: ignore[arg-type]  # as above
                 elif connection.lost or connection.reader_paused or len(pool.idle) >= IDLE_PER_POOL_MAX:
                     worker.upstreams.keep(connection)
                 else:

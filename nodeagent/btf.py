@@ -30,6 +30,7 @@ WANTED = {
     "O_PSOCK_REFS": ("sk_psock", "refcnt"),
     "O_TASK_STATE": ("task_struct", "__state"),
     "O_TASK_PID": ("task_struct", "pid"),
+    "O_TASK_UTIME": ("task_struct", "utime"),
     "O_MSG_LIST": ("sk_msg", "list"),
     "O_MSG_SIZE": ("sk_msg", "sg.size"),
     "O_MSG_SKB": ("sk_msg", "skb"),

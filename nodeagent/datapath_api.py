@@ -162,7 +162,8 @@ class DatapathApi(Protocol):
         """Fields of struct pl_origin; None for a socket that was not captured."""
 
     def netns_fd(self, netns: int) -> int:
-        """Of a netns held open; not the caller's to close. Raises KeyError."""
+        """Of a netns held open, and the caller's own to close: another thread may let go of the netns meanwhile, and the number
+        of its descriptor be another's. Raises KeyError."""
 
     def flows(self) -> AsyncIterator[Flow]:
         """Kernel verdicts as they happen (one consumer). Ends at `close`."""

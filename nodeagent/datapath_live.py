@@ -143,8 +143,7 @@ class Datapath:
             return opened
 
     def make_stock(self, netns: int, family: int, count: int) -> list[int]:
-        with self._lock:
-            held = os.dup(self._places[netns].fd)  # the netns may be let go meanwhile, and the number be another's
+        held = self.netns_fd(netns)
         try:
             return spaces.run_in(held, lambda: spaces.client_sockets(family, count))
         finally:
@@ -185,7 +184,8 @@ class Datapath:
         return layout.unpack(raw) if len(raw) == layout.size else None
 
     def netns_fd(self, netns: int) -> int:
-        return self._place(netns).fd
+        with self._lock:
+            return os.dup(self._places[netns].fd)
 
     # ---- maps
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,7 +49,7 @@ class Sockets(Protocol):
         """Fields of struct pl_origin of a captured socket."""
 
     def netns_fd(self, netns: int) -> int:
-        """Raises KeyError."""
+        """The caller's own to close. Raises KeyError."""
 
 
 @dataclass(slots=True)
@@ -161,11 +162,8 @@ class Pairs:
             found = self._server(pair, view, origin, fd, end)
             if found is not None:
                 wanted.append(found)
-        try:
-            items = [(self._sockets.netns_fd(netns), enrolment) for netns, enrolment in wanted]
-        except KeyError:
-            raise Refused("no_netns") from None
-        results = [result for result, _ in self._kernel.enrol_all(items)]
+        with self._places(wanted) as items:
+            results = [result for result, _ in self._kernel.enrol_all(items)]
         if results[0] != OK:
             raise Refused(f"client_{results[0]}")
         pair.enrolled = [entry for entry, result in zip(wanted, results, strict=True) if result == OK]
@@ -175,6 +173,19 @@ class Pairs:
         pair.slots = tuple(taken.get((view.number(end.workload), end.port), -1) if view else -1 for end in pair.ask.endpoints)
         sides = [view.workload(key) for key in (pair.ask.caller, *(end.workload for end in pair.ask.endpoints))] if view else []
         pair.spiffes = frozenset(side.spiffe for side in sides if side is not None)
+
+    @contextmanager
+    def _places(self, wanted: Sequence[tuple[int, Enrolment]]) -> Iterator[list[tuple[int, Enrolment]]]:
+        """The same with descriptors of their netns, open for so long. Raises Refused."""
+        held: list[int] = []
+        try:
+            for netns, _ in wanted:
+                held.append(self._sockets.netns_fd(netns))
+            yield [(fd, enrolment) for fd, (_, enrolment) in zip(held, wanted, strict=True)]
+        except KeyError:
+            raise Refused("no_netns") from None
+        finally:
+            _close(held)
 
     def _server(
         self, pair: Pair, view: View | None, origin: dict[str, Any], fd: int, end: PairEnd
@@ -252,8 +263,9 @@ class Pairs:
 
     def _at_rest(self, pair: Pair) -> bool:
         try:
-            return all(self._kernel.check(self._sockets.netns_fd(netns), enrolled) == OK for netns, enrolled in pair.enrolled)
-        except (DatapathError, OSError, KeyError):
+            with self._places(pair.enrolled) as items:
+                return all(self._kernel.check(fd, enrolled) == OK for fd, enrolled in items)
+        except (Refused, DatapathError, OSError):
             return False
 
     def _lose(self, pair: Pair) -> None:

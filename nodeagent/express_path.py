@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import secrets
 import socket
 import struct
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from nodeagent import counters, express_count, express_probes
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_ops import OK, Enrolment, Operations
+from nodeagent.express_stats import Name, Stat, Stats, bucket_floor_ns
 from nodeagent.layouts import Layout, Layouts
 from nodeagent.libbpf import libc
 from nodeagent.loading import SOURCES, run_child
@@ -32,6 +34,7 @@ SAMPLE_ALL = 65536  # `sample` is so many of these
 SAMPLE = SAMPLE_ALL // 100
 GROUPS_MAX = 4
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
+MACHINE = "x86_64"  # elsewhere writes may be seen in another order, and system calls have other numbers
 _MEMBARRIER, _MEMBARRIER_GLOBAL = 324, 1
 
 
@@ -51,21 +54,13 @@ class Verdict(NamedTuple):
     groups: tuple[tuple[int, int], ...]
 
 
-class Stat(NamedTuple):
-    """Totals over CPUs. bytes_in: of requests, bytes_out: of responses, heads and bodies; ns: their sum."""
-
-    requests: int
-    bytes_in: int
-    bytes_out: int
-    ns: int
-    buckets: tuple[int, ...]
-
-
 class ExpressPath:
     """``bpf_dir``: the bpffs with the node's pins; ``run_dir``: for layouts-express.json. Raises DatapathError with a
     reason for people where the kernel can not: express is off then, and nothing else."""
 
     def __init__(self, bpf_dir: Path, run_dir: Path) -> None:
+        if platform.machine() != MACHINE:
+            raise DatapathError(f"what its programs see of each other's writes was thought through for {MACHINE} alone")
         path = run_dir / "layouts-express.json"
         self._arguments = ["--bpf-dir", str(bpf_dir), "--src", str(SOURCES), "--layouts", str(path)]
         run_child("nodeagent.express_load", self._arguments)
@@ -85,6 +80,8 @@ class ExpressPath:
         self._installed: dict[int, int] = {}  # base -> rows
         self._released: list[int] = []  # bases that programs may still step
         self._forgotten: list[int] = []  # records that programs may still write
+        self._stats = Stats(self._maps["xstats"], self._layouts, self._cpus)
+        self._valid: dict[int, bool] = {}  # programs: False, no more, but their requests may be on their way
         self._verdicts: dict[int, set[bytes]] = {}
         self._start_afresh()
 
@@ -106,8 +103,7 @@ class ExpressPath:
         for key in list(self._maps["xverdicts"]):
             self._maps["xverdicts"].delete(key)
         _grace()
-        for key in list(self._maps["xstats"]):
-            self._maps["xstats"].delete(key)
+        self._stats.clear()
 
     # ---- tables
 
@@ -168,7 +164,9 @@ class ExpressPath:
             endpoints=struct.pack(f"={slots}I", *endpoints, *(0,) * (slots - len(endpoints))),
             stamp=self._stamp(),
         )
-        self._maps["xprograms"].put(_U32.pack(index), value)
+        with self._lock:
+            self._maps["xprograms"].put(_U32.pack(index), value)
+            self._valid[index] = True
 
     def _stamp(self) -> int:
         """One that no program had, of a former agent's neither. The last is kept where no program is."""
@@ -181,7 +179,10 @@ class ExpressPath:
 
     def drop_program(self, index: int) -> None:
         """Its records' requests go to user space; its verdicts are gone."""
-        self._maps["xprograms"].put(_U32.pack(index), bytes(self._layouts["pl_xprogram"].size))
+        with self._lock:
+            self._maps["xprograms"].put(_U32.pack(index), bytes(self._layouts["pl_xprogram"].size))
+            if index in self._valid:
+                self._valid[index] = False
         self.set_verdicts(index, {})
 
     def set_verdicts(self, index: int, verdicts: Mapping[tuple[int, int], Verdict]) -> None:
@@ -241,17 +242,23 @@ class ExpressPath:
             self._forgotten.append(record)
 
     def reap(self) -> None:
-        """Free what was forgotten and released. Waits some 10 ms for programs that may still run: call it each second
-        or so, not on an event loop."""
+        """Free what was forgotten, released and dropped. Waits some 10 ms for programs that may still run: call it each
+        second or so, not on an event loop."""
         with self._lock:
             records, self._forgotten = self._forgotten, []
             bases, self._released = self._released, []
-        if not records and not bases:
+            dropped = {index for index, valid in self._valid.items() if not valid}
+            for index in dropped:
+                del self._valid[index]
+        if not records and not bases and not dropped:
             return
         _grace()
         for record in records:
+            self._ops.change("FORGET", record)  # once more: a request that was being judged may have been counted since
             self._maps["xrecords"].delete(_U64.pack(record))
         with self._lock:
+            dropped.difference_update(self._valid)
+            self._stats.put_aside(dropped)
             pieces = sorted([*self._free, *((base, base + self._installed.pop(base)) for base in bases)])
             self._free = [pieces[0]]
             for first, end in pieces[1:]:
@@ -305,26 +312,9 @@ class ExpressPath:
         """Names of enum pl_xreason by number: what pl_xview.punt says."""
         return self._layouts.reasons
 
-    def stats(self) -> dict[tuple[int, int, int], Stat]:
-        """(program, name, status) -> totals since the entry was made."""
-        key_layout, layout = self._layouts["pl_xstat_key"], self._layouts["pl_xstat"]
-        numbers = struct.Struct(f"={layout.size // 8}Q")
-        found = {}
-        for key in self._maps["xstats"]:
-            raw = self._maps["xstats"].get_percpu(key, self._cpus)
-            if raw is not None:
-                fields = key_layout.unpack(key)
-                sums = [sum(column) for column in zip(*numbers.iter_unpack(raw), strict=True)]
-                found[fields["program"], fields["name"], fields["status"]] = Stat(
-                    sums[0], sums[1], sums[2], sums[3], tuple(sums[4:])
-                )
-        return found
-
-    def drop_stats(self, programs: set[int]) -> None:
-        """Make room: of programs that carry nothing any more, after their totals were kept."""
-        for key in list(self._maps["xstats"]):
-            if self._layouts["pl_xstat_key"].unpack(key)["program"] in programs:
-                self._maps["xstats"].delete(key)
+    def stats(self) -> dict[Name, Stat]:
+        """(program, name, status) -> totals since the agent began."""
+        return self._stats.read()
 
     def hello_layouts(self) -> dict[str, tuple[str, tuple[str, ...]]]:
         """Struct name (pl_xview, pl_xarm) -> (`struct` format, field names), for mesh.link.Hello."""
@@ -334,14 +324,6 @@ class ExpressPath:
     def option(self) -> int:
         """PL_OPT_EXPRESS"""
         return self._layouts.enums["PL_OPT_EXPRESS"]
-
-
-def bucket_floor_ns(index: int) -> int:
-    """The shortest duration counted in this bucket of a Stat (bpf/express_map.h, bucket_of)."""
-    if index < 8:
-        return index << 7
-    power, part = index // 8 + 2, index % 8
-    return (8 + part) << (power - 3) << 7
 
 
 def duplicate(fd: int) -> socket.socket:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.bpf.conftest import Pairs
 from tests.bpf.express_pair import GET, HOLD, OKAY, PLACES, TAKE, Programs, nothing, read, request_table
 from tests.bpf.families import Family
 from tests.bpf.steps import NO_OPTION
-from tests.bpf.world import World
+from tests.bpf.world import TAG, World
 
 STRANGE = b"BREW / HTTP/1.1\r\nHost: shop.test\r\n\r\n"
 HEAD = GET.replace(b"GET", b"HEAD")
@@ -157,6 +159,32 @@ def test_bodies_go_with_their_heads(pairs: Pairs) -> None:
         pair.is_fast(whole[at:])
         pair.server.sendall(OKAY)
         assert read(pair.client, len(OKAY)) == OKAY
+
+
+def test_a_message_moves_as_a_whole_or_not_at_all(pairs: Pairs, world: World) -> None:
+    """Where the receiver's memory is at its limit, the kernel would move the first pieces of one, and come back with the rest
+    as if that were a message of its own."""
+    limits = Path("/sys/fs/cgroup/memory")
+    if not (limits / "memory.kmem.tcp.limit_in_bytes").exists():
+        return  # only cgroup v1 can be told how much memory TCP has
+    pid = world.b("os.getpid()")
+    (former,) = re.findall(r"^\d+:memory:(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)
+    group = limits / f"{TAG}-tcp"
+    group.mkdir()
+    limit = group / "memory.kmem.tcp.limit_in_bytes"
+    try:
+        limit.write_text(str(64 << 20))
+        (group / "cgroup.procs").write_text(str(pid))
+        pair = pairs()
+        whole = post(60_000) + b"b" * 60_000
+        pair.exchange(whole)
+        limit.write_text(str(int((group / "memory.kmem.tcp.usage_in_bytes").read_text()) + (32 << 10)))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+            pair.client.sendall(whole)
+        assert nothing(pair.server) and nothing(pair.accepted)
+    finally:
+        (limits / former.lstrip("/") / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
 
 
 def test_a_body_in_single_bytes(pairs: Pairs) -> None:

@@ -78,6 +78,34 @@ def test_readers_asleep_in_recv_get_what_comes(pairs: Pairs, family: Family, fla
     pair.exchange()
 
 
+def test_two_readers_asleep_in_recv_are_both_waited_for(pairs: Pairs) -> None:
+    """That the first has been woken, and its process has answered, says nothing of the second."""
+    pair = pairs(enrol=False)
+    readers = [Reader(pair.server), Reader(pair.server)]
+    assert pair.enrol() == ["ok", "ok"]
+    pair.arm()
+
+    def slowly() -> None:
+        pair.client.sendall(STRANGE)
+        assert read(pair.accepted, len(STRANGE)) == STRANGE
+        pair.consumed += len(STRANGE)
+        before = sum(len(reader.got) for reader in readers)
+        pair.upstream.sendall(STRANGE)
+        pair.up_sent[0] += len(STRANGE)
+        wait_for(lambda: sum(len(reader.got) for reader in readers) > before, "a reader has it")
+        pair.server.sendall(OKAY)
+        pair.answer_slow(OKAY)
+        pair.arm()
+
+    slowly()
+    with pytest.raises(AssertionError, match="not within"):
+        wait_for(lambda: pair.settled(pair.server), "settled", 0.3)
+    slowly()
+    assert [reader.got for reader in readers] == [[STRANGE], [STRANGE]]
+    pair.settle()
+    pair.exchange()
+
+
 def test_a_connection_that_is_not_accepted_yet(pairs: Pairs) -> None:
     late = pairs(enrol=False, accept=False)
     assert late.enrol() == ["ok", "ok"]
@@ -556,8 +584,30 @@ def test_everything_is_counted_once(pairs: Pairs, programs: Programs, express: E
     assert after["carried"] - before["carried"] == 9
     assert after["answered"] - before["answered"] == 8
     assert after["response_head"] - before["response_head"] == 1
-    express.drop_stats({4})
-    assert not [key for key in express.stats() if key[0] == 4]
+
+
+def test_a_program_that_is_gone_leaves_its_room_and_its_totals(pairs: Pairs, programs: Programs, express: ExpressPath) -> None:
+    def stored(program: int) -> int:
+        return sum(struct.unpack_from("=I", key)[0] == program for key in express._maps["xstats"])
+
+    programs.put(8)
+    express.set_verdicts(8, programs.verdicts)
+    pair = pairs(program=8)
+    for _ in range(3):
+        pair.exchange()
+    express.drop_program(8)
+    express.reap()
+    assert not stored(8)
+    kept = express.stats()[8, 10, 200]
+    assert (kept.requests, kept.bytes_out, sum(kept.buckets)) == (3, 3 * len(OKAY), 3)
+    programs.put(8)
+    express.set_verdicts(8, programs.verdicts)
+    pair.exchange()
+    express.reap()  # of one that came back nothing is moved
+    assert stored(8) == 1
+    found = express.stats()[8, 10, 200]
+    assert (found.requests, found.bytes_in, found.bytes_out) == (4, 4 * len(GET), 4 * len(OKAY))
+    assert (sum(found.buckets), found.ns > kept.ns) == (4, True)
 
 
 def test_the_kernels_structs_are_small_enough(express: ExpressPath) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import mmap
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -17,6 +18,9 @@ from fcntl import ioctl
 
 import pytest
 
+from nodeagent.express_ops import _Opts
+from nodeagent.express_path import ExpressPath
+from nodeagent.libbpf import libbpf
 from tests.bpf.conftest import Pairs
 from tests.bpf.express_pair import GET, HOLD, OKAY, nothing, read
 from tests.bpf.world import wait_for
@@ -27,6 +31,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: shop.test\r\nContent-Length: %d\r\n\r\n" % len
 _USERFAULTFD, _MISSING, _FEATURES = 323, 1, 0xAA  # linux/userfaultfd.h
 _API, _REGISTER, _WAKE = 0xC018AA3F, 0xC020AA00, 0x8010AA02
 INSIDE, TORN, ANSWERING = 4, 8, 16  # enum pl_xflag
+TOLD_TWICE = 100_000  # times; one in ten thousand is at the same time
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -187,7 +192,8 @@ def test_an_answer_is_not_overtaken_by_the_next(pairs: Pairs) -> None:
 
 @pytest.mark.parametrize("then", ["ends", "sleeps", "runs"])
 def test_threads_that_send_in_turn_beside_one_that_reads(pairs: Pairs, then: str) -> None:
-    """Whoever reads is inside the kernel all the time: who sent last is asked. One that runs could be anywhere."""
+    """Whoever reads is inside the kernel all the time: who sent last is asked. One that runs could be anywhere, until it has
+    been seen to run outside the kernel."""
     pair = pairs()
     pair.client.setblocking(True)
     got: list[bytes] = []
@@ -213,8 +219,8 @@ def test_threads_that_send_in_turn_beside_one_that_reads(pairs: Pairs, then: str
     pair.client.send(DENIED)
     if then == "runs":
         assert pair.view()["flags"] == HOLD | INSIDE | TORN
-        over.set()
-        wait_for(lambda: pair.view()["flags"] == HOLD, "it is over")
+        wait_for(lambda: pair.view()["flags"] == HOLD, "it has left its send()")
+        assert not over.is_set()
         assert read(pair.accepted, len(DENIED)) == DENIED
         assert read(pair.server, len(HEAD)) == HEAD
         pair.upstream.sendall(DENIED)
@@ -226,3 +232,53 @@ def test_threads_that_send_in_turn_beside_one_that_reads(pairs: Pairs, then: str
         reader.join(5)
         assert got == [OKAY]
     over.set()
+
+
+def test_a_thread_in_the_place_of_one_that_ended_is_another(pairs: Pairs, express: ExpressPath) -> None:
+    """The kernel puts a new task where an old one was: by that alone it would be taken for the one that has ended."""
+    pair = pairs()
+    pair.exchange()
+    records, key = express._maps["xrecords"], struct.pack("=Q", pair.record)
+    raw = records.get(key) or b""
+    tid = express._layouts["pl_xrecord"].unpack(raw)["sender"][-8:-4]
+    assert raw.count(tid) == 2  # who sent, and who answered: this thread did both
+    records.put(key, raw.replace(tid, struct.pack("=I", 1)))
+    pair.exchange()
+    assert (records.get(key) or b"").count(tid) == 2
+
+
+def test_what_is_over_is_counted_off_once(express: ExpressPath) -> None:
+    """Its end may be told on two CPUs at the same time: by who answers, takes over, unpairs. Here a process says so all the
+    time, beside this one."""
+    loads, records, program, full = express._maps["xloads"], express._maps["xrecords"], 9, 1_000_000
+    place = struct.pack("=I", 8 * program)
+    record = express.create_record(program, 1)
+    key = struct.pack("=Q", record)
+    counted = express._layouts["pl_xrecord"].pack(id=record, program=program, busy=1, counted=8 * program + 1)
+    forget = _forget(express, record)
+    loads.put(place, struct.pack("=I", full))
+    beside = os.fork()
+    if not beside:
+        _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        while True:
+            forget()
+    try:
+        for _ in range(TOLD_TWICE):
+            records.put(key, counted)
+            forget()
+    finally:
+        os.kill(beside, signal.SIGKILL)
+        os.waitpid(beside, 0)
+    express.forget_record(record)
+    assert struct.unpack("=I", loads.get(place) or b"") == (full - TOLD_TWICE,)
+
+
+def _forget(express: ExpressPath, record: int) -> Callable[[], int]:
+    """PL_XK_FORGET with as little around it as can be."""
+    layout, enums = express._layouts["pl_xop"], express._layouts.enums
+    packet = ctypes.create_string_buffer(layout.pack(kind=enums["PL_XK_FORGET"], side=1, record=record), layout.size)
+    place = ctypes.cast(packet, ctypes.c_void_p)
+    opts = _Opts(sz=ctypes.sizeof(_Opts), data_in=place, data_out=place, repeat=1)
+    opts.data_size_in = opts.data_size_out = layout.size
+    call, fd, argument = libbpf.bpf_prog_test_run_opts, express._ops._fd, ctypes.byref(opts)
+    return lambda: int(call(fd, argument))

@@ -8,8 +8,10 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from l7proxy.express import ARM, HOLD, NO_SLOT, RESPONSE_HEAD, TAKE, View
 from mesh import link

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable, Iterator
 
@@ -44,6 +45,31 @@ def test_the_first_exchange_over_the_session_is_paired_and_armed(express: Expres
         sock.detach()
     assert metric(express.rig, "pillion_express_pairs") == 1
     assert express.events()["express_paired"] == 1
+
+
+def test_it_is_armed_before_the_last_bytes_leave(express: Express, talk: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks again as soon as it has them."""
+    answered: list[bool] = []
+    say = express.kernel.express_op
+
+    def listen(sock: object, op: int, *values: int) -> bool:
+        if op == ARM:
+            answered.append(bool(select.select([talk.sock], [], [], 0)[0]))
+        return say(sock, op, *values)
+
+    monkeypatch.setattr(express.rig.worker, "flow_budget", 0)  # of none is told: the short way
+    for _ in range(3):
+        talk.exchange()  # heads are known after the first
+    monkeypatch.setattr(express.kernel, "express_op", listen)
+    before = len(express.kernel.ops)
+    talk.exchange()
+    wait_for(lambda: answered, "the pair to be armed")
+    assert answered == [False]
+    (last,) = express.kernel.ops[before:]
+    first = express.kernel.ops[before - 1]
+    size = last.sent - first.sent
+    assert (last.consumed - first.consumed, size) == (len(get()), len(ok(b"one")))
+    talk.exchange()
 
 
 def test_a_connection_is_paired_once_it_has_shown_that_it_lasts(

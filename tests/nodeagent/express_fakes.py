@@ -71,10 +71,11 @@ class Kernel:
         return "ok"
 
     def enrol_all(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]:
-        self.enrolled += items
+        self.enrolled += [(place_of(netns_fd), enrolment) for netns_fd, enrolment in items]
         return [(self.refuse.get(enrolment.side, "ok"), 1) for _, enrolment in items]
 
     def check(self, netns_fd: int, enrolment: Enrolment) -> str:
+        assert place_of(netns_fd)
         return self.standing
 
 
@@ -99,7 +100,12 @@ class Sockets:
     def netns_fd(self, netns: int) -> int:
         if netns not in NETNS.values():
             raise KeyError(netns)
-        return 1000 + netns
+        return os.memfd_create(f"netns {netns}")
+
+
+def place_of(fd: int) -> int:
+    """The netns of which `Sockets` gave this descriptor."""
+    return int(os.readlink(f"/proc/self/fd/{fd}").split()[1])
 
 
 def world(*items: Item, endpoints: tuple[str, ...] = (WEB,), default: Action | None = None, **config: Any) -> State:

@@ -257,6 +257,18 @@ def test_stock_is_made_in_the_netns(mesh: Setup, family: int) -> None:
         datapath.make_stock(12345, family, 1)
 
 
+def test_a_netns_is_given_by_a_descriptor_that_nobody_else_closes(mesh: Setup) -> None:
+    """Express visits it on a thread of its own, which the netns may be let go beside: the number would be another's."""
+    _, datapath, (cookie, _) = mesh
+    ours, others = datapath.netns_fd(cookie), datapath.netns_fd(cookie)
+    assert ours != others
+    os.close(others)
+    assert spaces.cookie(ours) == cookie
+    os.close(ours)
+    with pytest.raises(KeyError):
+        datapath.netns_fd(12345)
+
+
 def test_servers_see_a_workloads_own_address(mesh: Setup) -> None:
     world, datapath, cookies = mesh
     datapath.apply(plan(world, cookies), 12)

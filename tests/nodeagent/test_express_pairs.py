@@ -47,7 +47,7 @@ def test_what_fits_is_paired_and_the_sockets_are_kept(desk: Desk) -> None:
     assert answer == Paired(1, True, (0,), ())
     assert desk.kernel.records == {900: (1, 400)}
     (at_client, client), (at_server, server) = desk.kernel.enrolled
-    assert (at_client, at_server) == (1000 + NETNS[CART], 1000 + NETNS[WEB])
+    assert (at_client, at_server) == (NETNS[CART], NETNS[WEB])
     assert client.side == "client" and client.identity == 400
     assert (server.slot, server.workload, server.port, server.caller) == (0, 300, 8080, ("10.77.1.151", 4711))
     assert descriptors() == before + 2

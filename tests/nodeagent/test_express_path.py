@@ -74,6 +74,12 @@ def chain(length: int) -> Table:
     return table
 
 
+def test_machines_of_another_kind_do_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(DatapathError, match="x86_64"):
+        ExpressPath(place / "bpf", place)
+
+
 def test_rows_are_written_where_there_is_room_and_come_back(path: ExpressPath) -> None:
     free, block = path.rows_free(), path._layouts.enums["PL_X_STATES"]
     assert free == 2 * block - 4
@@ -239,6 +245,13 @@ class Cut(Wrong):
         return b"" if self.cut else self._sock.recv(count)
 
 
+class Again(Wrong):
+    """Reads what it has read."""
+
+    def recv(self, count: int) -> bytes:
+        return bytes(self._sock.recv(count).replace(b" last", b" and last"))
+
+
 class Loud(Wrong):
     """A send to a dead target fails, as an unchecked redirect makes it."""
 
@@ -258,6 +271,7 @@ class Loud(Wrong):
         ("half_close", Cut, "the response"),
         ("dead_target", Loud, "heard Permission denied"),
         ("data_before", Deaf, "what came before"),
+        ("sent_again", Again, "bytes sent twice"),
     ],
 )
 def test_each_probe_sees_its_fault(
