@@ -27,6 +27,7 @@ from typing import Protocol
 
 from l7proxy.budget import Account
 from l7proxy.handshakes import handshakes
+from l7proxy.seal import CHUNK_BYTES, seal
 from l7proxy.transport import drop
 
 READ_BYTES = 256 << 10
@@ -41,7 +42,6 @@ _OPTIONS = (
     (IPPROTO_TCP, TCP_KEEPCNT, 3),
     (IPPROTO_TCP, TCP_USER_TIMEOUT, 30_000),
 )
-CHUNK_BYTES = 64 << 10  # goes through TLS at once: its buffers keep the size of the largest; a piece this large is not copied
 FEED_BYTES = CHUNK_BYTES - RECORD_BYTES_MAX  # what is left in there is less than a record
 PIECES_MAX = 256  # for one system call
 PIECE_BYTES_MIN = 256  # of what one read brought, handed on between two looks at the clock
@@ -270,44 +270,33 @@ class TlsChannel:
     # ---- writing
 
     def send(self, pieces: list[bytes | memoryview]) -> None:
-        """Encrypt and send. What the kernel does not take now is kept: look at ``blocked`` before sending more.
-
-        Small pieces share a record; a large one is not copied for that.
-        """
+        """Encrypt and send. What the kernel does not take now is kept: look at ``blocked`` before sending more."""
         if self.closed or self._closing:
             return
         try:
-            sealed = self._seal(pieces)
+            sealed = seal(self.tls, self._out, pieces)
         except (ssl.SSLError, OSError) as error:
             self._loop.call_soon(self._lose, error)
             return
         self._give(sealed)
 
-    def _seal(self, pieces: list[bytes | memoryview]) -> list[bytes]:
-        write, read = self.tls.write, self._out.read
-        sealed: list[bytes] = []
-        small: list[bytes | memoryview] = []
-        size = 0  # of them
-        for piece in pieces:
-            if len(piece) < CHUNK_BYTES:
-                if size + len(piece) > CHUNK_BYTES:
-                    write(b"".join(small))
-                    sealed.append(read())
-                    small, size = [], 0
-                small.append(piece)
-                size += len(piece)
-                continue
-            if size:
-                write(b"".join(small))
-                small, size = [], 0
-            view = memoryview(piece)
-            for at in range(0, len(view), CHUNK_BYTES):
-                write(view[at : at + CHUNK_BYTES])
-                sealed.append(read())
-        if size:
-            write(b"".join(small))
-            sealed.append(read())
-        return sealed
+    def send_whole(self, data: bytes) -> None:
+        """The same for what is one small piece already: nearly all that is sent."""
+        if self.closed or self._closing or self.blocked or len(data) > CHUNK_BYTES:
+            self.send([data])
+            return
+        try:
+            self.tls.write(data)
+            sealed = self._out.read()
+        except (ssl.SSLError, OSError) as error:
+            self._loop.call_soon(self._lose, error)
+            return
+        try:
+            sent = self._sock.send(sealed)
+        except OSError:
+            sent = 0  # the next try tells why
+        if sent < len(sealed):
+            self._give([sealed[sent:]])
 
     def _push(self) -> None:
         """What TLS has to say for itself."""

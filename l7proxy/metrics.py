@@ -15,24 +15,33 @@ from mesh.metrics import BOUNDS_S, cumulated
 
 SERIES_MAX = 16384  # past it everything is counted as "other"
 OTHER = "other"
+_EDGES = (float("-inf"), *BOUNDS_S, float("inf"))
 
 
 class Series:
     """Requests of one source to one destination over one kind of path."""
 
-    __slots__ = ("buckets", "codes", "destination", "path_kind", "seconds", "source")
+    __slots__ = ("_above", "_bucket", "_up_to", "buckets", "codes", "destination", "path_kind", "seconds", "source")
 
     def __init__(self, source: str, destination: str, path_kind: str) -> None:
         self.source, self.destination, self.path_kind = source, destination, path_kind
         self.codes: dict[int, int] = {}
         self.buckets = [0] * (len(BOUNDS_S) + 1)
         self.seconds = 0.0
+        self._bucket, self._above, self._up_to = (
+            0,
+            _EDGES[0],
+            _EDGES[1],
+        )  # where the last one fell: the next one does, too, mostly
 
     def done(self, code: int, seconds: float) -> None:
         """One exchange; code 0: cut off before a response."""
         codes = self.codes
         codes[code] = codes.get(code, 0) + 1
-        self.buckets[bisect_left(BOUNDS_S, seconds)] += 1
+        if not self._above < seconds <= self._up_to:
+            self._bucket = bucket = bisect_left(BOUNDS_S, seconds)
+            self._above, self._up_to = _EDGES[bucket], _EDGES[bucket + 1]
+        self.buckets[self._bucket] += 1
         self.seconds += seconds
 
 

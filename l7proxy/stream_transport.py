@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from l7proxy.hbone.stream import CANCEL, ENHANCE_YOUR_CALM, Stream
@@ -17,7 +18,7 @@ PIECES_EARLY = 32  # 16 frames: a record and a wake-up cost less than the other 
 class StreamTransport(asyncio.Transport):
     """One HBONE stream. Callbacks never come from within a call of its own; `connection_lost` comes once, last."""
 
-    __slots__ = ("_closing", "_ended", "_eof", "_lost", "_paused", "_received", "core", "protocol", "stream", "tunnel")
+    __slots__ = ("_closing", "_ended", "_eof", "_lost", "_paused", "_received", "core", "hear", "protocol", "stream", "tunnel")
 
     def __init__(self, tunnel: Tunnel, stream: Stream) -> None:
         self.tunnel = tunnel
@@ -25,6 +26,7 @@ class StreamTransport(asyncio.Transport):
         self.stream = stream
         stream.user = self
         self.protocol: asyncio.Protocol | None = None
+        self.hear: Callable[[bytes], None] | None = None  # takes at once what comes; None: it waits, or nobody wants it
         self._received: deque[bytes] = deque()  # while paused, or before there is a protocol
         self._paused = False
         self._eof = False  # the peer ended, to be told after `_received`
@@ -37,11 +39,13 @@ class StreamTransport(asyncio.Transport):
     def start(self, protocol: asyncio.Protocol) -> None:
         """Deliver to this protocol from now on; what came early follows on the next turn."""
         self.protocol = protocol
+        self._listen()
         if self._received or self._eof:
             self.tunnel.loop.call_soon(self._deliver)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.protocol = cast("asyncio.Protocol", protocol)
+        self._listen()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return cast("asyncio.BaseProtocol", self.protocol)
@@ -88,10 +92,12 @@ class StreamTransport(asyncio.Transport):
 
     def pause_reading(self) -> None:
         self._paused = True
+        self.hear = None
 
     def resume_reading(self) -> None:
         if self._paused:
             self._paused = False
+            self._listen()
             if self._received or self._eof:
                 self.tunnel.loop.call_soon(self._deliver)
 
@@ -132,15 +138,17 @@ class StreamTransport(asyncio.Transport):
         if not self._lost and self.protocol is not None:
             self.protocol.resume_writing()
 
-    def on_data(self, data: bytes) -> None:
+    def _listen(self) -> None:
+        """After a change of what `hear` depends on."""
         protocol = self.protocol
-        if not (self._paused or self._closing or self._received) and protocol is not None:  # nearly always
-            stream = self.stream
-            stream.credit += len(data)
-            if stream.credit >= stream.window >> 1:
-                self.core.credited(stream, len(data))
-            protocol.data_received(data)
-        elif self._closing:
+        if protocol is None or self._paused or self._closing or self._received:
+            self.hear = None
+        else:
+            self.hear = protocol.data_received
+
+    def on_data(self, data: bytes) -> None:
+        """For which there is no `hear`."""
+        if self._closing:
             self.core.reset(self.stream, CANCEL)
             self.tunnel.loop.call_soon(self.lose, None)
         else:
@@ -167,11 +175,14 @@ class StreamTransport(asyncio.Transport):
             self.tunnel.hold(-len(data))
             self.core.consumed(self.stream, len(data))
             self.protocol.data_received(data)
+        self._listen()
         if self._eof and not self._received and not self._paused:
             self._tell_end()
         self.tunnel.arm()
 
     def _drop_received(self) -> None:
+        """And hear no more."""
+        self.hear = None
         if self._received:
             self.tunnel.hold(-sum(map(len, self._received)))
             self._received.clear()

@@ -82,14 +82,20 @@ class Tunnel:
         """In the midst of a turn, from a `write`: nobody is called back."""
         channel = self.channel
         if channel.open and not channel.blocked and not self.lost:
-            channel.send(self.core.take_said())
+            channel.send_whole(b"".join(self.core.take_said()))
 
     def _flush(self) -> None:
         self.armed = False
-        channel = self.channel
+        channel, core = self.channel, self.core
         if self.lost or channel.blocked or not channel.open:
             return
-        core, writable = self.core, []
+        if not (core.wants_take or self.closing):  # nearly always
+            if core.said:
+                channel.send_whole(b"".join(core.take_said()))
+            if not core.streams:
+                self.on_idle()
+            return
+        writable = []
         for _ in range(TAKES_PER_TURN_MAX):  # what the kernel does not take of one is all that is kept encrypted
             data, ready = core.take()
             if data:
@@ -153,7 +159,14 @@ class Tunnel:
             transport = stream.user
             if kind is _DATA:
                 if transport is not None:
-                    transport.on_data(payload)
+                    hear = transport.hear
+                    if hear is None:
+                        transport.on_data(payload)
+                    else:
+                        stream.credit = credit = stream.credit + len(payload)
+                        if credit >= stream.window >> 1:
+                            self.core.credited(stream, len(payload))
+                        hear(payload)
             elif kind is Kind.END:
                 if transport is not None:
                     transport.on_end()

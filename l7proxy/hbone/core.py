@@ -72,10 +72,8 @@ class Core(Sender):
         if self._cut:
             data, self._cut = memoryview(self._cut + bytes(data)), b""
         at, size = 0, len(data)
-        copied = size <= _COPY_BYTES_MAX
-        if copied:  # pieces of bytes cost less than pieces of a view
+        if size <= _COPY_BYTES_MAX:  # pieces of bytes cost less than pieces of a view
             data = bytes(data)
-        streams, longest = self.streams, self.limits.frame_bytes_max
         while at < size:
             if self._data_left:
                 take = min(self._data_left, size - at)
@@ -88,6 +86,8 @@ class Core(Sender):
                 self._left -= take
                 at += take
                 continue
+            if not self._in_headers:
+                at = self._whole_frames(data, at, size, events)
             if size - at < 9:
                 self._cut = bytes(data[at:])
                 break
@@ -95,23 +95,7 @@ class Core(Sender):
             at += 9
             kind, length = word & 0xFF, word >> 8
             if kind == DATA and not self._in_headers:
-                stream = streams.get(number)
-                end = at + length
-                if stream is not None and end <= size and length > 0 and flags <= 1 and not stream.remote_ended:
-                    # the whole frame is here, without padding: nearly always
-                    if length > longest:
-                        self._fail(FRAME_SIZE_ERROR, "a DATA frame is too long")
-                    self._receive_window = window = self._receive_window - length
-                    stream.receive_window = left = stream.receive_window - length
-                    self._credit += length
-                    if window < 0 or left < 0:
-                        self._overrun(stream)
-                    events.append((_EVENT_DATA, stream, data[at:end] if copied else bytes(data[at:end])))
-                    if flags:
-                        self._remote_end(stream, events)
-                    at = end
-                else:
-                    self._begin_data(length, flags, number, events)
+                self._begin_data(length, flags, number, events)
             elif kind == WINDOW_UPDATE and not self._in_headers:
                 if length != 4:
                     self._fail(FRAME_SIZE_ERROR, "a WINDOW_UPDATE is not 4 bytes")
@@ -125,6 +109,33 @@ class Core(Sender):
                     self._in_headers = not flags & _END_HEADERS
                 self._left = length
                 self._feed(FRAME.pack(word, flags, number), events)
+
+    def _whole_frames(self, data: memoryview | bytes, at: int, size: int, events: list[Event]) -> int:
+        """Nearly all that comes: DATA frames here to their last byte, unpadded, within every window, not the last of their
+        stream. Where they end; what is not so is for the others to judge."""
+        get, append, longest = self.streams.get, events.append, self.limits.frame_bytes_max
+        room = before = self._receive_window
+        while size - at > 9:
+            word, flags, number = _unpack(data, at)
+            if flags or word & 0xFF:  # DATA is 0
+                break
+            length = word >> 8
+            begin = at + 9
+            end = begin + length
+            stream = get(number)
+            if stream is None or end > size or not 0 < length <= longest or length > room or stream.remote_ended:
+                break
+            left = stream.receive_window - length
+            if left < 0:
+                break
+            stream.receive_window = left
+            room -= length
+            piece = data[begin:end]
+            append((_EVENT_DATA, stream, piece if type(piece) is bytes else bytes(piece)))
+            at = end
+        self._receive_window = room
+        self._credit += before - room
+        return at
 
     def _begin_data(self, length: int, flags: int, number: int, events: list[Event]) -> None:
         stream = self.streams.get(number)

@@ -68,6 +68,7 @@ class Sender:
         self._peer_frame_max = 16384
         self._receive_window = limits.connection_window_bytes
         self._credit = 0
+        self._credit_due = limits.connection_window_bytes >> 1
         self._greeted = False
         self._dirty: deque[Stream] = deque()
         self._stalled: set[Stream] = set()  # waiting for the connection's window
@@ -126,7 +127,9 @@ class Sender:
             self._room -= size
             stream.send_window -= size
             self._send_window -= size
-            self.said += (FRAME.pack(size << 8, 0, stream.id), data)
+            if size != stream.framed:
+                stream.framed, stream.head = size, FRAME.pack(size << 8, 0, stream.id)
+            self.said += (stream.head, data)
             return False
         stream.queue.append(data)
         stream.queued += size
@@ -178,16 +181,21 @@ class Sender:
         return out
 
     @property
-    def wants_write(self) -> bool:
+    def wants_take(self) -> bool:
+        """Whether there is more to say than `take_said` has."""
         return bool(
             self._asked
-            or self.said
             or self._dirty
             or self._credits
             or self._updates
             or self._ends
-            or self._credit >= self.limits.connection_window_bytes >> 1
+            or self._credit >= self._credit_due
+            or not self._greeted
         )
+
+    @property
+    def wants_write(self) -> bool:
+        return bool(self.said) or self.wants_take
 
     def take(self) -> tuple[list[bytes | memoryview], list[Stream]]:
         """Bytes to send now, in pieces (at most about ``turn_bytes_max``), and the streams that became writable again."""
@@ -198,7 +206,7 @@ class Sender:
         if not self._greeted:
             self._greeted = True
             self._update(0, self.limits.connection_window_bytes - _WINDOW_DEFAULT)
-        if self._credit >= self.limits.connection_window_bytes >> 1:
+        if self._credit >= self._credit_due:
             self._update(0, self._credit)
             self._receive_window += self._credit
             self._credit = 0

@@ -73,7 +73,9 @@ class Stream:
         "credit",
         "dirty",
         "end_asked",
+        "framed",
         "full",
+        "head",
         "id",
         "local_ended",
         "queue",
@@ -93,6 +95,7 @@ class Stream:
         self.credit = 0  # consumed and not yet given back to the peer
         self.queue: deque[bytes | memoryview] = deque()
         self.queued = 0  # bytes in queue
+        self.framed, self.head = 0, b""  # size of the DATA frame whose head is kept: many in a row are of one size
         self.full = False  # over the high water mark since
         self.dirty = False
         self.end_asked = False

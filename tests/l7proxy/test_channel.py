@@ -18,7 +18,8 @@ import pytest
 
 from l7proxy import channel
 from l7proxy.budget import Account, Budgets
-from l7proxy.channel import CHUNK_BYTES, PIECE_BYTES_MIN, TlsChannel
+from l7proxy.channel import PIECE_BYTES_MIN, TlsChannel
+from l7proxy.seal import CHUNK_BYTES
 from tests.l7proxy.pki import Authority
 from tests.l7proxy.two_nodes import until
 
@@ -164,6 +165,22 @@ async def test_what_the_kernel_does_not_take_is_counted_until_it_has_gone(
     await until(lambda: far.seen.error)
     assert far.seen.held == 0
     near.channel.abort()
+
+
+async def test_what_is_whole_goes_the_same_way(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    near, far = await pair(contexts)
+    near.channel.pause()
+    sizes = [3000, CHUNK_BYTES + 1] + [16_384] * 256  # more than the kernel takes: a record is cut, the rest waits
+    for size in sizes:
+        far.channel.send_whole(b"x" * size)
+    assert far.channel.blocked
+    assert far.seen.held == far.channel.kept > 0
+    near.channel.resume()
+    await until(lambda: near.seen.got == sum(sizes))
+    assert (far.channel.blocked, far.channel.kept, far.seen.held, far.seen.drained) == (False, 0, 0, 1)
+    near.channel.abort()
+    await until(lambda: far.seen.error)
+    far.channel.send_whole(b"for nobody")
 
 
 async def test_too_much_that_waits_ends_the_channel(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:

@@ -83,9 +83,9 @@ async def test_many_writes_of_one_turn_do_not_wait_for_its_end(nodes: TwoNodes, 
     clients = [nodes.dial() for _ in range(40)]
     await until(lambda: all(c.answered for c in clients))
     (tunnel,) = nodes.pool._open
-    sent: list[int] = []
-    send = tunnel.channel.send
-    monkeypatch.setattr(tunnel.channel, "send", lambda pieces: (sent.append(len(pieces)), send(pieces)))
+    sent: list[int] = []  # pieces
+    take = tunnel.core.take_said
+    monkeypatch.setattr(tunnel.core, "take_said", lambda: (sent.append(len(tunnel.core.said)), take())[1])
     for n, client in enumerate(clients):
         client.transport.write(b"%d" % n)
     assert sent == [PIECES_EARLY, PIECES_EARLY]  # a frame's head and its bytes each
