@@ -121,13 +121,11 @@ static inline void connecting(struct bpf_sock_ops *s, struct bpf_sock *sk)
     shown = f.src;
     if (is_loopback(&shown)) { /* loopback is nobody's own address */
       source = sources.lookup(&o->workload);
-      if (source) {
-        if (is_v4(&shown)) {
-          if (!is_zero(&source->v4))
-            shown = source->v4;
-        } else if (!is_zero(&source->v6)) {
-          shown = source->v6;
-        }
+      if (source) { /* of the same family, where the workload has one of it */
+        bool four = is_zero(&source->v6) || (is_v4(&shown) && !is_zero(&source->v4));
+
+        if (!is_zero(four ? &source->v4 : &source->v6))
+          shown = four ? source->v4 : source->v6;
       }
     }
     o->client = shown;

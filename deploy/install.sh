@@ -233,7 +233,10 @@ settings_node() {
 	S
     fi
     if [ -n "$token" ]; then
-        put $etc/join-token 600 <"$token" && new_settings=yes
+        secret=$(cat "$token") && [ -n "$secret" ] || die "no token in $token" "on the controller: pillion node token ${name:-NAME}"
+        put $etc/join-token 600 <<-T && new_settings=yes
+	$secret
+	T
     elif [ ! -e $etc/join-token ]; then
         put $etc/join-token 600 </dev/null || :
     fi
@@ -337,21 +340,25 @@ remove() {
     if [ ! -e $record/$role ]; then say "nothing to do: no $role is installed here"; return 0; fi
     if [ "$role" = node ]; then
         withdraw_all
+        group=/sys/fs/cgroup/pillion.slice
+        if grep -qs 'populated 1' $group/workloads/cgroup.events; then
+            echo 1 >$group/workloads/cgroup.kill # without the agent no policy would hold them
+            did "ended the programs of \`pillion run\`"
+        fi
         systemctl -q disable --now pillion-agent.service pillion-proxy.service 2>/dev/null || :
         # What drains ends here
-        rest=/sys/fs/cgroup/pillion.slice/pillion-proxy.slice
-        if [ -e $rest/cgroup.kill ]; then echo 1 >$rest/cgroup.kill; fi
-        for _ in 1 2 3 4 5 6 7 8 9 10; do grep -qs 'populated 1' $rest/cgroup.events || break; sleep 0.5; done
+        if [ -e $group/pillion-proxy.slice/cgroup.kill ]; then echo 1 >$group/pillion-proxy.slice/cgroup.kill; fi
+        for _ in 1 2 3 4 5 6 7 8 9 10; do grep -qs 'populated 1' $group/*/cgroup.events || break; sleep 0.5; done
         did "stopped agent and proxy"
         # Links and maps are gone with their file system, and with the links all enforcement
         systemctl stop run-pillion-bpf.mount 2>/dev/null || :
         for veth in $(ip -o link show type veth 2>/dev/null | sed -n 's/^[0-9]*: \([^@:]*\).*/\1/p'); do
-            tc filter show dev "$veth" ingress 2>/dev/null | grep -q pillion-veth && tc filter del dev "$veth" ingress prio 1 2>/dev/null || :
+            tc filter show dev "$veth" ingress 2>/dev/null | grep -q pillion-veth || continue
+            tc filter del dev "$veth" ingress prio 1 2>/dev/null || :
+            [ -n "$(tc filter show dev "$veth" ingress; tc filter show dev "$veth" egress)" ] || tc qdisc del dev "$veth" clsact || :
         done
         systemctl stop pillion-agent.slice pillion-proxy.slice pillion.slice 2>/dev/null || :
-        if [ -d /sys/fs/cgroup/pillion.slice ]; then
-            find /sys/fs/cgroup/pillion.slice -depth -type d -exec rmdir {} + 2>/dev/null || :
-        fi
+        if [ -d $group ]; then find $group -depth -type d -exec rmdir {} + 2>/dev/null || :; fi
         states=/var/lib/pillion-agent settings="agent.env proxy.env join-token workloads.yaml"
     else
         systemctl -q disable --now pillion-controller.service 2>/dev/null || :

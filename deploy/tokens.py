@@ -1,29 +1,22 @@
-"""``tokens.py PORT``: of the Vagrant lab alone: GET /NODE answers with a fresh join token for that node."""
+"""``tokens.py PORT``: of the Vagrant lab alone: who sends a node's name in a line gets a fresh join token for it, or nothing."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import StreamRequestHandler, TCPServer
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(StreamRequestHandler):
     timeout = 10
 
-    def do_GET(self) -> None:
-        node = self.path[1:]
-        if not re.fullmatch(r"n[0-9]{1,2}", node):
-            self.send_error(404)
-            return
-        done = subprocess.run(["/usr/local/bin/pillion", "node", "token", node], capture_output=True, timeout=30, check=False)
-        if done.returncode:
-            self.send_error(503, done.stderr.decode(errors="replace").splitlines()[0][:200])
-            return
-        self.send_response(200)
-        self.send_header("content-length", str(len(done.stdout)))
-        self.end_headers()
-        self.wfile.write(done.stdout)
+    def handle(self) -> None:
+        node = self.rfile.readline(20).decode(errors="replace").strip()
+        if re.fullmatch(r"n[0-9]{1,2}", node):
+            command = ["/usr/local/bin/pillion", "node", "token", node]
+            self.wfile.write(subprocess.run(command, stdout=subprocess.PIPE, timeout=30, check=False).stdout)
 
 
-HTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
+TCPServer.allow_reuse_address = True
+TCPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()

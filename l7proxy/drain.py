@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LIMIT_S = 600.0  # of a planned end, where no other is given
 STOP_S = 3.0  # at SIGTERM; with a successor's start this stays below connect_timeout_s
 ENDLESS_PART = 1 / 3  # of these seconds, for what has no boundary to end at: everything new waits meanwhile
-SUCCESSOR_S = 20.0  # at a planned end: nobody has come by then, and nobody may
+SUCCESSOR_S = 60.0  # at a planned end: nobody has come by then, and nobody may; a start has taken half of that in emulation
 IDLE_S = 5.0  # with time enough, a connection is closed that has been idle for so long; its next answer would have said it
 ANSWERS_S = 6.0  # of resolvers outside, to questions that were asked before
 LOOK_S = 0.25
@@ -106,9 +106,9 @@ class Drain:
         self._look()
 
     def hasten(self, seconds: float) -> None:
-        """If that is less than there is."""
+        """If that is less than there is. The same deadline told again, some milliseconds of work later, is not."""
         now = self._worker.loop.time()
-        if now + seconds < self._deadline:
+        if now + seconds < self._deadline - LOOK_S:
             self._deadline = now + seconds
             self._endless_until = now + seconds * ENDLESS_PART
             self._idle_s = 0.0

@@ -8,6 +8,7 @@ agent enforces and serves it, after a reboot as well. The workloads file, which 
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -37,9 +38,10 @@ STRONG = (
     "CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT CAP_SYS_BOOT CAP_BPF CAP_PERFMON CAP_NET_ADMIN "
     "CAP_NET_RAW CAP_MKNOD CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_MAC_ADMIN CAP_MAC_OVERRIDE"
 )
-MANAGER_SOCKETS = "-/run/systemd/private -/run/dbus/system_bus_socket"
+# Who reaches one of these has a program started elsewhere: by the system's manager, or by the user's own, which logind starts
+MANAGER_SOCKETS = "-/run/systemd/private -/run/dbus/system_bus_socket -/run/user"
 SHOWN = (
-    "LoadState", "ActiveState", "FragmentPath", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
+    "LoadState", "ActiveState", "FragmentPath", "Type", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
     "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "ControlGroup",
 )  # fmt: skip
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service\Z")
@@ -57,7 +59,16 @@ def systemctl(*arguments: str) -> str:
 def facts(unit: str) -> dict[str, str]:
     """What systemd says of a unit."""
     out = systemctl("show", unit, *(f"--property={name}" for name in SHOWN))
-    return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    found = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    return {**found, "User": user_of(found.get("User", ""))}
+
+
+def user_of(text: str) -> str:
+    """One name for each uid, though a unit may say another of its names, or its number. As it stands if nobody has it (yet)."""
+    try:
+        return pwd.getpwuid(int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid).pw_name
+    except KeyError:
+        return text
 
 
 def sockets_of(unit: str, known: dict[str, str]) -> list[str]:
@@ -131,6 +142,8 @@ def impossible(unit: str, known: dict[str, str]) -> tuple[str, str] | None:
         return f"{unit} belongs to the system or to the mesh itself", "enrol the services that people use"
     if known.get("PrivateNetwork") == "yes" or known.get("NetworkNamespacePath"):
         return f"{unit} has a network of its own", "leave PrivateNetwork= and NetworkNamespacePath= to the mesh's policies"
+    if known.get("Type") == "dbus":
+        return f"{unit} serves on D-Bus, which also leads to the service manager", "enrol what serves the network as its own unit"
     if known.get("Delegate") == "yes":
         return f"{unit} manages cgroups itself (Delegate=)", "run what it contains as workloads of their own"
     return None
@@ -142,7 +155,7 @@ def python() -> str:
     return f"{CURRENT}/bin/python" if installed else sys.executable
 
 
-def service_drop_in(unit: str, workload: str, as_root: bool) -> str:
+def service_drop_in(unit: str, workload: str) -> str:
     """Pure."""
     lines = [
         MARK,
@@ -163,9 +176,8 @@ def service_drop_in(unit: str, workload: str, as_root: bool) -> str:
         "ProtectKernelModules=yes",
         "ProtectKernelTunables=yes",
         "InaccessiblePaths=-/run/pillion",
+        f"InaccessiblePaths={MANAGER_SOCKETS}",
     ]
-    if as_root:
-        lines.append(f"InaccessiblePaths={MANAGER_SOCKETS}")
     return "\n".join(lines) + "\n"
 
 
@@ -229,12 +241,12 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     fresh.replace(path)
 
 
-def files_of(unit: str, sockets: list[str], workload: str, as_root: bool) -> dict[Path, str]:
+def files_of(unit: str, sockets: list[str], workload: str) -> dict[Path, str]:
     """Every file of an enrolment. Pure."""
     out = {
         UNITS / slice_of(unit): slice_unit(unit),
         UNITS / f"{AGENT}.wants" / slice_of(unit): slice_unit(unit),  # a link in effect: see `enrol`
-        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload, as_root),
+        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload),
     }
     for each in sockets:
         out[UNITS / f"{each}.d" / DROP_IN] = socket_drop_in(unit, workload)
@@ -300,12 +312,11 @@ def enrol(
     node = str(client.get("/v1/status")["node"])
     name = name or label(f"{unit.removesuffix('.service')}-{node}")
     sockets = sockets_of(unit, known)
-    as_root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
     entry = {
         "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
         "cgroup": "", "ports": sorted(port or []), "unit": unit,
     }  # fmt: skip
-    for path, text in files_of(unit, sockets, f"{namespace}/{name}", as_root).items():
+    for path, text in files_of(unit, sockets, f"{namespace}/{name}").items():
         if path.parent.name == f"{AGENT}.wants":
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ HOOKS = {
 MAPS = {"ring buffer": (27, 0, 0, 4096, 0), "longest prefix": (11, 20, 4, 16, 1), "per CPU": (6, 4, 8, 4, 0)}
 SCHED_CLS, SK_SKB, SK_MSG = (3, 0), (14, 5), (16, 7)
 SOCKHASH = (18, 8, 4, 16, 0)
+STOP = "stop what listens there: ss -ltnp"
 PORTS = {"node": (15001, 15008, 15053), "controller": (15443,)}
 KERNEL = "use a distribution's kernel with CONFIG_CGROUP_BPF, such as Debian's or Ubuntu's"
 CHILD_TIMEOUT_S = 20
@@ -132,21 +133,21 @@ def run(*command: str) -> str:
 
 
 def root() -> Seen:
-    return Seen(os.geteuid() == 0, f"uid {os.geteuid()}", "run it as root: sudo")
+    return Seen(os.geteuid() == 0, f"uid {os.geteuid()}")
 
 
 def machine() -> Seen:
     name = platform.machine()
-    return Seen(name == "x86_64", name, "use an x86-64 host: the proxy's system call filter is for that")
+    return Seen(name == "x86_64", name)
 
 
 def python() -> Seen:
-    return Seen(sys.version_info >= (3, 11), f"{platform.python_version()}", "use a distribution with Python 3.11 or newer")
+    return Seen(sys.version_info >= (3, 11), platform.python_version())
 
 
 def manager() -> Seen:
     there = Path("/run/systemd/system").is_dir()
-    return Seen(there, "systemd runs" if there else "not systemd", "install where systemd runs; elsewhere use the lab")
+    return Seen(there, "systemd runs" if there else "not systemd")
 
 
 def cgroup2() -> Seen:
@@ -199,7 +200,7 @@ def bpffs() -> Seen:
 
 def btf() -> Seen:
     there = Path("/sys/kernel/btf/vmlinux").exists()
-    return Seen(there, "/sys/kernel/btf/vmlinux" if there else "none", "use a kernel with CONFIG_DEBUG_INFO_BTF")
+    return Seen(there, "/sys/kernel/btf/vmlinux" if there else "none")
 
 
 def destroy() -> Seen:
@@ -261,26 +262,26 @@ def takeover() -> Seen:
 
 def seccomp() -> Seen:
     status = Path("/proc/self/status").read_text()
-    return Seen("Seccomp_filters:" in status or "Seccomp:" in status, "filters", "use a kernel with CONFIG_SECCOMP_FILTER")
+    return Seen("Seccomp_filters:" in status or "Seccomp:" in status, "filters")
 
 
 def compiler() -> Seen:
     done = subprocess.run(["/usr/bin/python3", "-c", "import bcc"], capture_output=True, text=True, timeout=60, check=False)
     said = "the module bcc loads" if not done.returncode else (done.stderr.strip().splitlines() or ["it does not load"])[-1]
-    return Seen(not done.returncode, said, "apt install python3-bpfcc; deploy/install.sh does")
+    return Seen(not done.returncode, said)
 
 
 def library() -> Seen:
     try:
         ctypes.CDLL("libbpf.so.1")
     except OSError as error:
-        return Seen(False, str(error), "apt install libbpf1; deploy/install.sh does")
+        return Seen(False, str(error))
     return Seen(True, "libbpf.so.1")
 
 
 def headers() -> Seen:
     there = Path("/usr/include/linux/types.h").exists()
-    return Seen(there, "/usr/include/linux" if there else "none", "apt install linux-libc-dev; deploy/install.sh does")
+    return Seen(there, "/usr/include/linux" if there else "none")
 
 
 def programs() -> Seen:
@@ -323,36 +324,40 @@ def ports(role: str) -> Seen:
     mine = bool(taken) and Path("/opt/pillion/installed", role).exists()
     good = not taken or mine
     said = f"{taken} {'in use by the mesh' if mine else 'taken'}" if taken else "free: " + ", ".join(map(str, PORTS[role]))
-    return Seen(good, said, "stop what listens there: ss -ltnp")
+    return Seen(good, said, STOP)
 
 
 Check = Callable[[], Seen]
 COMMON: dict[str, tuple[Check, str]] = {
-    "root": (root, ""), "machine": (machine, ""), "python": (python, ""), "systemd": (manager, ""),
-}  # fmt: skip
+    "root": (root, "run it as root: sudo"),
+    "machine": (machine, "use an x86-64 host: the proxy's system call filter is for that"),
+    "python": (python, "use a distribution with Python 3.11 or newer"),
+    "systemd": (manager, "install where systemd runs; elsewhere use the lab"),
+}
 NODE: dict[str, tuple[Check, str]] = {
     "cgroup2": (cgroup2, "mount it, or boot with systemd.unified_cgroup_hierarchy=1"),
     "hooks": (hooks, KERNEL),
     "maps": (maps, KERNEL),
     "bpffs": (bpffs, "use a kernel with CONFIG_BPF_SYSCALL, and leave mount() to root"),
-    "btf": (btf, ""),
+    "btf": (btf, "without it every request goes through the proxy: use a kernel with CONFIG_DEBUG_INFO_BTF"),
     "ending connections": (destroy, "without it what is denied falls silent and times out: CONFIG_INET_DIAG_DESTROY; iproute2"),
     "namespace cookies": (cookies, KERNEL),
     "listeners' takeover": (takeover, "allow pidfd_getfd: a container's or security module's policy refuses it"),
-    "seccomp": (seccomp, ""),
-    "bcc": (compiler, ""),
-    "libbpf": (library, ""),
-    "headers": (headers, ""),
+    "seccomp": (seccomp, "use a kernel with CONFIG_SECCOMP_FILTER"),
+    "bcc": (compiler, "apt install python3-bpfcc; deploy/install.sh does"),
+    "libbpf": (library, "apt install libbpf1; deploy/install.sh does"),
+    "headers": (headers, "apt install linux-libc-dev; deploy/install.sh does"),
     "programs": (programs, "see the message; after bcc, libbpf and headers are there"),
     "pods (veth, tc)": (pods, "only workloads with a namespace of their own need it: modprobe sch_ingress cls_bpf veth"),
     "express (sockmap)": (express, "without it every request goes through the proxy: CONFIG_BPF_STREAM_PARSER"),
 }
-OPTIONAL = ("pods (veth, tc)", "express (sockmap)", "ending connections")  # as nodeagent/optional.py goes on without
+# As nodeagent/optional.py goes on without; the kernel's types (btf) are for express
+OPTIONAL = ("pods (veth, tc)", "express (sockmap)", "btf", "ending connections")
 
 
 def examine(role: str) -> dict[str, Seen]:
     """By feature, for ``node`` or ``controller``. Nothing raises, nothing stays."""
-    checks = COMMON | (NODE if role == "node" else {}) | {"ports": (lambda: ports(role), "")}
+    checks = COMMON | (NODE if role == "node" else {}) | {"ports": (lambda: ports(role), STOP)}
     found = {}
     for name, (check, remedy) in checks.items():
         try:

@@ -20,16 +20,23 @@ BOOT_TIMEOUT_S = 60.0 * SLOW
 ADDRESSES = ("10.99.0.1", "fd99::1")
 PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # PID 1 of the new namespaces: a root that looks newly installed, an address to be reached at, then systemd. $1: our
-# folder; $4: A=B… to be seen in there
+# folder; $4: A=B… to be seen in there; $5: what its root is made of
 BOOT = r"""
 set -e
 place=$1 name=$2
 mount --make-rprivate /
 mount -t tmpfs -o mode=0755 tmpfs "$place"
 mkdir "$place/upper" "$place/work" "$place/root"
-mount -t overlay -o "lowerdir=/,upperdir=$place/upper,workdir=$place/work" overlay "$place/root"
+mount -t overlay -o "lowerdir=$5,upperdir=$place/upper,workdir=$place/work" overlay "$place/root"
 root=$place/root
 rm -rf "$root"/etc/systemd/system/* "$root"/etc/pillion "$root"/opt/pillion "$root"/var/lib/pillion-* "$root"/var/log/journal
+mkdir "$root/etc/systemd/system/pillion-agent.service.d"
+cat >"$root/etc/systemd/system/pillion-agent.service.d/10-namespaces.conf" <<U
+# These cgroups are a part of the machine's. To count levels from its root the agent opens that, which it need not on a host
+[Service]
+CapabilityBoundingSet=CAP_DAC_READ_SEARCH
+SystemCallFilter=open_by_handle_at
+U
 : >"$root/etc/machine-id"
 : >"$root/etc/fstab"
 mkdir -p "$root/proc" "$root/sys" "$root/run" "$root/tmp" "$root/dev"
@@ -74,11 +81,16 @@ exec env -i container=other PATH="$3" /lib/systemd/systemd --unit=multi-user.tar
 
 
 class Container(Machine):
-    """`with Container("n1") as host: host.run(["systemctl", "status"])`"""
+    """`with Container("n1") as host: host.run(["systemctl", "status"])`. `root`: another system than this machine's, unpacked."""
 
     def __init__(
-        self, name: str, say: Callable[[str], None] = lambda _text: None, binds: Mapping[str, Path] | None = None
+        self,
+        name: str,
+        say: Callable[[str], None] = lambda _text: None,
+        binds: Mapping[str, Path] | None = None,
+        root: Path = Path("/"),
     ) -> None:
+        self.root = root
         self.name, self.say, self.addresses = name, say, ADDRESSES
         self.binds = dict(binds or {})  # where it is in there, to be read -> folder of this machine
         self.folder = RUN / name
@@ -110,7 +122,7 @@ class Container(Machine):
         spaces = ["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"]
         script = 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
         binds = " ".join(f"{outside}={inside}" for inside, outside in self.binds.items())
-        inner = ["unshare", *spaces, "sh", "-c", BOOT, "sh", str(self.folder), self.name, PATH, binds]
+        inner = ["unshare", *spaces, "sh", "-c", BOOT, "sh", str(self.folder), self.name, PATH, binds, str(self.root)]
         with (RUN / f"{self.name}.log").open("wb") as log:
             self._boot = subprocess.Popen(
                 ["sh", "-c", script, "sh", str(self.cgroup), *inner],
@@ -157,6 +169,12 @@ class Container(Machine):
         remove_empty(RUN)
 
     # ---- what it does
+
+    def plug(self, netns: str, link: str, address: str) -> None:
+        """A cable to a namespace of this machine, where its end is called `link`; here it has that address."""
+        ends = ["ip", "link", "add", "lan0", "netns", str(self._pid), "type", "veth", "peer", "name", link, "netns", netns]
+        subprocess.run(ends, check=True)
+        self.run(["sh", "-c", f"ip address add {address} dev lan0 && ip link set lan0 up"], check=True)
 
     def argv(self, argv: Sequence[str], cwd: str = "/") -> list[str]:
         """To start a program in there from out here, as root, beside systemd's services."""

@@ -23,8 +23,8 @@ WRITABLE_CGROUPS = Mutant(
 )
 MANAGER_AT_HAND = Mutant(
     GROUP,
-    "root services do not reach the service manager",
-    ("pillion/enrol.py", '        lines.append(f"InaccessiblePaths={MANAGER_SOCKETS}")\n', "        pass\n"),
+    "services do not reach the service manager",
+    ("pillion/enrol.py", '        f"InaccessiblePaths={MANAGER_SOCKETS}",\n', ""),
 )
 SHARED_USER = Mutant(
     GROUP,

@@ -30,6 +30,20 @@ def test_a_captured_connection_carries_its_origin(world: World, family: Family) 
     world.agent["a"]("c.close(); l.close()")
 
 
+@pytest.mark.parametrize("has", ["v4", "v6"])
+def test_a_caller_of_one_family_is_known_by_that_address(world: World, family: Family, has: str) -> None:
+    """Services have virtual addresses of both: the caller's is one of its own, never loopback, which is nobody's."""
+    capture(world, family)
+    world.dest(family.vip, 80, "PROXY")
+    own = {"v4": V4["a"], "v6": V6["a"]}[has]
+    world.maps["sources"].put({"value": WORKLOAD["a"]}, {"v4": addr("::"), "v6": addr("::")} | {has: addr(own)})
+    world.a(f"{family.tcp('s')}; s.connect(({family.spell(family.vip)!r}, 80))")
+    world.agent["a"]("c, _ = l.accept()")
+    assert text(world.origin(world.agent["a"](f"c.getsockopt({LEVEL}, {ORIGIN}, 64)"))["client"]) == own
+    world.a("s.close()")
+    world.agent["a"]("c.close(); l.close()")
+
+
 def test_the_workload_itself_learns_no_origin(world: World, family: Family) -> None:
     capture(world, family)
     world.dest(family.vip, 80, "PROXY")

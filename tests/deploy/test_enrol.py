@@ -168,10 +168,19 @@ def test_weak_units_are_refused_unless_forced(
     assert word in capsys.readouterr().err
 
 
-def test_root_that_is_forced_cannot_ask_the_service_manager(host: Host) -> None:
-    host.units["web.service"]["User"] = ""
+@pytest.mark.parametrize("user", ["web", ""])
+def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
+    """Neither the system's, nor the user's own, which logind starts for whoever asks by D-Bus (polkit's set-self-linger)."""
+    host.units["web.service"]["User"] = user
     into(force=True)
-    assert "/run/systemd/private" in host.files()["web.service.d/50-pillion.conf"]
+    drop_in = host.files()["web.service.d/50-pillion.conf"].splitlines()
+    lines = [line.partition("=")[2].split() for line in drop_in if line.startswith("InaccessiblePaths=")]
+    assert {path.lstrip("-") for line in lines for path in line} == {
+        "/run/pillion",
+        "/run/systemd/private",
+        "/run/dbus/system_bus_socket",
+        "/run/user",
+    }
 
 
 def test_a_user_has_one_identity(host: Host) -> None:
@@ -182,6 +191,15 @@ def test_a_user_has_one_identity(host: Host) -> None:
     into("api.service", "shop/web")
 
 
+@pytest.mark.parametrize(("one", "other"), [("daemon", "1"), ("1", "daemon")])
+def test_a_user_has_one_identity_whatever_it_is_called(host: Host, one: str, other: str) -> None:
+    host.units["web.service"]["User"] = one
+    host.units["api.service"] = {**KNOWN, "User": other}
+    into()
+    with pytest.raises(CliError, match=r"shares the user daemon with web\.service"):
+        into("api.service", "shop/api")
+
+
 @pytest.mark.parametrize(
     ("unit", "change", "word"),
     [
@@ -190,6 +208,7 @@ def test_a_user_has_one_identity(host: Host) -> None:
         ("pillion-agent.service", {"LoadState": "loaded"}, "belongs to the system"),
         ("web.service", {"PrivateNetwork": "yes"}, "network of its own"),
         ("web.service", {"Delegate": "yes"}, "manages cgroups itself"),
+        ("web.service", {"Type": "dbus"}, "serves on D-Bus"),
         ("web.socket", {}, "is no service"),
     ],
 )

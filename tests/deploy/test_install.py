@@ -9,13 +9,17 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from deploy.lock import entries
+from lab import cgroups
+from tests.conftest import SESSION
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "deploy/requirements.lock"
@@ -32,6 +36,8 @@ mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/r
 root=$1/root
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
+mkdir -p "$root/sys/fs/cgroup"
+mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount -t tmpfs tmpfs "$root/run"
 mkdir -p "$root/run/systemd/system" "$root/run/fake/changed" "$root/run/lock"
 mount --bind "$1/upper" "$root/run/fake/changed"
@@ -73,11 +79,29 @@ CONTROLLER = ("controller", "--listen", "10.99.0.1:15443")
 NODE = ("node", "--name", "n1", "--address", "10.99.0.1")
 
 
+# In its network namespace: a pod's interface as the agent leaves it
+POD = """
+from nodeagent import tc
+from pillion import preflight
+from pyroute2 import IPRoute
+with IPRoute() as route:
+    route.link("add", ifname="pod", kind="veth", peer="pod1")
+    (index,) = route.link_lookup(ifname="pod")
+    route.tc("add", "clsact", index)
+    of = {"fd": preflight.load(*preflight.SCHED_CLS), "name": tc.NAME, "classid": 1, "direct_action": True}
+    where = {"parent": tc.INGRESS_PARENT, "prio": tc.PREFERENCE, "protocol": tc.ETH_P_ALL}
+    route.tc("add-filter", "bpf", index, 1, **of, **where)
+"""
+
+
 class Host:
-    """Its root is a folder of ours; programs run in it by nsenter."""
+    """Its root is a folder of ours, and so is that of its cgroups; programs run in it by nsenter."""
 
     def __init__(self, folder: Path) -> None:
-        argv = ["unshare", "-m", "-n", "--propagation", "private", "sh", "-c", SETUP, "sh", str(folder)]
+        self.cgroup = cgroups.mount_point() / f"pillion-{SESSION}-install"
+        self.cgroup.mkdir()
+        inside = ["unshare", "-m", "-n", "-C", "--propagation", "private", "sh", "-c", SETUP, "sh", str(folder)]
+        argv = ["sh", "-c", 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"', "sh", str(self.cgroup), *inside]
         self.holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.holder.stdout is not None and self.holder.stdout.readline() == "ready\n"
         self.root = Path(f"/proc/{self.holder.pid}/root")
@@ -132,7 +156,7 @@ class Host:
         return {line.split(":")[0] for line in (self.root / "etc/passwd").read_text().splitlines()}
 
     def close(self) -> None:
-        self.holder.kill()
+        cgroups.remove(self.cgroup)
         self.holder.communicate()
 
 
@@ -176,6 +200,26 @@ def test_twice_is_once_and_removed_is_removed(host: Host) -> None:
         ok(host.install(role, "--remove"))
     assert host.files() == before and host.users() == users
     assert "nothing to do" in ok(host.install("node", "--remove"))
+
+
+def test_removed_is_removed_from_the_kernel_too(host: Host) -> None:
+    """A program of `pillion run` ends: nothing would hold it to a policy. Cgroups go, and a pod's filter with what it hung on."""
+    host.fake_pip()
+    ok(host.install(*NODE))
+    for name in ("pillion-agent.slice", "pillion-proxy.slice/pillion-proxy.service", "workloads/run-shop.web"):
+        (host.cgroup / "pillion.slice" / name).mkdir(parents=True)
+    network = ["nsenter", "-t", str(host.holder.pid), "-n"]
+    subprocess.run([*network, sys.executable, "-c", POD], cwd=ROOT, check=True, timeout=60)
+    rules = ["sh", "-c", "tc qdisc show dev pod; tc filter show dev pod ingress"]
+    assert "pillion-veth" in subprocess.run([*network, *rules], capture_output=True, text=True, check=True).stdout
+    with subprocess.Popen(["sleep", "60"]) as program:
+        (host.cgroup / "pillion.slice/workloads/run-shop.web/cgroup.procs").write_text(str(program.pid))
+        said = ok(host.install("node", "--remove"))
+        assert program.wait(10) == -signal.SIGKILL
+    assert "ended the programs of `pillion run`" in said
+    assert not (host.cgroup / "pillion.slice").exists()
+    left = subprocess.run([*network, *rules], capture_output=True, text=True, check=True).stdout
+    assert "pillion" not in left and "clsact" not in left
 
 
 def test_an_upgrade_restarts_both_roles_from_one_new_environment(host: Host) -> None:
@@ -234,6 +278,17 @@ def test_another_wheel_than_the_locked_one_is_refused(host: Host) -> None:
     assert done.returncode != 0 and "DO NOT MATCH THE HASHES" in done.stderr, done.stderr
     assert not (host.root / "opt/pillion/current").is_symlink() and not host.calls("start", "enable")
     assert name in done.stderr.lower()
+
+
+def test_a_token_that_is_none_is_refused(host: Host) -> None:
+    """What makes it failed, at the other end of a pipe."""
+    host.fake_pip()
+    done = host.install(*NODE, "--token", "/dev/null")
+    assert done.returncode == 1 and "no token in /dev/null\n  on the controller: pillion node token n1" in done.stderr
+    host.put("token", "a-token")
+    ok(host.install(*NODE, "--token", "/token"))
+    assert (host.root / "etc/pillion/join-token").read_text() == "a-token\n"
+    assert "nothing to do" in ok(host.install("node", "--token", "/token"))
 
 
 def test_on_another_system_nothing_is_done(host: Host) -> None:

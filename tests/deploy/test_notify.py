@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from controller.__main__ import _alive
 from mesh.notify import Notify
+from nodeagent.notify import follow
+from tests.nodeagent.fakes import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +50,74 @@ def test_without_a_manager_nothing_happens(environ: dict[str, str]) -> None:
     notify = Notify(environ, DATAGRAMS)
     notify.tell(READY=1)
     assert notify.interval_s == float("inf") and not environ
+
+
+def so_far(manager: socket.socket) -> list[str]:
+    """Each line that came since."""
+    manager.setblocking(False)
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            found += manager.recv(2000).decode().splitlines()
+    return found
+
+
+class Stub:
+    """An agent and its store, of whom one thing is asked: does the kernel thread answer? ``turns``: of the loop that tells."""
+
+    def __init__(self) -> None:
+        self.core = SimpleNamespace(readiness=SimpleNamespace(ready=False, detail="not attached"))
+        self.load_error, self.membership, self.fleet = "", SimpleNamespace(error=""), SimpleNamespace(listeners={})
+        self.answers, self.turns = asyncio.Event(), 0
+
+    async def kernel_answers(self) -> None:
+        await self.answers.wait()
+
+    async def revision(self) -> int:
+        """As the controller's database."""
+        await self.answers.wait()
+        return 1
+
+    def keep(self, *_: object, **__: object) -> None:
+        self.turns += 1
+
+    async def turned(self, count: int = 20) -> None:
+        at = self.turns
+        await until(lambda: self.turns >= at + count)
+
+
+async def test_the_agent_is_ready_when_its_node_is_and_alive_while_its_kernel_thread_answers(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeagent.notify.LOOK_S", 0.01)
+    stub: Any = Stub()
+    notify = Notify({"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "90000"}, DATAGRAMS)
+    task = asyncio.create_task(follow(stub, notify, stub))
+    await stub.turned()
+    assert so_far(manager) == ["STATUS=not attached"], "neither ready nor alive"
+    stub.answers.set()
+    stub.core.readiness = SimpleNamespace(ready=True, detail="")
+    await stub.turned()
+    said = so_far(manager)
+    assert said.count("READY=1") == 1 and said.count("WATCHDOG=1") > 1
+    stub.answers.clear()
+    await stub.turned()
+    so_far(manager)
+    await stub.turned()
+    assert not so_far(manager), "it told of its life while the kernel thread hung"
+    task.cancel()
+
+
+async def test_the_controller_is_alive_while_its_database_answers(manager: socket.socket) -> None:
+    store: Any = Stub()
+    notify = Notify({"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "90000"}, DATAGRAMS)
+    task = asyncio.create_task(_alive(notify, store))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not so_far(manager)
+    store.answers.set()
+    await until(lambda: "WATCHDOG=1" in so_far(manager))
+    task.cancel()
 
 
 def test_the_proxy_is_ready_when_its_workers_are_and_tells_of_its_life(tmp_path: Path, manager: socket.socket) -> None:

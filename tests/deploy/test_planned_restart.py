@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lab.host.container import Container
-from lab.host.mesh import HostMesh, binds
+from lab.host.mesh import SOURCE, VENV, HostMesh, binds
 from tests.conftest import SESSION
 from tests.e2e.mesh import ECHO_PORT, PROGRAMS, policy, service, total
 
@@ -173,6 +173,25 @@ def test_while_agent_and_proxy_are_both_killed_new_connections_wait(host: Host) 
     host.mesh.run(["systemctl", "stop", "knocker"])
     assert not [error for error in errors if "Refused" in error], errors[:5]
     assert len(errors) <= 1, errors[:5]  # what was open at that moment
+
+
+def test_systemd_lets_the_proxy_come_first(host: Host) -> None:
+    """As the slices say; and as it says itself, by a call that its sandbox refuses unless the unit names it."""
+    slices = [f"pillion{each}.slice" for each in ("", "-agent", "-proxy")]
+    shown = host.mesh.run(["systemctl", "show", "-P", "CPUWeight", *slices])
+    assert shown.stdout.split() == ["400", "200", "1000"]
+    code = "from l7proxy.scheduling import patient, prompt; assert patient() and prompt(True) and prompt(False)"
+    own = ("Type=", "WatchdogSec=", "Restart=", "Slice=", "EnvironmentFile=", "ExecStart=", "RuntimeDirectory=")
+    unit = (PROJECT / f"deploy/systemd/{PROXY}.service").read_text().partition("[Service]\n")[2].partition("[Install]")[0]
+    sandbox = [line for line in unit.splitlines() if not line.startswith(own)]
+    runs = (f'ExecStart={VENV}/bin/python -c "{code}"', f"Environment=PYTHONPATH={SOURCE} PYTHONDONTWRITEBYTECODE=1")
+    assert sum("sched_setattr" in line for line in sandbox if not line.startswith("#")) == 1
+    closed = [line.replace(" sched_setattr", "") for line in sandbox]
+    for name, lines, fails in (("told", sandbox, False), ("untold", closed, True)):
+        host.mesh.unit(name, "Type=oneshot", *runs, *lines)
+        done = host.mesh.run(["systemctl", "start", name])
+        log = host.mesh.run(["journalctl", "-u", name, "-o", "cat", "-n", "20"]).stdout
+        assert bool(done.returncode) == fails and ("AssertionError" in log) == fails, log
 
 
 def test_the_unit_is_for_that() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lab import cgroups
 from nodeagent.loader.attach import HOOKS
+from nodeagent.optional import ENDING, EXPRESS, INSTEAD, PODS
 from pillion import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,38 @@ def test_it_runs_on_a_bare_host() -> None:
         ["/usr/bin/python3", "-I", str(ROOT / "pillion/preflight.py"), "controller"], capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1) and "ports" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("feature", [*preflight.COMMON, *preflight.NODE, "ports"])
+def test_each_that_is_missing_is_told_alone_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], feature: str
+) -> None:
+    for name in ("COMMON", "NODE"):
+        known = getattr(preflight, name)
+        monkeypatch.setattr(preflight, name, {each: (lambda: preflight.Seen(True, "there"), known[each][1]) for each in known})
+    monkeypatch.setattr(preflight, "ports", lambda _: preflight.Seen(True, "free"))
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "node"])
+    assert preflight.main() == 0 and "->" not in capsys.readouterr().out
+
+    def no(*_: object) -> preflight.Seen:
+        raise OSError(1, "forced")
+
+    if feature == "ports":
+        monkeypatch.setattr(preflight, "ports", no)
+    else:
+        there = preflight.COMMON if feature in preflight.COMMON else preflight.NODE
+        monkeypatch.setitem(there, feature, (no, there[feature][1]))
+    optional = feature in preflight.OPTIONAL
+    assert preflight.main() == (0 if optional else 1)
+    lines = capsys.readouterr().out.splitlines()
+    (number,) = (index for index, line in enumerate(lines) if "forced" in line)
+    assert lines[number].startswith(feature) and (" off " if optional else " MISSING ") in lines[number]
+    assert lines[number + 1].strip().startswith("-> ") and sum("->" in line for line in lines) == 1
+
+
+def test_what_the_mesh_goes_on_without_is_what_is_optional() -> None:
+    named = {"pods (veth, tc)": PODS, "ending connections": ENDING, "express (sockmap)": EXPRESS, "btf": EXPRESS}
+    assert set(preflight.OPTIONAL) == set(named) and set(named.values()) == set(INSTEAD)
 
 
 def test_a_hook_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

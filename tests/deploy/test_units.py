@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pillion.enrol import service_drop_in, slice_unit
+from tests.deploy import provision
+
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "deploy" / "systemd"
 EXPOSURE_MAX = {"pillion-controller": 3.0, "pillion-proxy": 3.0, "pillion-agent": 7.0}
@@ -66,6 +69,15 @@ def test_the_programs_cgroup_is_never_the_root() -> None:
     assert agent["Slice"] == ["pillion-agent.slice"] and options("pillion-proxy.service")["Slice"] == ["pillion-proxy.slice"]
 
 
+def test_on_a_busy_node_the_proxy_comes_first() -> None:
+    """What it serves competes with it inside pillion.slice, and that with the rest of the system: 100 is what others have."""
+    weight = {unit: int(options(f"{unit}.slice")["CPUWeight"][0]) for unit in ("pillion", "pillion-agent", "pillion-proxy")}
+    assert 100 < weight["pillion-agent"] < weight["pillion-proxy"] and weight["pillion-proxy"] >= 10 * 100
+    assert 100 < weight["pillion"] <= 500, "it leaves the rest of the system a share"
+    workloads = slice_unit("web.service") + service_drop_in("web.service", "shop/web")
+    assert "CPUWeight" not in workloads and not (UNITS / "pillion-workloads.slice").exists()
+
+
 def test_the_token_is_a_credential() -> None:
     assert options("pillion-agent.service")["LoadCredential"] == ["join-token:/etc/pillion/join-token"]
 
@@ -105,3 +117,12 @@ def test_vagrant_reads_its_file(tmp_path: Path) -> None:
     argv = ["vagrant", "validate", "--ignore-provider"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_line_of_the_provisioning_was_run() -> None:
+    """As docs/hosts.md has it. One that is changed: run tests/deploy/provision.py again."""
+    rows = (ROOT / "docs/hosts.md").read_text().partition(provision.BEGIN)[2].partition(provision.END)[0]
+    lines = [(name, line) for name, machine in provision.machines().items() for line in machine["lines"]]
+    assert len(lines) == 6
+    assert not [line for name, line in lines if provision.row(name, line) not in rows]
+    assert "Debian 12 | Debian 13" in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -200,6 +201,23 @@ def test_where_no_successor_comes_nothing_new_is_taken(
         wait_for(lambda: rig.worker.draining, "the end of waiting")
         through(sock)
         assert not rig.worker.listeners
+    stopped(rig)
+
+
+def test_a_successor_that_comes_late_takes_no_time_away(
+    mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is open has the limit, and not the third of it that one has who is stopped."""
+    for name, value in (("SUCCESSOR_S", 0.1), ("ENDLESS_PART", 0.0), ("LOOK_S", 0.02)):
+        monkeypatch.setattr(drain, name, value)
+    rig, connect = opaque(mesh, start, serve)
+    rig.worker.on_drain.append(lambda _: time.sleep(0.01))  # what there is to do takes its time
+    with connect() as sock:
+        rig.call(lambda: rig.worker.ending.retire(60.0))
+        wait_for(lambda: rig.worker.draining, "the end of waiting")
+        for _ in range(50):
+            rig.agent.send(link.Drain(60.0))
+            through(sock)
     stopped(rig)
 
 

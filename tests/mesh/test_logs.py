@@ -36,3 +36,12 @@ def test_every_line_is_json_and_none_tells_a_variable():
     assert lines[2]["logger"] == "asyncio"
     assert all("ValueError: refused" in line["exception"] for line in lines[1:])
     assert "hush" not in done.stderr, "a variable may be a key or a token"
+
+
+def test_a_line_that_nobody_reads_stops_nothing():
+    """The journal ends before the proxy's workers, at a shutdown."""
+    argv = [sys.executable, "-c", PROGRAM + "print('went on')"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stderr.close()
+        assert process.stdout.read() == "went on\n"

@@ -1,0 +1,121 @@
+"""``python -m tests.deploy.provision [--root DIR]… [--write docs/hosts.md]``: how the Vagrant lab's machines are made,
+each line as the Vagrantfile has it, on hosts of lab/host in their place, with the addresses that they have there.
+
+--root names another system, unpacked in a folder (debootstrap's, say), whose packages are installed: these hosts reach each other
+and nothing else. `/` is this machine's. Wheels are downloaded for each system's Python, by the lock's hashes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lab import netns
+from lab.host import Container
+from lab.pace import SLOW
+from lab.vm.kernels import tool
+
+PROJECT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- provisioning: made by python -m tests.deploy.provision -->", "<!-- provisioning: end -->"
+SWITCH = "pl-provision"
+LINE_S = 900.0 * SLOW
+PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64")
+BUILT_WITH = "setuptools>=77"  # as pyproject.toml has it
+# Answers whatever a Vagrantfile says, and keeps what it says about addresses and shells
+READER = """
+require "json"
+SEEN = Hash.new { |all, name| all[name] = {"lines" => []} }
+class Said
+  def initialize(name) = @name = name
+  def vm = self
+  def define(name, **) = yield(Said.new(name))
+  def box=(name); SEEN[@name]["box"] = name; end
+  def network(_, **options) = SEEN[@name]["address"] = options[:ip]
+  def provision(_, **options) = SEEN[@name]["lines"] << options[:inline]
+  def method_missing(*) = self
+end
+module Vagrant; def self.configure(_) = yield(Said.new("all")); end
+load ARGV[0]
+puts JSON.generate(SEEN)
+"""
+
+
+def machines() -> dict[str, dict[str, Any]]:
+    """Of the Vagrantfile: name -> its box, address and lines, in order."""
+    return dict(json.loads(tool("ruby", "-e", READER, str(PROJECT / "Vagrantfile"))))
+
+
+def wheels(folder: Path, python: str) -> None:
+    """All that install.sh takes from an index, for this Python; by hash."""
+    platforms = [word for each in PLATFORMS for word in ("--platform", each)]
+    download = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d", str(folder)]
+    pip = [*download, "--only-binary", ":all:", "--python-version", python, *platforms]
+    tool(*pip, "--require-hashes", "-r", str(PROJECT / "deploy/requirements.lock"), timeout_s=600)
+    tool(*pip, BUILT_WITH)
+
+
+def system_of(root: Path) -> tuple[str, str]:
+    """Its name, such as Debian 13, and its Python's version."""
+    script = ". /etc/os-release; echo $NAME $VERSION_ID; /usr/bin/python3 -V"
+    name, python = tool("chroot", str(root), "sh", "-c", script).splitlines()
+    return name.replace(" GNU/Linux", ""), python.removeprefix("Python ").rpartition(".")[0]
+
+
+def run(root: Path) -> dict[tuple[str, str], str]:
+    """(machine, line) -> the last it said. Raises LabError with what one said that failed."""
+    found, (system, python) = {}, system_of(root)
+    with ExitStack() as stack:
+        house = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        wheels(house, python)
+        netns.add(SWITCH, {})
+        stack.callback(netns.delete, SWITCH)
+        netns.batch(SWITCH, ["link add lan type bridge", "link set lan up"])
+        for name, machine in machines().items():
+            host = stack.enter_context(Container(f"{name}prov", print, {"/vagrant": PROJECT, "/srv/wheels": house}, root))
+            host.plug(SWITCH, name, f"{machine['address']}/24")
+            netns.batch(SWITCH, [f"link set {name} master lan", f"link set {name} up"])
+            for line in machine["lines"]:
+                print(f"{system}, {name}: {line}", flush=True)
+                env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/wheels"}
+                said = host.run(["bash", "-l", "-c", line], timeout=LINE_S, env=env, check=True).stdout
+                print(said, flush=True)
+                found[name, line] = said.strip().splitlines()[-1]
+    return found
+
+
+def row(machine: str, line: str) -> str:
+    """How a row of the table begins. Pure."""
+    return f"| {machine} | `{escaped(line)}` |"
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def table(found: dict[str, dict[tuple[str, str], str]]) -> str:
+    """By system what each line said last. Pure."""
+    lines = [f"| machine | line | {' | '.join(found)} |", "|---" * (len(found) + 2) + "|"]
+    for machine, line in next(iter(found.values())):
+        lines.append(row(machine, line) + "".join(f" {escaped(each[machine, line])} |" for each in found.values()))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.deploy.provision", description=__doc__)
+    parser.add_argument("--root", type=Path, action="append", help="a system, unpacked; may repeat (default: /)")
+    parser.add_argument("--write", type=Path, help="the document whose table is replaced")
+    options = parser.parse_args()
+    text = table({system_of(root)[0]: run(root) for root in options.root or [Path("/")]})
+    print(text)
+    if options.write:
+        before, _, rest = options.write.read_text().partition(f"{BEGIN}\n")
+        options.write.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
