@@ -209,7 +209,8 @@ class Session:
 
 def environment(extra: dict[str, str]) -> dict[str, str]:
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb", **extra}
+    # systemctl gives up on a manager after 25 s, which in emulation is busy for longer after a daemon-reload
+    return {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb", "SYSTEMD_BUS_TIMEOUT": "300", **extra}
 
 
 def boot_id() -> str:

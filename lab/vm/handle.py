@@ -22,7 +22,7 @@ class VmHandle(Machine):
         self.release = str(facts["release"])
         self.kind = str(facts["kind"])
         self.addresses = tuple(str(address) for address in facts["addresses"])
-        self._cgroup = Path(facts["cgroup"])
+        self.cgroup = Path(facts["cgroup"])
         self._channel = Channel(folder, self.name, self.console)
 
     @property
@@ -32,7 +32,7 @@ class VmHandle(Machine):
 
     @property
     def running(self) -> bool:
-        return cgroups.populated(self._cgroup) and not (self.folder / "exit").exists()
+        return cgroups.populated(self.cgroup) and not (self.folder / "exit").exists()
 
     def ready(self, timeout_s: float = 180.0) -> Peer:
         """Wait until it takes commands."""

@@ -116,7 +116,7 @@ def install_controller(vm: Machine) -> str:
 
 def install_node(vm: Machine, controller: Machine) -> str:
     """Joined with a token of the controller's; the node has the VM's name."""
-    token = controller.run(["pillion", "node", "token", vm.name], check=True).stdout.strip().splitlines()[-1]
+    token = controller.run(["pillion", "node", "token", vm.name], timeout=READY_S, check=True).stdout.strip().splitlines()[-1]
     vm.put(TOKEN, token.encode(), 0o600)
     addresses = [word for each in vm.addresses for word in ("--address", each)]
     return install(vm, "node", "--name", vm.name, *addresses, "--token", TOKEN)

@@ -49,7 +49,9 @@ def qemu_argv(vm: Vm, folder: Path, switch: Path) -> list[str]:
     argv += ["-accel", "kvm" if accel == "kvm" else "tcg,thread=multi", "-cpu", "host" if accel == "kvm" else "max,la57=off"]
     argv += ["-smp", str(vm.cpus), "-m", f"{vm.memory_mib}M", "-nodefaults", "-display", "none", "-monitor", "none"]
     argv += ["-serial", f"file:{folder / 'console.log'}", "-device", "virtio-rng-pci"]
-    argv += ["-kernel", str(vm.image), "-initrd", str(folder / "initrd"), "-append", command_line(vm)]
+    argv += ["-kernel", str(vm.image), "-initrd", str(folder / "initrd"), "-append"]
+    # What is compiled beforehand, for emulation, names an address of the kernel, so that is to be the same in each boot
+    argv.append(command_line(vm) + (" nokaslr" if accel == "tcg" else ""))
     argv += ["-device", "virtio-serial-pci,max_ports=16"]
     for number in range(PORTS):
         path = Channel.socket_path(folder, number)

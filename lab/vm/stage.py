@@ -6,17 +6,21 @@ anew meanwhile.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from lab import cgroups
 from lab.state import LabError
 from lab.vm.handle import VmHandle
 from lab.vm.kernels import CACHE, tool
+from lab.vm.precompiled import bcc as stand_in
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAND_IN = Path("lab/vm/precompiled/bcc")
 IN_THE_VM = "/var/tmp/pillion-compiled"
+BCC = "/usr/lib/python3/dist-packages/bcc"  # of a machine
 LEFT_OUT = (".venv", ".git", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache", "__pycache__", "build", "dist")
 
 # The product's own loader, once, on this machine's kernel and a cgroup nobody is in; with the mounts all of it goes
@@ -27,6 +31,12 @@ mount --make-rprivate / && mount -t bpf bpf "$1" || exit 1
 """
 
 _FLAGS = "import json; from nodeagent import express_load; print(json.dumps(express_load.flags()))"
+# Before an install there is the distribution's Python alone, and this takes one package that it has not
+_FLAGS_OF_A_MACHINE = """
+home=$(mktemp -d); python3 -m zipfile -e "$1"/msgspec-*.whl "$home"
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$home:. python3 -c "$2"; rm -r "$home"
+"""
+_ASIDE = '[ -e "$2" ] || { mkdir "$2" && mv "$1" "$2"; }'
 _COMPILE = 'mount --make-rprivate / && mkdir -p "$1/fs" && mount -t bpf bpf "$1/fs" && exec "$2" -c "$3" "$1/fs" "$4" "$5"'
 _EXPRESS = """
 import json, sys
@@ -60,11 +70,11 @@ def take(lab: str, vm: str) -> Path:
 
 def compile_programs(place: Path, cgroup: Path) -> None:
     """What the VM's loaders will ask for; its `import bcc` finds it. What does not load here, the VM compiles, and says so."""
-    stand_in, scratch = place / STAND_IN, place / ".compile"
+    ours, scratch = place / STAND_IN, place / ".compile"
     scratch.mkdir()
     cgroup.mkdir(parents=True)
     try:
-        env = [f"PILLION_COMPILED={stand_in / 'compiled'}", f"PYTHONPATH={stand_in.parent}:{place}", "PYTHONDONTWRITEBYTECODE=1"]
+        env = [f"PILLION_COMPILED={ours / 'compiled'}", f"PYTHONPATH={ours.parent}:{place}", "PYTHONDONTWRITEBYTECODE=1"]
         load = ["sh", "-c", _LOAD, "sh", str(scratch), sys.executable, str(cgroup), str(place)]
         tool("env", "-C", str(place), *env, "unshare", "--mount", *load)
     except LabError as error:
@@ -78,16 +88,33 @@ def compile_programs(place: Path, cgroup: Path) -> None:
 
 def compile_express(lab: str, vm: VmHandle) -> None:
     """Express's programs take offsets and an address from the VM's kernel; here they are compiled, there they are loaded."""
-    place = snapshots_of(lab) / vm.name
-    stand_in, scratch = place / STAND_IN, place / ".express"
     asked = vm.run([f"{PROJECT}/.venv/bin/python", "-c", _FLAGS], cwd=str(PROJECT), timeout=600)
+    _express(snapshots_of(lab) / vm.name, vm, asked, IN_THE_VM)
+
+
+def compile_for_machine(vm: VmHandle, release: str, wheels: str) -> None:
+    """The same for a machine that has them unpacked, before an install: what is compiled here takes the place of its BCC, which
+    steps aside. Its kernel is where it was after a reboot too (see `qemu_argv`)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "project"
+        shutil.copytree(PROJECT, place, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        compile_programs(place, vm.cgroup.with_name(f"{vm.name}-compile"))
+        vm.run(["sh", "-ec", _ASIDE, "sh", BCC, stand_in.ASIDE], check=True)
+        vm.copy_in(place / STAND_IN, BCC)
+        asked = vm.run(["sh", "-ec", _FLAGS_OF_A_MACHINE, "sh", wheels, _FLAGS], cwd=release, timeout=600)
+        _express(place, vm, asked, f"{BCC}/compiled")
+
+
+def _express(place: Path, vm: VmHandle, asked: subprocess.CompletedProcess[str], target: str) -> None:
+    scratch = place / ".express"
     scratch.mkdir(exist_ok=True)
     try:
         if asked.returncode != 0:
             raise LabError(f"this kernel has no types for it: {asked.stderr[-300:]}")
-        env = [f"PILLION_COMPILED={scratch / 'made'}", f"PYTHONPATH={stand_in.parent}:{place}", "PYTHONDONTWRITEBYTECODE=1"]
+        python_path = f"{(place / STAND_IN).parent}:{place}"
+        env = [f"PILLION_COMPILED={scratch / 'made'}", f"PYTHONPATH={python_path}", "PYTHONDONTWRITEBYTECODE=1"]
         compile_it = ["sh", "-c", _COMPILE, "sh", str(scratch), sys.executable, _EXPRESS, str(place / "bpf"), asked.stdout]
         tool("env", "-C", str(place), *env, "unshare", "--mount", *compile_it)
-        vm.copy_in(scratch / "made", IN_THE_VM)
+        vm.copy_in(scratch / "made", target)
     except LabError as error:
         print(f"express is not compiled beforehand: {error}", file=sys.stderr)

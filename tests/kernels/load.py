@@ -12,6 +12,13 @@ from tests.deploy import shop
 from tests.deploy.shop import answered
 
 PATIENCE_S = 60.0  # far more than a restart of anything takes, in emulation too
+ASKED = (  # what, how, and the pause between two requests
+    (shop.WEB, "keep", 0.1),
+    (shop.WEB, "paired", 0.02),  # close upon each other, as a connection must have that the kernel is to carry
+    (shop.WEB, "fresh", 0.3),
+    (shop.ECHO, "keep", 0.1),
+    (shop.ECHO, "fresh", 0.3),
+)
 KINDS = {
     f"{url.partition(':')[0]} {kind}": {
         "url": url,
@@ -20,13 +27,7 @@ KINDS = {
         "pause_s": pause_s,
         "patience_s": PATIENCE_S,
     }
-    for url, kind, pause_s in (
-        (shop.WEB, "keep", 0.1),
-        (shop.WEB, "paired", 0.02),  # close upon each other, as a connection must have that the kernel is to carry
-        (shop.WEB, "fresh", 0.3),
-        (shop.ECHO, "keep", 0.1),
-        (shop.ECHO, "fresh", 0.3),
-    )
+    for url, kind, pause_s in ASKED
 }
 WHERE = {"n1": "across", "n2": "within"}  # the servers are on n2
 MORE = 4  # requests of each kind that must have been answered since, before an event counts as over

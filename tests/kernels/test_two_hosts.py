@@ -7,16 +7,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lab.vm import Kind, VmHandle, VmLab, hosts
+from lab.vm import Kind, VmHandle, VmLab, hosts, stage
+from lab.vm.qemu import accelerator
 from tests.conftest import SESSION
 from tests.deploy import shop
 from tests.kernels import load
 
 KERNELS = os.environ.get("PILLION_HOSTS", "6.1,6.12").split(",")
+# A VM lab that stays, and whose machines are taken as they are when they run: to mend one step without those before it
+KEPT = os.environ.get("PILLION_HOSTS_LAB", "")
 LIMIT_S = 7200
+CPUS = 2  # what a restart or an install takes is not taken from the load
 pytestmark = pytest.mark.timeout(LIMIT_S)
 SECRET = "the-answer-of-web"
 Record = Callable[[str, object], None]
@@ -45,16 +50,32 @@ WantedBy=multi-user.target
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
-    with VmLab(f"{SESSION}h", print) as lab:
-        kernels = (KERNELS * 2)[:2]
+    lab = VmLab(KEPT or f"{SESSION}h", print)
+    try:
+        running = {name: vm for name, vm in lab.vms.items() if vm.running}
         made = [
-            lab.start(name, kernel, kind=Kind.MACHINE, limit_s=LIMIT_S, wait=False)
-            for name, kernel in zip(("n1", "n2"), kernels, strict=True)
+            running.get(name) or lab.start(name, kernel, kind=Kind.MACHINE, cpus=CPUS, limit_s=LIMIT_S, wait=False)
+            for name, kernel in zip(("n1", "n2"), (KERNELS * 2)[:2], strict=True)
         ]
-        for vm in made:
-            vm.ready(600)
-            hosts.prepare(vm, print)
+        if not running:
+            at_once(prepare, *made)
         yield made[0], made[1]
+    finally:
+        if not KEPT:
+            lab.down()
+
+
+def prepare(vm: VmHandle) -> None:
+    vm.ready(600)
+    hosts.prepare(vm, print)
+    if accelerator() == "tcg":
+        stage.compile_for_machine(vm, hosts.RELEASE, hosts.WHEELS)
+
+
+def at_once(work: Callable[[VmHandle], object], *machines: VmHandle) -> list[object]:
+    """On each machine; what came of it."""
+    with ThreadPoolExecutor(len(machines)) as pool:
+        return list(pool.map(work, machines))
 
 
 def until(done: Callable[[], object], what: Callable[[], str], seconds: float) -> float:
@@ -86,11 +107,14 @@ def ready(vm: VmHandle, *units: str) -> float:
 def test_install(machines: Machines, record_property: Record) -> None:
     first, second = machines
     record_property("fact: machines", f"{first.name} on {first.release} (and the controller), {second.name} on {second.release}")
+    if accelerator() == "tcg":
+        text = "in emulation: what the agents' loaders would have compiled there was compiled beforehand, from the same text"
+        record_property("fact: the machines run", text)
     assert "done: controller" in hosts.install_controller(first)
     first.put("/srv/mesh.yaml", shop.resources(vm.name for vm in machines).encode())
     first.run(["pillion", "apply", "-f", "/srv/mesh.yaml"], check=True, timeout=120)
-    for vm in machines:
-        assert "done: node" in hosts.install_node(vm, first)
+    said = at_once(lambda vm: hosts.install_node(vm, first), *machines)
+    assert all("done: node" in str(each) for each in said), said
     for vm in machines:
         ready(vm)
 
@@ -124,9 +148,17 @@ def test_the_load_runs_and_the_kernel_carries_its_part(machines: Machines, recor
         load.start(vm)
     for vm in machines:
         until(lambda vm=vm: load.goes(vm, 40), lambda vm=vm: f"load on {vm.name}: {load.counts(vm)}", 300)  # type: ignore[misc]  # bound now
-    found = shop.express(machines[1])
+    second = machines[1]
+    assert shop.express(second)["on"], shop.express(second)
+    until(lambda: carries(second), lambda: f"the kernel carries nothing: {shop.express(second)}", 300)
+    found = shop.express(second)
     record_property("fact: express on n2", f"{found['pairs']} pairs, {found['carried']['requests']} requests carried")
-    assert found["on"] and found["pairs"] >= 1 and found["carried"]["requests"] > 0, found
+
+
+def carries(vm: VmHandle) -> bool:
+    """Whether express has a pair and requests."""
+    found = shop.express(vm)
+    return bool(found["pairs"] >= 1 and found["carried"]["requests"] > 0)
 
 
 WITHIN = ("within, http keep", "within, http paired", "within, tcp keep")
@@ -145,16 +177,18 @@ def judged(event: str, lost: load.Losses, planned: bool, record_property: Record
     """Native and paired connections lose nothing; what goes through user space loses nothing where it was planned."""
     record_property(f"load: {event}", lost.recorded())
     print(event, lost)
-    native = [kind for kind in lost.kinds if kind in WITHIN[1:]]
-    assert lost.of(*native) == 0, lost
-    if planned:
-        assert lost.of(*lost.kinds) == 0, lost
+    never = lost.kinds if planned else WITHIN[1:]
+    failed = {kind: lost.of(kind) for kind in never if lost.of(kind)}
+    assert not failed, failed
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_under_load(machines: Machines, event: str, record_property: Record) -> None:
     number, unit, command, planned = EVENTS[event]
     vm = machines[number]
+    if not planned:  # only what the kernel carries by then outlives a proxy; those of n1 cross, and are never paired
+        paired = sum(kind in ("keep", "paired") and url == shop.WEB for url, kind, _ in load.ASKED)
+        until(lambda: shop.express(machines[1])["pairs"] >= paired, lambda: f"pairs: {shop.express(machines[1])}", 300)
 
     def act() -> None:
         old = shown(vm, unit, "InvocationID")
@@ -189,8 +223,8 @@ def test_a_reboot_leaves_all_whole_and_opens_nothing(machines: Machines, record_
     outside = ["python3", "-m", "http.server", "--directory", "/srv", "--bind", first.addresses[0], "9090"]
     first.run(["systemd-run", "-q", "--unit=outside", *outside], check=True, timeout=120)
     first.run(["systemctl", "start", "eager"], check=True, timeout=120)
-    control = second.run(["curl", "-s", "-m", "20", f"http://{first.addresses[0]}:9090/"], timeout=60).stdout
-    assert "outside-was-reached" in control
+    control = ["curl", "-s", "-m", "20", f"http://{first.addresses[0]}:9090/"]
+    until(lambda: "outside-was-reached" in second.run(control, timeout=60).stdout, lambda: "what is outside is there", 120)
     second.run(["systemctl", "enable", "eager"], check=True, timeout=120)
     shop.enrol(second, "intruder", INTRUDER.format(outside=first.addresses[0]))
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,19 @@ def test_the_stand_in_is_what_the_loaders_use() -> None:
         used |= set(re.findall(r"\bBPF\.(\w+)|\blib\.(bpf_\w+)", path.read_text()))
     names = {name for pair in used for name in pair if name}
     assert names and all(hasattr(stand_in.BPF, name) or hasattr(stand_in.lib, name) for name in names), names
+
+
+def test_the_stand_in_finds_what_stepped_aside_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a machine it has the place of the distribution's package."""
+    theirs = {name: module for name, module in sys.modules.items() if name == "bcc" or name.startswith("bcc.")}
+    (tmp_path / "bcc").mkdir()
+    (tmp_path / "bcc" / "__init__.py").write_text("WHERE = 'aside'\n")
+    monkeypatch.setattr(stand_in, "ASIDE", str(tmp_path))
+    try:
+        assert stand_in.real().WHERE == "aside" and str(tmp_path) not in sys.path
+    finally:
+        sys.modules.pop("bcc", None)
+        sys.modules.update(theirs)
 
 
 def test_what_bcc_attaches_by_its_name_goes_to_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
