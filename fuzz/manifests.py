@@ -13,7 +13,7 @@ from fuzz.target import Disagreement, Target
 from mesh import compile as compiler
 from mesh import resources
 
-_DOCUMENTS = (
+DOCUMENTS = (
     {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
      "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]}},
     {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "Workload", "metadata": {"name": "web-1", "namespace": "shop",
@@ -29,6 +29,15 @@ _DOCUMENTS = (
      "spec": {"mtls": {"mode": "STRICT"}}},
     {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "MeshConfig", "metadata": {"name": "mesh"},
         "spec": {"trustDomain": "mesh.local"}},
+    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "MeshConfig", "metadata": {"name": "mesh"}, "spec": {
+        "outboundAllow": [{"cidr": "10.0.0.0/8", "ports": [80]}], "dnsUpstreams": ["192.0.2.1:53", "[2001:db8::1]:53"],
+        "dnsForward": ["*.test", {"names": ["a.test"], "principals": ["mesh.local/ns/shop/sa/web"]}], "policyLeaseSeconds": 60,
+        "budgets": {"connections": 2000, "workerShare": 0.25, "bytesInFlight": 1048576}, "connectsUnderWay": 16}},
+    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "ServiceEntry", "metadata": {"name": "bank", "namespace": "shop"},
+     "spec": {"hosts": ["api.bank.test", "*.cdn.bank.test"], "ports": [{"number": 443, "protocol": "TLS"},
+        {"number": 4433, "protocol": "UDP"}], "principals": ["mesh.local/ns/shop/sa/web"]}},
+    {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "IdentityBudget", "metadata": {"name": "batch", "namespace": "shop"},
+     "spec": {"principals": ["mesh.local/ns/shop/sa/batch"], "budgets": {"requestsPerSecond": 200, "descriptors": 2}}},
     {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r", "namespace": "shop"},
      "spec": {"parentRefs": [{"kind": "Service", "group": "", "name": "web", "port": 80}], "rules": [
          {"matches": [{"path": {"type": "RegularExpression", "value": "/a+"}, "headers": [{"name": "x", "value": "y"}]}],
@@ -54,12 +63,12 @@ class Manifests(Target):
     def __init__(self) -> None:
         super().__init__()
         self.compared = {"accepted": 0, "as-json": 0}
-        self.texts = [yaml.safe_dump(document, sort_keys=False) for document in _DOCUMENTS]
+        self.texts = [yaml.safe_dump(document, sort_keys=False) for document in DOCUMENTS]
 
     def generate(self, rng: Random) -> bytes:
         out = []
         for _ in range(1 + int(rng.random() ** 2 * 3)):
-            document: object = _DOCUMENTS[int(rng.random() * len(_DOCUMENTS))]
+            document: object = DOCUMENTS[int(rng.random() * len(DOCUMENTS))]
             for _ in range(int(rng.random() * 3)):
                 document = change(rng, document)
             if rng.random() < 0.5:

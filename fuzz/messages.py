@@ -13,8 +13,12 @@ from fuzz.target import Disagreement, Target
 from mesh import link, snapshot
 from mesh.model import (
     Action,
+    Budget,
+    BudgetChange,
     Config,
+    DnsForward,
     Identity,
+    IdentityBudget,
     Item,
     OutboundAllow,
     Policy,
@@ -22,6 +26,7 @@ from mesh.model import (
     Route,
     Rule,
     Service,
+    ServiceEntry,
     ServicePort,
     Source,
     State,
@@ -30,16 +35,22 @@ from mesh.model import (
 )
 
 _ITEMS: tuple[Item, ...] = (
-    Config("mesh.local", outbound_allow=(OutboundAllow("10.0.0.0/8", (80,)),)),
+    Config(
+        "mesh.local", outbound_allow=(OutboundAllow("10.0.0.0/8", (80,)),), dns_upstreams=("192.0.2.1:53",),
+        dns_forward=(DnsForward(("*.test",), ("mesh.local/ns/shop/sa/*",)),), policy_lease_s=60.0, revoked=("0a", "node:n2"),
+        budgets=Budget(connections=9),
+    ),
     Identity(256, "spiffe://mesh.local/ns/shop/sa/web"),
     Service(257, "web", "shop", ("240.0.0.1",), (ServicePort(80, 8080, "http", Protocol.HTTP),), ("Workload/shop/web-1",)),
     Workload(258, "web-1", "shop", "n1", 256, "spiffe://mesh.local/ns/shop/sa/web", ("10.77.1.1",), {"app": "web"}, (8080,)),
     Policy("allow", "shop", Action.ALLOW, {"app": "web"}, rules=(Rule((Source(("mesh.local/ns/shop/sa/*",)),)),)),
     Route("r", "shop", (("Service/shop/web", 80),)),
-)
+    ServiceEntry("bank", "shop", ("api.bank.test", "*.cdn.test"), ((443, "tcp"), (4433, "udp")), ("mesh.local/ns/shop/sa/web",)),
+    IdentityBudget("batch", "shop", BudgetChange(requests_per_s=2, worker_share=0.1), ("mesh.local/ns/shop/sa/web",)),
+)  # fmt: skip
 STATE: State = {key_of(item): item for item in _ITEMS}
 _DIGEST = snapshot.digest(STATE)
-_MESSAGES: tuple[link.Message, ...] = (
+MESSAGES: tuple[link.Message, ...] = (
     link.Hello("n1", "=II", ("a", "b"), "=I", ("c",)),
     link.Update(1, True, STATE, (), (link.LocalWorkload("Workload/shop/web-1", 1, 2),), 3),
     link.Update(2, False, {}, ("Route/shop/r",)),
@@ -52,8 +63,10 @@ _MESSAGES: tuple[link.Message, ...] = (
     link.Leaving(), link.Leaving(600.0), link.Left(1 << 48), link.Drained(3),
     link.Paired(1, True, (0, -1), (link.PairEnd("Workload/shop/c", 1),)),
     link.Takeover(2, "Service/shop/web", 80, "Workload/shop/a", (link.PairEnd("Workload/shop/b", 8080),), (0,)),
+    link.Grant(1, 2, ("127.0.0.1", 4711), "udp", "api.bank.test", ("93.184.215.14", "2606:2800::14"), 60.0),
+    link.Granted(1, "not_named"), link.Lease(1 << 60),
 )  # fmt: skip
-_FRAMES = tuple(link.encode(message) for message in _MESSAGES)
+_FRAMES = tuple(link.encode(message) for message in MESSAGES)
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1 << 31, 1 << 64, -(1 << 63) - 1, 1.5, 1e400, "", "a", "\0", "é", "\ud800", "x" * 300, [], {}, [[]],
         {"": ""},

@@ -17,7 +17,10 @@ GRANT_S_MAX = 3600.0
 GRANT_GRACE_S = 10.0  # from the answer to the connect() it was for
 GRANT_ADDRESSES_MAX = 16  # of one answer
 
-_SHARED = ip_network("100.64.0.0/10")
+# Python's is_global takes for public what is not: a carrier's addresses, a protocol's own, and of IPv6 all that nobody has
+# assigned yet, among it site-local addresses, IPv4 written as ::a.b.c.d, and whatever prefix a NAT64 of one's own has
+_LOCAL4 = (ip_network("100.64.0.0/10"), ip_network("192.0.0.0/24"))
+_UNICAST6 = ip_network("2000::/3")
 _NAT64 = ip_network("64:ff9b::/96")
 
 
@@ -31,7 +34,9 @@ def outside(address: str) -> bool:
             ip = inner
         elif ip in _NAT64:
             ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-    if any(ip in net for net in (VIP4, VIP6) if net.version == ip.version) or (ip.version == 4 and ip in _SHARED):
+    if any(ip in net for net in (VIP4, VIP6) if net.version == ip.version):
+        return False
+    if any(ip in net for net in _LOCAL4) if ip.version == 4 else ip not in _UNICAST6:
         return False
     return ip.is_global and not ip.is_multicast
 

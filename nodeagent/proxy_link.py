@@ -153,6 +153,7 @@ class ProxyFleet:
             if not worker.ready.done():
                 worker.close("not ready in time")
             reason = await asyncio.shield(worker.closed)  # a cancelled wait must not look like a closed link
+            self.counts["protocol_errors"] += worker.broke
             if worker.pid:
                 self.counts["lost"] += 1
                 (log.info if worker.leaving else log.warning)("worker_lost", worker=name, pid=worker.pid, reason=reason)

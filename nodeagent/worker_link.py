@@ -37,6 +37,7 @@ class WorkerLink:
         self.index, self.generation = -1, 0
         self.leaving = self.drains = self.hurries = False  # it ends by plan; takes nothing new any more; has no time left
         self.leaves_s = 0.0  # how long it may go on with what is open
+        self.broke = False  # the framing, and was hung up on
         self.acked_revision = self.leased_ns = 0
         self.equipped = False
         self.listeners: set[str] = set()
@@ -118,14 +119,17 @@ class WorkerLink:
                 return
             if not data or flags & socket.MSG_CTRUNC:
                 close_all(fds)
+                self.broke = bool(data)
                 self.close("descriptors were lost on the way" if data else "closed by the worker")
                 return
             try:
                 messages = self._decoder.feed(data, fds)
             except link.LinkError as error:
+                self.broke = True
                 self.close(f"broke the framing: {error}")
                 return
             if self._decoder.fds_waiting > link.FRAME_FDS_MAX:
+                self.broke = True
                 self.close("sends descriptors that belong to no frame")
                 return
             for message, its_fds in messages:

@@ -63,6 +63,7 @@ def judge(facts: Facts, status: dict[str, Any], state: State | None) -> list[Fin
         _agent(status, facts.agent),
         _programs(status, facts),
         _cables(status, facts),
+        _parts(status),
         *_lease(status),
         *_proxy(facts),
         *_files(facts),
@@ -110,6 +111,19 @@ def _cables(status: dict[str, Any], facts: Facts) -> Finding:
         "name the host's side as `veth` in the workload's entry; the agent puts a filter that was removed back within seconds: "
         "if it does not, read its log, and see who else changes tc there",
         unknown,
+    )
+
+
+def _parts(status: dict[str, Any]) -> Finding:
+    """What this kernel can not do (nodeagent/optional.py). Express is no defence."""
+    parts: dict[str, dict[str, Any]] = status.get("optional") or {}
+    wrong = [f"{part}: {seen.get('why')}; {seen.get('instead')}" for part, seen in parts.items() if not seen.get("on")]
+    return _judged(
+        "parts of the kernel",
+        [text for text in wrong if not text.startswith("express:")],
+        "filters on cables, and ending connections, work here",
+        "use a kernel that has it: pillion check --pre names what is missing",
+        [] if parts else ["the agent does not say which it could use"],
     )
 
 

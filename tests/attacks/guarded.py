@@ -1,8 +1,9 @@
-"""Static sites with a part that a policy closes: nginx and Python's http.server as they are, same node and cross-node."""
+"""Static sites with a part that a policy closes: nginx and Python's http.server as they are on this node, Node on the other."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from tests.e2e.mesh import Mesh, policy, service
 
 PORT = 8081
 HEADER = "x-role"
-SERVERS = ("web", "echo", "far")  # nginx, Python, nginx on the other node
+SERVERS = ("web", "echo", "far")  # nginx, Python, Node on the other node
 OPEN, SECRET = "OPEN", "SECRET"
 
 NGINX = """daemon off; user root; worker_processes 1; pid {dir}/guarded.pid; error_log /dev/null;
@@ -63,7 +64,8 @@ def guarded(mesh: Mesh, protocol: str = "http") -> Iterator[Mesh]:
         config.write_text(NGINX.format(dir=directory, site=site))
         nginx = ["nginx", "-c", str(config), "-e", "stderr"]
         python = [sys.executable, "-m", "http.server", str(PORT), "--bind", "::", "--directory", str(site)]
-        started.append(mesh.w[name].start(python if name == "echo" else nginx, name="guarded"))
+        node = [shutil.which("node") or "nodejs", str(PROGRAMS / "site.mjs"), str(PORT), str(site)]
+        started.append(mesh.w[name].start({"echo": python, "far": node}.get(name, nginx), name="guarded"))
         mesh.listening(name, PORT)
     resources = {"Service": "", "AuthorizationPolicy": ""}
     for name in SERVERS:

@@ -1,10 +1,13 @@
-"""An HBONE client by hand (ssl and h2), with the SVID a node keeps for one of its workloads. Prints {"answer": …}."""
+"""An HBONE client by hand (ssl and h2), with the SVID a node keeps for one of its workloads. Prints {"answer": …}; with --stay S,
+once it is served, whether the peer ends the connection within S seconds: "200 ended" or "200 open"."""
 
 import argparse
 import json
 import shlex
 import socket
+import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import h2.events
@@ -16,6 +19,7 @@ parser = argparse.ArgumentParser()
 for name in ("state", "who", "dial", "authority", "forwarded", "sni"):
     parser.add_argument(f"--{name}", required=True)
 parser.add_argument("--before", default="true", help="a command that opens a way which the agent closes again: run last")
+parser.add_argument("--stay", type=float, default=0.0)
 options = parser.parse_args()
 
 
@@ -34,11 +38,27 @@ def ask() -> str:
                 if isinstance(event, h2.events.ResponseReceived):
                     found = dict(event.headers)
                     reason = found.get("x-pillion-reason", "")
+                    if found[":status"] == "200" and options.stay:
+                        return f"200 {ended(conn, options.stay)}"
                     return found[":status"] + (f" {reason}" if reason else "")
                 if isinstance(event, h2.events.StreamReset | h2.events.ConnectionTerminated):
                     return repr(event)
             conn.sendall(own.data_to_send())
     return "closed"
+
+
+def ended(conn: ssl.SSLSocket, seconds: float) -> str:
+    until = time.monotonic() + seconds
+    try:
+        while (left := until - time.monotonic()) > 0:
+            conn.settimeout(left)
+            if not conn.recv(65536):
+                return "ended"
+    except TimeoutError:
+        pass
+    except OSError:
+        return "ended"
+    return "open"
 
 
 try:

@@ -26,6 +26,8 @@ ANY_SOCKET = Mutant(
     ("bpf/egress.c", "    reason = PL_R_EGRESS_PROTOCOL;\n", "    reason = PASS;\n"),
 )
 PEERS = ("dark", "echo-far")
+# What belongs to no connection opens none; a filter without a memory can not tell it from what does. See security.md, "Also"
+PASSES = {"dark": ["ack", "ack-of-a-tunnel"], "echo-far": ["ack-of-a-tunnel"]}
 REASONS = ("egress_protocol", "spoofed", "outbound_denied", "egress_no_connect")
 ANYWHERE = frozenset({"no-ip", "spoofed-loopback"})  # the node's own stack forwards neither: nothing of the mesh is asked
 
@@ -65,8 +67,8 @@ def arrived(frames: Sequence[bytes], marker: str, kinds: Sequence[str]) -> list[
 def test_no_packet_by_hand_arrives(mesh: Mesh, counted: Counted, family: int, peer: str) -> None:
     with counted(mesh, "n1", *REASONS, times=12), counted(mesh, "n1", "spoofed", times=3):
         sent, seen = flood(mesh, peer, family)
-    assert len(sent) >= 14
-    assert seen == []
+    assert len(sent) >= 16
+    assert seen == PASSES[peer]
 
 
 @pytest.mark.red("packets by AF_PACKET", UNFILTERED)

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from lab.capture import Capture
+from lab.pace import SLOW
 from tests.attacks.actions import host
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy, until
+from tests.e2e.test_fail_closed import FAR_CLIENT, authority_of, loot
 
 PROGRAM = Path(__file__).with_name("hbone_client.py")
 
@@ -32,14 +34,17 @@ def ask(
     at: str = "far-client",
     sni: str = "",
     family: int = 0,
+    state: Path | None = None,
+    stay_s: float = 0.0,
 ) -> str:
-    """ "200", or a refusal: the status and reason, or the transport's error. `who`: whose certificate; `at`: whose address."""
+    """ "200", or a refusal: the status and reason, or the transport's error. `who`: whose certificate, among those below `state`;
+    `at`: whose address; `stay_s`: as the program's --stay."""
     node, pod = mesh.lab.nodes["n2"], mesh.w[at].pod
-    state, own = mesh.lab.paths.agent_state("n2"), mesh.w[at].addresses[family]
+    state, own = state or mesh.lab.paths.agent_state("n2"), mesh.w[at].addresses[family]
     argv = [
         *(sys.executable, str(PROGRAM), "--state", str(state), "--who", f"shop/{who}", "--dial", mesh.w[dial].addresses[family]),
         *("--authority", authority, "--forwarded", forwarded or f'for="{host(own)}:4242"'),
-        *("--sni", sni or f"{dial}.shop.mesh.local"),
+        *("--sni", sni or f"{dial}.shop.mesh.local", "--stay", str(stay_s)),
         *("--before", f"nsenter --net={node.netns} tc qdisc del dev {pod.veth} clsact"),  # the agent repairs it: each time
     ]
     out = node.run(["nsenter", f"--net={mesh.w[at].netns}", *argv], timeout=30)
@@ -114,6 +119,11 @@ AUTHORITIES = [
 ]
 
 
+def dials(mesh: Mesh) -> float:
+    """connect() of n1's proxy so far, in whatever namespace: those that the kernel let out, and those it refused."""
+    return mesh.denied("n1", "dial_denied") + mesh.metric("n1", "pillion_datapath_total", reason="proxy_dial")
+
+
 @pytest.mark.attack("what is not the asker's to reach")
 @pytest.mark.usefixtures("far_client_allowed")
 @pytest.mark.parametrize(("authority", "reason"), AUTHORITIES)
@@ -121,10 +131,12 @@ def test_authorities_that_are_not_ours_are_refused(mesh: Mesh, counted: Counted,
     """Loopback, metadata, nodes, our own ports, undeclared ports, another identity's endpoint, odd spellings: and no SYN."""
     addresses = {name: workload.addresses[0] for name, workload in mesh.w.items()}
     addresses |= {f"{name}6": host(workload.addresses[1]) for name, workload in mesh.w.items()}
+    before = dials(mesh)
     with counted(mesh, "n1", reason), Capture(mesh.w["web"].netns, "lo") as seen:
         answer = ask(mesh, authority.format(**addresses))
     assert answer == f"403 {reason}"
     assert seen.frames == []
+    assert dials(mesh) == before, "the proxy tried to connect to somewhere"
 
 
 @pytest.mark.attack("what is not the asker's to reach")
@@ -219,6 +231,59 @@ def test_a_certificate_serves_from_its_own_address_only(mesh: Mesh, counted: Cou
 def test_a_certificate_serves_from_anywhere_without(broken: Mesh) -> None:
     with allowed(broken):
         assert from_elsewhere(broken) == "200"
+
+
+# ---- certificates of the mesh that are not good enough (more of them: tests/e2e/test_fail_closed.py)
+
+
+ANY_USAGE = Mutant(
+    "d",
+    "a peer's certificate says it is for that",
+    ("l7proxy/tls.py", "    if not usages >= _USAGES:\n", "    if False:\n"),
+)
+PAST_ITS_END = Mutant(
+    "d",
+    "a tunnel ends with its certificate",
+    ("l7proxy/inbound.py", "            if wall >= tunnel.peer.not_after:\n", "            if False:\n"),
+)
+LIFE_S = 2.0 * SLOW  # of a certificate; a second is lost to rounding
+
+
+def without_usage(mesh: Mesh, folder: Path) -> str:
+    state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], usages=()))
+    return ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state)
+
+
+@pytest.mark.attack("a certificate without its usage")
+@pytest.mark.usefixtures("far_client_allowed")
+def test_a_certificate_that_is_not_for_this_opens_nothing(mesh: Mesh, counted: Counted, tmp_path: Path) -> None:
+    with counted(mesh, "n1", "cert_eku"):
+        assert without_usage(mesh, tmp_path / "state") != "200"
+
+
+@pytest.mark.red("a certificate without its usage", ANY_USAGE)
+def test_any_certificate_opens_a_tunnel_without(broken: Mesh, tmp_path: Path) -> None:
+    with allowed(broken):
+        assert without_usage(broken, tmp_path / "state") == "200"
+
+
+def past_its_end(mesh: Mesh, folder: Path) -> str:
+    """What becomes of a tunnel that was opened shortly before."""
+    state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], ends_in_s=1.0 + LIFE_S))
+    return ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state, stay_s=LIFE_S + 2.5)
+
+
+@pytest.mark.attack("a tunnel that outlives its certificate")
+@pytest.mark.usefixtures("far_client_allowed")
+def test_a_tunnel_ends_when_its_certificate_does(mesh: Mesh, counted: Counted, tmp_path: Path) -> None:
+    with counted(mesh, "n1", "cert_expired"):
+        assert past_its_end(mesh, tmp_path / "state") == "200 ended"
+
+
+@pytest.mark.red("a tunnel that outlives its certificate", PAST_ITS_END)
+def test_a_tunnel_outlives_its_certificate_without(broken: Mesh, tmp_path: Path) -> None:
+    with allowed(broken):
+        assert past_its_end(broken, tmp_path / "state") == "200 open"
 
 
 @contextmanager

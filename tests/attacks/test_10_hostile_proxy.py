@@ -4,10 +4,13 @@ and messages to the agent. What it may still do stands in docs/security.md, "Wha
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,10 +18,10 @@ import pytest
 from lab import LabError
 from lab.process import Place, environment, run, start
 from mesh import link
-from tests.attacks.actions import PROGRAMS
-from tests.attacks.mutants import Mutant
+from tests.attacks.actions import PROGRAMS, dial
+from tests.attacks.mutants import Counted, Mutant
 from tests.attacks.test_10_confinement import caller
-from tests.e2e.mesh import HTTP_PORT, Mesh, policy, until
+from tests.e2e.mesh import HTTP_PORT, TRUST_DOMAIN, Mesh, policy, until
 
 ANY_LISTEN = Mutant(
     "b4",
@@ -48,6 +51,34 @@ ANY_ACK = Mutant(
      "view.sent is state and not view.waiting"),
     ("nodeagent/worker_views.py", "        if digest == view.sent.digest:\n", "        if True:\n"),
 )  # fmt: skip
+ANY_PAIR = Mutant(
+    "b4",
+    "agent and kernel compare a pair with what the hooks recorded",
+    (
+        "nodeagent/express_pairs.py",
+        '        if caller is None or known != ask.caller or caller.identity != origin["identity"] or ask.caller not in ',
+        "        if caller is None or not ",
+    ),
+    ("nodeagent/express_pairs.py", '        if view.local[ask.caller] != origin["netns"]:\n', "        if not known:\n"),
+    ("bpf/express_control.c", "    if (caller->identity != o->identity) {\n", "    if (0) {\n"),
+    ("bpf/express_control.c", "    if (!same_addr(&caller->addr, &o->caller)) {\n", "    if (0) {\n"),
+    (
+        "bpf/express_control.c",
+        "    if (conn->identity != o->identity)\n      return PL_XQ_IDENTITY;\n    if (!same_addr(&conn->peer, &o->caller))\n"
+        "      return PL_XQ_CALLER;\n",
+        "",
+    ),
+)
+ANY_WAY_OUT = Mutant(
+    "b4",
+    "the agent looks up itself what a name opens, and for whom",
+    (
+        "nodeagent/grants.py",
+        "        ways = [way for way in plan.ways_out.get(workload, ()) if way.names(grant.name)]\n",
+        "        ways = [way for each in plan.ways_out.values() for way in each]\n",
+    ),
+    ("nodeagent/grants.py", "        return not outside(text) or str(", "        return 0 and str("),
+)
 
 
 def _start(mesh: Mesh, way: str, *arguments: object) -> tuple[Place, list[str], dict[str, str]]:
@@ -79,12 +110,26 @@ def hostile(mesh: Mesh, way: str, *arguments: object) -> dict[str, Any]:
         _forget(mesh)
 
 
+@contextmanager
+def agent_counted(mesh: Mesh, counted: Counted, kind: str, times: int) -> Iterator[None]:
+    """The agent of n1 counts what it did not give or take."""
+
+    def now() -> float:
+        return mesh.metric("n1", "pillion_agent_events_total", kind=kind)
+
+    before = now()
+    yield
+    assert now() >= before + times
+    counted.reasons.add(kind)
+
+
 # ---- descriptors
 
 
 @pytest.mark.attack("sockets from the agent, used otherwise")
-def test_its_sockets_go_where_the_agent_says(mesh: Mesh) -> None:
-    found = hostile(mesh, "sockets", mesh.w["web"].addresses[0], HTTP_PORT, caller(mesh, "client"))
+def test_its_sockets_go_where_the_agent_says(mesh: Mesh, counted: Counted) -> None:
+    with counted(mesh, "n1", "dial_denied", times=4):
+        found = hostile(mesh, "sockets", mesh.w["web"].addresses[0], HTTP_PORT, caller(mesh, "client"))
     assert found.pop("own") == "passed"
     assert set(found.values()) == {"PermissionError"}, found
 
@@ -112,9 +157,10 @@ def cookie(mesh: Mesh, name: str) -> int:
 
 
 @pytest.mark.attack("ask the agent for sockets")
-def test_it_gets_sockets_of_this_nodes_workloads_and_so_many(mesh: Mesh) -> None:
+def test_it_gets_sockets_of_this_nodes_workloads_and_so_many(mesh: Mesh, counted: Counted) -> None:
     foreign = (1, cookie(mesh, "far"), 1 << 63)  # the machine's own, another node's, nobody's
-    assert hostile(mesh, "stock", 10, *foreign) == {"came": [0, 0, 0], "ended": False}
+    with agent_counted(mesh, counted, "proxy_stock_refused", times=30):
+        assert hostile(mesh, "stock", 10, *foreign) == {"came": [0, 0, 0], "ended": False}
     (came,) = hostile(mesh, "stock", 5000, cookie(mesh, "web"))["came"]
     assert 0 < came <= 4096
 
@@ -140,15 +186,120 @@ def hung_up(mesh: Mesh, *words: str) -> dict[str, bool]:
 
 
 @pytest.mark.attack("say to the agent what no worker says")
-def test_the_agent_hangs_up_on_it(mesh: Mesh) -> None:
+def test_the_agent_hangs_up_on_it(mesh: Mesh, counted: Counted) -> None:
     (agent,) = mesh.lab.pids("n1", "agent")
-    assert hung_up(mesh, *WRONG) == dict.fromkeys(WRONG, True)
+    with agent_counted(mesh, counted, "proxy_protocol_errors", times=len(WRONG)):
+        assert hung_up(mesh, *WRONG) == dict.fromkeys(WRONG, True)
     assert mesh.lab.pids("n1", "agent") == [agent]
 
 
 @pytest.mark.red("say to the agent what no worker says", ANY_WORD)
 def test_the_agent_listens_on_without(broken: Mesh) -> None:
     assert not any(hung_up(broken, "a huge frame", "the agent's words").values())
+
+
+PUBLIC, REMAINS, METADATA, OPEN = "93.184.215.14", "93.184.215.15", "169.254.169.254", 443
+ENTRY = f"""---
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: ServiceEntry
+metadata: {{name: hostile, namespace: shop}}
+spec: {{hosts: [api.partner.test], ports: [{{number: {OPEN}, protocol: TLS}}], principals: ["{TRUST_DOMAIN}/ns/shop/sa/client"]}}
+"""
+GRANTS = {  # what it says of an answer -> what comes of it
+    ("intruder", "api.partner.test", (PUBLIC,)): "not_named",
+    ("", "api.partner.test", (PUBLIC,)): "unknown_asker",
+    ("client", "other.partner.test", (PUBLIC,)): "not_named",
+    ("client", "api.partner.test", (METADATA,)): "address",
+    ("client", "api.partner.test", ("10.77.0.12",)): "address",
+    ("client", "api.partner.test", ("10.77.1.12",)): "address",
+    ("client", "api.partner.test", ("::ffff:93.184.215.14",)): "address",
+    ("client", "api.partner.test", (PUBLIC,) * 17): "address",
+    ("client", "api.partner.test", (REMAINS,)): "granted",  # what a resolver said is for the proxy to know
+}
+
+
+@dataclass
+class Asked:
+    """The agent's answers, and who could connect where afterwards."""
+
+    grants: dict[tuple[str, str, tuple[str, ...]], str]
+    pairs: dict[str, str]
+    opened: set[tuple[str, str]]
+
+
+def ask_for_others(mesh: Mesh) -> Asked:
+    """A request of `intruder`, whom policy keeps from `web`, waits to be accepted; no other worker takes it."""
+    (worker,) = mesh.lab.pids("n1", "proxy-worker")
+    web = mesh.w["web"].addresses[0]
+    mesh.apply(ENTRY)
+    waiting = None
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        waiting = mesh.w["intruder"].start(["curl", "-s", "--max-time", "60", f"http://{web}:{HTTP_PORT}/"], name="waiting")
+        mesh.established("intruder", 15001)
+        place, argv, env = _start(mesh, "ask", web, HTTP_PORT, caller(mesh, "client"), "intruder", json.dumps(list(GRANTS)))
+        done = run(place, argv, timeout=80, env=env)
+        assert done.stdout.strip(), done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        opened = {
+            (who, to)
+            for who, to in (("intruder", PUBLIC), ("client", PUBLIC), ("client", METADATA), ("client", REMAINS))
+            if dial(mesh.w[who], to, OPEN, timeout_s=0.3).opened
+        }
+        return Asked(dict(zip(GRANTS, found["grants"], strict=True)), found["pairs"], opened)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+        if waiting is not None:
+            waiting.kill()
+        mesh.delete("ServiceEntry", "hostile")
+        _forget(mesh)
+
+
+@pytest.fixture(scope="module")
+def _asked() -> dict[int, Asked]:
+    return {}
+
+
+@pytest.fixture
+def asked(mesh: Mesh, _asked: dict[int, Asked]) -> Asked:
+    if id(mesh) not in _asked:
+        _asked[id(mesh)] = ask_for_others(mesh)
+    return _asked[id(mesh)]
+
+
+@pytest.fixture
+def asked_broken(broken: Mesh, _asked: dict[int, Asked]) -> Asked:
+    if id(broken) not in _asked:
+        _asked[id(broken)] = ask_for_others(broken)
+    return _asked[id(broken)]
+
+
+@pytest.mark.attack("pair sockets of different callers")
+def test_the_kernel_carries_for_nobody_under_anothers_name(asked: Asked, mesh: Mesh, counted: Counted) -> None:
+    assert asked.pairs["not captured"] == "not_captured"
+    assert asked.pairs["another's name"] == "not_the_caller"
+    assert asked.pairs["another's connection"] not in ("", "paired")
+    for reason in ("not_captured", "not_the_caller"):
+        assert mesh.metric("n1", "pillion_express_pairings_total", result=reason) >= 1
+        counted.reasons.add(reason)
+
+
+@pytest.mark.red("pair sockets of different callers", ANY_PAIR)
+def test_the_kernel_carries_under_anothers_name_without(asked_broken: Asked) -> None:
+    assert asked_broken.pairs["another's name"] == "paired"
+
+
+@pytest.mark.attack("open a way out by an answer that nobody gave")
+def test_its_answers_open_what_policy_names_alone(asked: Asked, mesh: Mesh, counted: Counted) -> None:
+    assert asked.grants == GRANTS
+    assert asked.opened == {("client", REMAINS)}
+    assert mesh.metric("n1", "pillion_datapath_grants_refused_total") >= len(GRANTS) - 1
+    counted.reasons.add("grants_refused")
+
+
+@pytest.mark.red("open a way out by an answer that nobody gave", ANY_WAY_OUT)
+def test_its_answers_open_anything_without(asked_broken: Asked) -> None:
+    assert asked_broken.opened >= {("intruder", PUBLIC), ("client", PUBLIC), ("client", METADATA)}
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from lab.pace import SLOW
 from tests.attacks.express_world import carried
-from tests.attacks.mutants import Mutant
+from tests.attacks.mutants import Counted, Mutant
 from tests.e2e import express
 from tests.e2e.express import NAME
-from tests.e2e.mesh import Mesh, policy, until
+from tests.e2e.mesh import Mesh, Refused, policy, until
 from tests.e2e.test_lease import CONFIG, LEASE_S, frozen
 
 OLD_TABLES = Mutant(
@@ -45,6 +47,20 @@ NO_LEASE = Mutant(
     "the kernel knows the lease",
     ("bpf/express_client.h", "  if (c->lease_until_ns && now > c->lease_until_ns)\n    return PL_XR_LEASE;\n", ""),
 )
+NO_LEASE_OF_NODE = Mutant(
+    "b8",
+    "the kernel's hooks compare the time themselves",
+    (
+        "bpf/common.h",
+        "  if (c->lease_until_ns && boot_ns() > c->lease_until_ns)\n    return PL_R_LEASE_EXPIRED;\n  return 0;\n",
+        "  return 0;\n",
+    ),
+)
+NO_LEASE_OF_PROXY = Mutant(
+    "b8",
+    "the proxy's workers compare the time themselves",
+    ("l7proxy/lease.py", "        return lease_s > 0 and ", "        return lease_s < 0 and "),
+)
 CONNECTIONS, SEEN_S, SEEN = 8, 1.0 * SLOW, 50
 
 
@@ -71,9 +87,10 @@ def judged(mesh: Mesh) -> float:
 
 
 @pytest.mark.attack("keep a paired connection through a deny")
-def test_a_deny_stops_the_next_request(fast: Mesh) -> None:
+def test_a_deny_stops_the_next_request(fast: Mesh, counted: Counted) -> None:
     try:
-        in_force, report = denied_under_load(fast)
+        with counted(fast, "n1", "policy_denied", times=CONNECTIONS):
+            in_force, report = denied_under_load(fast)
         assert report["last_asked"] < in_force
         assert report["statuses"]["403"] > CONNECTIONS and not report["wrong"] and not report["errors"], report
     finally:
@@ -90,31 +107,83 @@ def test_a_deny_stops_nothing_without(broken: Mesh) -> None:
             broken.delete("AuthorizationPolicy", "flip")
 
 
-def past_the_lease(mesh: Mesh) -> float:
-    """Requests on paired connections that were left to user space since the lease was over, for a second."""
-    mesh.apply(CONFIG.format(LEASE_S))
+@dataclass
+class Past:
+    """A second after the lease of n1 was over, its agent frozen."""
+
+    left: float  # requests on paired connections that the kernel left to user space, for that reason
+    let_in: set[str]  # who came anew and was served
+
+
+def served(mesh: Mesh, who: str, server: str) -> bool:
+    try:
+        return bool(mesh.echo(who, mesh.w[server].addresses[0]))
+    except Refused:
+        return False
+
+
+def past_the_lease(mesh: Mesh) -> Past:
+    mesh.apply(CONFIG.format(LEASE_S) + "---\n" + policy("lease-far", "echo", who="far-client"))
     try:
         running = express.load(mesh, connections=CONNECTIONS, rate=100, seconds=150)
         express.started(running)
         express.carried_on(mesh)
         before = express.event(mesh, "lease")
-        with frozen(mesh, "n1"):
+        ways = {"native": ("client", "echo"), "captured": ("client", "echo-far"), "stream": ("far-client", "echo")}
+        assert all(served(mesh, *way) for way in ways.values())
+        with frozen(mesh, "n1"), ThreadPoolExecutor(len(ways)) as pool:
             since = time.monotonic()
+            found = dict(zip(ways, pool.map(lambda way: served(mesh, *way), ways.values()), strict=True))
             until(lambda: time.monotonic() > since + SEEN_S, "")
         report = express.stopped(running)
         assert report["ok"] and not report["wrong"], report
-        return express.event(mesh, "lease") - before
+        return Past(express.event(mesh, "lease") - before, {name for name, passed in found.items() if passed})
     finally:
+        mesh.delete("AuthorizationPolicy", "lease-far")
         mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
 
 
+@pytest.fixture(scope="module")
+def _past() -> dict[int, Past]:
+    return {}
+
+
+@pytest.fixture
+def past(fast: Mesh, _past: dict[int, Past]) -> Past:
+    if id(fast) not in _past:
+        before = fast.denied("n1", "lease_expired")
+        _past[id(fast)] = past_the_lease(fast)
+        assert fast.denied("n1", "lease_expired") >= before + 3
+    return _past[id(fast)]
+
+
+@pytest.fixture
+def past_broken(broken: Mesh, _past: dict[int, Past]) -> Past:
+    if id(broken) not in _past:
+        with carried(broken):
+            _past[id(broken)] = past_the_lease(broken)
+    return _past[id(broken)]
+
+
 @pytest.mark.attack("paired connections past the lease")
-def test_past_the_lease_the_kernel_carries_nothing(fast: Mesh) -> None:
+def test_past_the_lease_the_kernel_carries_nothing(past: Past) -> None:
     """User space, which knows the lease too, answers."""
-    assert past_the_lease(fast) > 10 * CONNECTIONS
+    assert past.left > 10 * CONNECTIONS
 
 
 @pytest.mark.red("paired connections past the lease", NO_LEASE)
-def test_the_kernel_goes_on_past_the_lease_without(broken: Mesh) -> None:
-    with carried(broken):
-        assert past_the_lease(broken) == 0
+def test_the_kernel_goes_on_past_the_lease_without(past_broken: Past) -> None:
+    assert past_broken.left == 0
+
+
+@pytest.mark.attack("the old policy of a frozen agent")
+def test_a_frozen_agents_policy_lets_nobody_in(past: Past, counted: Counted) -> None:
+    """Native, through the proxy, and from another node. (Whatever else the lease is about: tests/e2e/test_lease.py)"""
+    assert past.let_in == set()
+    counted.reasons.add("lease_expired")
+
+
+@pytest.mark.red("the old policy of a frozen agent", NO_LEASE_OF_NODE)
+@pytest.mark.red("the old policy of a frozen agent", NO_LEASE_OF_PROXY)
+def test_a_frozen_agents_policy_is_in_force_without(past_broken: Past) -> None:
+    assert past_broken.let_in == {"native", "captured", "stream"}

@@ -17,9 +17,9 @@ import pytest
 
 from nodeagent.layouts import Layouts, address
 from nodeagent.maps import BpfMap
-from tests.attacks.actions import FAMILIES, PROGRAMS, dial, run
+from tests.attacks.actions import FAMILIES, PROGRAMS, OnHost, dial, on_host, run
 from tests.attacks.mutants import Counted, Mutant
-from tests.attacks.outside import FORGED, NODE, RIGHT, asking_outside, look_up, packed
+from tests.attacks.outside import FORGED, NODE, RIGHT, SERVERS, asking_outside, look_up, packed
 from tests.attacks.test_15_names import ANY_SENDER
 from tests.e2e.mesh import TRUST_DOMAIN, Mesh, until
 
@@ -173,6 +173,31 @@ def test_what_may_be_known_may_not_be_reached(outside: Outside, counted: Counted
     assert outside.ask("intruder", "www.known.test.") == [RIGHT]
     with counted(outside.mesh, "n1", "outbound_denied"):
         assert not outside.reaches("intruder")
+
+
+@pytest.mark.attack("somebody else's answer")
+def test_who_lives_beside_the_asker_has_no_part_in_it(outside: Outside, counted: Counted) -> None:
+    """Two identities in the node's own namespace: the address is the same, the socket tells who asked. A name that not all of
+    them may ask for is told to nobody there."""
+    mesh = outside.mesh
+    mesh.apply(ENTRY.replace("hosts: [", 'hosts: ["www.known.test", '))
+
+    def ask(who: OnHost, name: str) -> str:
+        found = run(who, "lookup.py", SERVERS["v4"], 53, "udp", "A", name)
+        return ",".join(found["answer"]) or found["rcode"] or found["error"]
+
+    with on_host(mesh, "n1", "good", "client") as good, on_host(mesh, "n1", "bad", "intruder") as bad:
+        with counted(mesh, "n1", "dns_name_denied", times=2):
+            assert [ask(who, "api.partner.test.") for who in (good, bad)] == ["REFUSED"] * 2
+        with counted(mesh, "n1", "grant_refused"):
+            assert ask(bad, "www.known.test.") == RIGHT
+        with counted(mesh, "n1", "outbound_denied", times=2):
+            assert not dial(good, RIGHT, OPEN).opened
+            assert not dial(bad, RIGHT, OPEN).opened
+        assert ask(good, "www.known.test.") == RIGHT
+        assert dial(good, RIGHT, OPEN).answer.startswith("outside at")
+        with counted(mesh, "n1", "outbound_denied"):
+            assert not dial(bad, RIGHT, OPEN).opened
 
 
 @pytest.mark.red("somebody else's answer", FOR_ALL)

@@ -99,6 +99,9 @@ def inside(mesh: Mesh) -> dict[str, str]:
         "link-local": "fe80::1",
         "the node": "10.77.0.11",
         "a carrier's": "100.64.0.1",
+        "metadata, by a NAT64 of one's own": "64:ff9b:1::a9fe:a9fe",
+        "loopback, as IPv6 once wrote IPv4": "::7f00:1",
+        "a site's": "fec0::1",
     }
 
 

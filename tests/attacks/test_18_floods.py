@@ -28,6 +28,17 @@ ANY_BYTES = Mutant(
 ANY_HANDSHAKES = Mutant(
     "b4", "a budget of handshakes", ("l7proxy/inbound.py", "        if not account.handshake():\n", "        if False:\n")
 )
+ANY_STREAMS = Mutant(
+    "b4",
+    "a budget of streams",
+    ("l7proxy/inbound.py", "            if not self.core.peer_is_bulk and self.inbound.streams_of(self.peer.spiffe) > most:\n",
+     "            if most < 0:\n"),
+)  # fmt: skip
+ANY_DESCRIPTORS = Mutant(
+    "b4",
+    "a budget of descriptors",
+    ("l7proxy/budget.py", "        if self.descriptors + descriptors > budget.descriptors:\n", "        if False:\n"),
+)
 ANY_RESETS = Mutant(
     "b4", "a bound on resets", ("l7proxy/hbone/stream.py", "resets_burst: int = 1000", "resets_burst: int = 1 << 30")
 )
@@ -63,6 +74,31 @@ def test_connections_are_bounded(mesh: Mesh, counted: Counted) -> None:
 def test_connections_are_not_bounded_without(broken: Mesh) -> None:
     with flooded(broken, "{connections: 20}") as web:
         assert noise(broken, "connections", web, HTTP_PORT, 60) == {"open": 60, "refused": 0}
+
+
+@pytest.mark.attack("a flood of sockets")
+def test_sockets_are_bounded(mesh: Mesh, counted: Counted) -> None:
+    with flooded(mesh, "{descriptors: 20}") as web, counted(mesh, "n1", "budget_descriptors", times=40):
+        said = noise(mesh, "connections", web, HTTP_PORT, 60)
+    assert 0 < said["open"] <= 20 and said["refused"] == 60 - said["open"]
+
+
+@pytest.mark.red("a flood of sockets", ANY_DESCRIPTORS)
+def test_sockets_are_not_bounded_without(broken: Mesh) -> None:
+    with flooded(broken, "{descriptors: 20}") as web:
+        assert noise(broken, "connections", web, HTTP_PORT, 60) == {"open": 60, "refused": 0}
+
+
+@pytest.mark.attack("a flood of streams")
+def test_streams_are_bounded(mesh: Mesh, counted: Counted) -> None:
+    with flooded(mesh, "{streams: 10}"), counted(mesh, "n1", "budget_streams", times=20):
+        assert peer_noise(mesh, "streams", 30) == {"made": 10, "ended": False}
+
+
+@pytest.mark.red("a flood of streams", ANY_STREAMS)
+def test_streams_are_not_bounded_without(broken: Mesh) -> None:
+    with flooded(broken, "{streams: 10}"):
+        assert peer_noise(broken, "streams", 30) == {"made": 30, "ended": False}
 
 
 @pytest.mark.attack("a flood of requests")

@@ -49,6 +49,18 @@ def test_a_connected_socket_does_the_same(world: World, family: Family) -> None:
     done(world)
 
 
+def test_a_socket_made_by_another_member_sends_nothing(world: World, family: Family) -> None:
+    serve(world, family)
+    vip, before = (family.spell(family.vip), 5353), world.count("foreign_socket")
+    world.b(family.udp("s"))
+    world.a.give("s", world.b("s"))
+    refused(world.a, f"s.sendto(b'ask', {vip!r})")
+    refused(world.a, f"s.connect({vip!r})")
+    assert world.count("foreign_socket") == before + 2
+    world.b("s.close()")
+    done(world)
+
+
 def test_sockets_are_spread_over_backends_and_stay(world: World, family: Family) -> None:
     serve(world, family, backends=2)
     world.b("for l in (l0, l1): l.settimeout(0.02)")

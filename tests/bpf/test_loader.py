@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent import cgroups
 from nodeagent.loader import attach
 from tests.bpf.families import FAMILIES
 from tests.bpf.steps import capture, connect
-from tests.bpf.world import IDENTITY, LEVEL, ORIGIN, ROOT, World, cgroup_root, text
+from tests.bpf.world import IDENTITY, LEVEL, ORIGIN, ROOT, World, text
 
 V4 = FAMILIES[0]
 
@@ -114,7 +115,7 @@ def test_a_second_set_comes_and_goes(world: World, tmp_path: Path) -> None:
     assert fd is not None
     value = attach.read_map(fd, bytes(4), 40)
     os.close(fd)
-    level = len(other.relative_to(cgroup_root()).parts) + 1
+    level = cgroups.level(other.parent) + 2
     assert value is not None and value[:16] == struct.pack("<4I", world.layouts["schema"], 1, level, level + 1)
     done = world.loader(*argv, "--unload")
     assert done.returncode == 0

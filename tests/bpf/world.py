@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from lab.pace import SLOW
+from nodeagent import cgroups
 
 ROOT = Path(__file__).resolve().parents[2]
-PREFIX = "pillion-bpftest-"
+# Of this pid namespace: a run in another one (a container's), whose cgroups we see, has pids that we do not
+PREFIX = f"pillion-bpftest-{Path('/proc/self/ns/pid').stat().st_ino}-"
 TAG = f"{PREFIX}{os.getpid()}"
 SO_NETNS_COOKIE = 71
 LEVEL, ORIGIN, CALLER = 0x50494C, 1, 2
@@ -269,7 +271,7 @@ class World:
             actor("tidy()")
         for name in ("dests", "backends", "policy", "egress", "dials", "sources", "members", "listeners"):
             self.maps[name].clear()
-        levels = len(self.cgroup.relative_to(cgroup_root()).parts)
+        levels = cgroups.level(self.cgroup)
         self.config = {
             "schema": self.layouts["schema"],
             "generation": 1,

@@ -110,9 +110,10 @@ class Mesh:
         argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htnl", f"sport = :{port}"]
         until(lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip(), f"{name} does not listen")
 
-    def established(self, name: str, port: int) -> None:
-        """Until a connection to this port stands in the workload's namespace."""
-        argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htn", "state", "established", f"dport = :{port}"]
+    def established(self, name: str, port: int, to: str = "") -> None:
+        """Until a connection to this port (of this address, as `ss` writes it) stands in the workload's namespace."""
+        where = f"dst {to}:{port}" if to else f"dport = :{port}"
+        argv = ["ip", "netns", "exec", self.w[name].pod.netns, "ss", "-Htn", "state", "established", where]
         until(lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip(), f"none from {name}")
 
     def apply(self, text: str) -> int:

@@ -220,6 +220,10 @@ def test_a_corrupt_state_file_is_refused_and_the_kernel_polices_meanwhile(mesh: 
 
 @pytest.fixture(scope="module")
 def authority(mesh: Mesh) -> Issuer:
+    return authority_of(mesh)
+
+
+def authority_of(mesh: Mesh) -> Issuer:
     """The mesh's own: its intermediate from any chain, its key from the controller's state."""
     chain = x509.load_pem_x509_certificates(stored_svid(mesh, FAR_CLIENT)["chain"].encode())
     (path,) = (mesh.lab.paths.controller_state / "ca").glob("*.intermediate.key")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import driver
+from fuzz import driver, manifests, messages
 from fuzz.http1 import reading
 from fuzz.http1.nginx import Nginx
 from fuzz.http1.requests import HttpRequests
@@ -18,6 +20,9 @@ from fuzz.minimise import minimise
 from fuzz.targets import NAMES, make
 from fuzz.worker import cases, judge
 from l7proxy.http1 import head
+from mesh import link
+from mesh.model import Item
+from mesh.resources import KINDS, load
 
 CASES = {
     "http1-requests": 6000,
@@ -90,6 +95,15 @@ def test_a_fault_is_found(
     fault(monkeypatch)
     finding = judge(HttpRequests(nginx), case, deep=True)[1]
     assert finding is not None and finding.what.startswith(what)
+
+
+def test_nothing_that_is_said_is_left_out() -> None:
+    """What the product learned to say since is in the grammars too."""
+    assert {type(message) for message in messages.MESSAGES} == set(get_args(link.Message))
+    assert {type(item) for item in messages.STATE.values()} == set(get_args(Item))
+    assert {document["kind"] for document in manifests.DOCUMENTS} == set(KINDS)
+    for document in manifests.DOCUMENTS:
+        assert load(yaml.safe_dump(document))
 
 
 def test_minimise() -> None:

@@ -118,3 +118,16 @@ def test_outside() -> None:
     assert all(map(outside, ("93.184.215.14", "2606:2800::14", "::ffff:93.184.215.14", "64:ff9b::5db8:d70e")))
     with pytest.raises(ValueError, match="does not appear"):
         outside("api.example.com")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.1", "127.0.0.1", "169.254.169.254", "100.64.0.1", "192.0.0.10", "240.0.0.1", "224.0.0.1", "0.0.0.0",
+        "255.255.255.255", "::", "::1", "::7f00:1", "::a9fe:a9fe", "::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::a9fe:a9fe", "2002:a9fe:a9fe::", "fe80::1", "fec0::1", "fd50:494c::1", "fc00::1", "ff02::1", "100::1",
+        "5f00::1", "2001:db8::1",
+    ],
+)  # fmt: skip
+def test_what_is_not_outside(address: str) -> None:
+    assert not outside(address)

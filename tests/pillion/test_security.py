@@ -38,6 +38,7 @@ STATUS: dict[str, Any] = {
     "revision": 7,
     "programs": {"connect4": True},
     "controller": {"connected": True},
+    "optional": {part: {"on": part != "express", "why": "", "instead": ""} for part in ("pods", "ending", "express")},
     "policy_age_s": 1.0,
     "policy_lease_s": 60.0,
     "workloads": [
@@ -170,6 +171,7 @@ def netns() -> Iterator[str]:
         ("policy age", {"policy_age_s": 61.0}),
         ("policy age", {"policy_age_s": None}),
         ("programs", {"programs": {"connect4": False}}),
+        ("parts of the kernel", {"optional": {"ending": {"on": False, "why": "Operation not supported", "instead": "slower"}}}),
         ("certificates", {"workloads": [{**STATUS["workloads"][0], "svid": None}]}),
     ],
 )
@@ -197,7 +199,13 @@ def test_what_can_not_be_seen_is_not_called_enforced() -> None:
     verdicts = {name: finding.verdict for name, finding in found(blind, state=None).items()}
     assert Verdict.NOT not in verdicts.values()
     told = {name for name, verdict in verdicts.items() if verdict is Verdict.ENFORCED}
-    assert told == {"policy lease", "policy age", "certificates", "pods' cables"}  # of these the agent is the witness
+    assert told == {
+        "policy lease",
+        "policy age",
+        "certificates",
+        "pods' cables",
+        "parts of the kernel",
+    }  # of these the agent is the witness
 
 
 def test_facts_of_a_process(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from scapy.packet import Packet, Raw
 gateway, own, peer, other, marker = sys.argv[1:]
 six = ":" in own
 PORT, ELSEWHERE = 7000, 53211
+TUNNELS = 15008
 SCTP, UDPLITE, UNASSIGNED, IP_IN_IP = 132, 136, 253, 4
 EXPERIMENT = 0x88B5
 
@@ -38,12 +39,19 @@ def syn() -> Packet:
     return TCP(sport=ELSEWHERE, dport=PORT, flags="S", seq=1)
 
 
+def ack(port: int) -> Packet:
+    """As if it belonged to a connection."""
+    return TCP(sport=port, dport=PORT, flags="A", seq=1, ack=1)
+
+
 def udp() -> Packet:
     return UDP(sport=ELSEWHERE, dport=PORT)
 
 
 packets = {
     "tcp": ip() / syn() / payload("tcp"),
+    "ack": ip() / ack(ELSEWHERE) / payload("ack"),
+    "ack-of-a-tunnel": ip() / ack(TUNNELS) / payload("ack-of-a-tunnel"),
     "udp": ip() / udp() / payload("udp"),
     "icmp": ip() / (ICMPv6EchoRequest(data=payload("icmp").load) if six else ICMP() / payload("icmp")),
     "sctp": ip(SCTP) / ports("sctp"),
@@ -52,6 +60,7 @@ packets = {
     "gre": ip() / GRE() / IP(src="192.0.2.1", dst="192.0.2.2") / udp() / payload("gre"),
     "ip-in-ip": ip(IP_IN_IP) / IP(src="192.0.2.1", dst="192.0.2.2") / udp() / payload("ip-in-ip"),
     "spoofed-tcp": ip(source=other) / syn() / payload("spoofed-tcp"),
+    "spoofed-ack": ip(source=other) / ack(TUNNELS) / payload("spoofed-ack"),
     "spoofed-udp": ip(source=other) / udp() / payload("spoofed-udp"),
     "spoofed-loopback": ip(source="::1" if six else "127.0.0.1") / syn() / payload("spoofed-loopback"),
 }

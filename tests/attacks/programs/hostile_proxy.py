@@ -5,7 +5,9 @@ argv: PROXY_CGROUP WORKER_SOCKET WAY [ARGUMENT …]. Prints a JSON object. Ways:
 sockets HOST PORT CALLER: with a stock socket of the netns where HOST is a workload: what became of connect, bind, listen;
 keys: the identities whose keys came; stock COUNT NETNS …: how many sockets came for each of these namespaces;
 say FRAMES …: hex of what is said, each on a link of its own; whether the agent hung up on it; lie SECONDS: acknowledges every
-state with a digest of its own; flow JSON: a Flow as it says.
+state with a digest of its own; flow JSON: a Flow as it says; ask HOST PORT CALLER OWN GRANTS: the agent's answers when it asks
+that the kernel carries what the workload OWN sends on connections made for CALLER to HOST, and that addresses be open (GRANTS:
+JSON, [workload, name, addresses] each).
 """
 
 import contextlib
@@ -38,6 +40,8 @@ state: dict = {}
 local: tuple = ()
 svids: set[str] = set()
 stock: dict[tuple[int, int], list[int]] = {}
+doors: dict[int, int] = {}  # by netns: where captured connections come to
+answers: dict[int, str] = {}  # to what it asked, by number
 agent: socket.socket
 decoder = link.Decoder()
 ended = False
@@ -76,6 +80,12 @@ def hear(seconds: float, done: Callable[[], object] = lambda: False, silence_s: 
                 svids.add(message.spiffe)
             elif isinstance(message, link.Stock):
                 stock.setdefault((message.netns, message.family), []).extend(came)
+            elif isinstance(message, link.Listener) and (message.kind, message.address) == ("outbound", "127.0.0.1"):
+                doors[message.netns] = came[0]
+            elif isinstance(message, link.Paired):
+                answers[message.session] = "paired" if message.ok else message.reason
+            elif isinstance(message, link.Granted):
+                answers[message.number] = message.reason or "granted"
 
 
 def equipped() -> bool:
@@ -135,6 +145,43 @@ def sockets(host: str, port: str, caller: str) -> dict[str, str]:
     }
 
 
+def place_of(workload: str) -> int:
+    return next(each.netns for each in local if each.key == f"Workload/shop/{workload}")
+
+
+def pairings(host: str, port: int, caller: str, own: str) -> dict[str, str]:
+    """By what was wrong with it: the answer. Of the workload OWN a captured connection waits."""
+    here = next(key for key, item in state.items() if isinstance(item, Workload) and host in item.addresses)
+    server = here.rpartition("/")[2]
+    hear(5.0, lambda: place_of(own) in doors)
+    with socket.socket(fileno=doors[place_of(own)]) as door_of_own:
+        door_of_own.settimeout(5)
+        accepted = door_of_own.accept()[0]
+    fresh = [socket.socket(fileno=fd) for fd in stock[place_of(server), socket.AF_INET][:2]]
+    for sock in fresh:
+        sock.settimeout(2)
+        name_for(sock, caller)
+        sock.connect((host, port))
+    ends = (link.PairEnd(here, port),)
+    named = dict.fromkeys(["not captured", "another's name", "another's connection"], "Workload/shop/client")
+    named["another's connection"] = f"Workload/shop/{own}"
+    for number, (what, who) in enumerate(named.items(), 1):
+        fds = [(fresh[1] if what == "not captured" else accepted).fileno(), fresh[0].fileno()]
+        message = link.Pair(number, f"Service/shop/{server}", port, who, ends)
+        socket.send_fds(agent, [link.encode(message, len(fds))], fds)
+        hear(5.0, lambda number=number: number in answers)
+    return {what: answers.get(number, "") for number, what in enumerate(named, 1)}
+
+
+def grants(wanted: list[tuple[str, str, list[str]]]) -> list[str]:
+    numbers = range(100, 100 + len(wanted))
+    for number, (workload, name, addresses) in zip(numbers, wanted, strict=True):
+        netns = place_of(workload) if workload else 1 << 62
+        send(link.Grant(number, netns, ("127.0.0.1", 4711), "udp", name, tuple(addresses), 60.0))
+    hear(5.0, lambda: answers.keys() >= set(numbers))
+    return [answers.get(number, "") for number in numbers]
+
+
 def asked(count: int, *spaces: int) -> list[int]:
     """How many sockets came for each namespace. Its own are asked for last: when they are here, no answer is outstanding."""
     own = local[0].netns
@@ -186,6 +233,8 @@ else:
     hear(LATE_S, silence_s=LATE_S)  # and whatever else there is for it
     if way == "sockets":
         said = sockets(*rest)
+    elif way == "ask":
+        said = {"grants": grants(json.loads(rest[4])), "pairs": pairings(rest[0], int(rest[1]), *rest[2:4])}
     elif way == "keys":
         said = {"svids": sorted(svids)}
     elif way == "stock":

@@ -1,13 +1,15 @@
 """A peer of the mesh with a certificate that makes noise on HBONE. argv: kind state who host sni authority forwarded count
 seconds (how long it waits to be hung up on). handshakes: so many TCP connections that never speak; resets: so many streams,
-each reset at once; continuations: a head that never ends. Prints JSON {"made": n, "ended": bool}: how many of them were
-made, and whether the proxy hung up."""
+each reset at once; streams: so many open at once; continuations: a head that never ends. Prints JSON {"made": n, "ended": bool}:
+how many of them were made (of streams: served), and whether the proxy hung up."""
 
 import json
 import socket
 import ssl
 import sys
 from pathlib import Path
+
+import h2.events
 
 from lab import peer
 from mesh.ports import HBONE_PORT
@@ -69,6 +71,24 @@ def resets() -> tuple[int, bool]:
     return made, gone(sock)
 
 
+def streams() -> tuple[int, bool]:
+    sock, own = tls(), peer.http2()
+    served = 0
+    for index in range(count):
+        own.send_headers(2 * index + 1, peer.tunnel(authority, forwarded))
+        sock.sendall(own.data_to_send())
+        answered = False
+        while not answered:
+            if not (data := sock.recv(65536)):
+                return served, True
+            for event in own.receive_data(data):
+                if isinstance(event, h2.events.ResponseReceived):
+                    answered = True
+                    served += dict(event.headers)[":status"] == "200"
+        sock.sendall(own.data_to_send())
+    return served, False
+
+
 def continuations() -> tuple[int, bool]:
     sock, (begin, more) = tls(), peer.endless_head()
     sock.sendall(begin)
@@ -82,5 +102,5 @@ def continuations() -> tuple[int, bool]:
     return made, gone(sock)
 
 
-made, ended = {"handshakes": handshakes, "resets": resets, "continuations": continuations}[kind]()
+made, ended = {"handshakes": handshakes, "resets": resets, "streams": streams, "continuations": continuations}[kind]()
 print(json.dumps({"made": made, "ended": ended}))
