@@ -1,5 +1,6 @@
 """A node that was taken over floods another with frames until it is killed: no hook, and the certificate of one of its
-workloads. Runs in the node's own namespace. argv: kind netns veth state namespace/account host authority sni forwarded.
+workloads. Runs in the node's own namespace, and the node's agent is at rest.
+argv: kind netns veth state namespace/account host authority sni forwarded.
 rapid-reset: streams that are reset as soon as they are asked for; continuation: heads that never end. The peer hangs up on
 either; then it dials again. SIGTERM: once the peer has hung up, it prints, as JSON, how often that was."""
 
@@ -41,7 +42,6 @@ def continuation() -> list[bytes]:
 
 pieces = {"rapid-reset": rapid_reset, "continuation": continuation}[kind]()
 context = peer.certified(Path(state), who)
-own = os.open("/proc/self/ns/net", os.O_RDONLY)
 pod = os.open(netns, os.O_RDONLY)
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,10 +54,9 @@ def enter(namespace: int) -> None:
 over: list[int] = []
 refused = 0
 signal.signal(signal.SIGTERM, lambda number, _: over.append(number))
+subprocess.run(["tc", "qdisc", "del", "dev", veth, "clsact"], stderr=subprocess.DEVNULL, check=False)  # or it is off already
+enter(pod)
 while not over:
-    enter(own)
-    subprocess.run(["tc", "qdisc", "del", "dev", veth, "clsact"], stderr=subprocess.DEVNULL, check=False)  # the agent repairs it
-    enter(pod)
     with contextlib.suppress(OSError):
         plain = socket.create_connection((host, HBONE_PORT), HANGS_UP_S)
         with context.wrap_socket(plain, server_hostname=sni) as sock:

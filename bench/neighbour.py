@@ -1,7 +1,9 @@
 """What a neighbour's flood costs a client that asks at a steady rate: its p99 with the flood, and alone (`self`).
 
 The question is what they share: the proxy. Whose program gets a processor first is the node's scheduler's affair, with a mesh
-and without; so the victim and its server never wait for one (SCHED_FIFO), alone as well as beside the flood. The proxy does.
+and without; so the victim and its server never wait for one (SCHED_FIFO), and the flood and its servers have all but one of
+them, as a limit of the node's would leave them, alone as well as beside the flood. The proxy has no processor to itself: it has
+the weight that its unit gives it (deploy/systemd/pillion-proxy.slice), and waits as others do.
 
 Each row also holds, or it fails: the victim's worker stays below what one identity's budget allows; what the flood was refused is
 counted, once each; and what an identity was refused for its budget is what was denied for that reason. Its line says how much.
@@ -50,14 +52,31 @@ ENDS_S = 40.0
 HEARS_MORE = frozenset({"handshakes"})
 COUNTED_S = 3.0  # until the last denial is counted
 FORGET_PEAK = "5"  # to /proc/<pid>/clear_refs
+PROXY_NICE = -10  # nine times the usual weight; the unit's CPUWeight= is ten times
+AUTOGROUPS = Path("/proc/sys/kernel/sched_autogroup_enabled")
 PREFIX = "noisy-neighbour-"
 NAMES = tuple(PREFIX + flood for flood in (*FLOODS, *FRAMES))
 
 
-def first(world: World) -> None:
-    """The victim's server goes before everybody; the client by its command line."""
+def processors() -> str:
+    """Those of the flood, as taskset has them."""
+    all_of_them = sorted(os.sched_getaffinity(0))
+    return ",".join(str(each) for each in all_of_them[1:] or all_of_them)
+
+
+def place(world: World) -> None:
+    """The victim's server goes before everybody (the client by its command line), the flood's keep to their processors."""
     for pid in world.workloads["web"].pids():
         os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+    theirs = [pid for target, _port in FLOODS.values() for pid in world.workloads[target].pids()]
+    for pid in (*theirs, *world.lab.pids("n2", "proxy-worker")):  # the other node would have processors of its own
+        os.sched_setaffinity(pid, {int(each) for each in processors().split(",")})
+    (worker,) = world.lab.pids("n1", "proxy-worker")
+    autogroup = Path(f"/proc/{worker}/autogroup")
+    if autogroup.exists() and AUTOGROUPS.read_text().strip() == "1":  # each session is a group then, and nice counts inside of it
+        autogroup.write_text(str(PROXY_NICE))
+    else:
+        os.setpriority(os.PRIO_PROCESS, worker, PROXY_NICE)
 
 
 def p99_ms(world: World) -> float:
@@ -68,14 +87,22 @@ def p99_ms(world: World) -> float:
     return float(done.stdout)
 
 
+def tell_agent(flood: str, world: World, number: int) -> None:
+    """The agent of a node that was taken over does not put back what was taken out there."""
+    if flood in FRAMES:
+        for pid in world.lab.pids("n2", "agent"):
+            os.kill(pid, number)
+
+
 def begin(flood: str, world: World) -> Process:
     """The flood, with the mesh's default budgets."""
     if flood in FLOODS:
         target, port = FLOODS[flood]
-        argv = [sys.executable, str(HERE / "flood.py"), flood, world.address(target), str(port)]
+        argv = ["taskset", "-c", processors(), sys.executable, str(HERE / "flood.py"), flood, world.address(target), str(port)]
         return world.workloads["noisy"].start(argv, name="flood")
     peer, at = world.workloads["noisy-far"], world.workloads["aside"].addresses[0]
     argv = [
+        *("taskset", "-c", processors()),
         *(sys.executable, str(HERE / "flood_peer.py"), flood, str(peer.netns), peer.pod.veth),
         *(str(world.lab.paths.agent_state("n2")), f"{NAMESPACE}/noisy-far", at, f"{at}:{HTTP_PORT}"),
         *(f"aside.{NAMESPACE}.mesh.local", f'for="{peer.addresses[0]}:4242"'),
@@ -147,11 +174,12 @@ def measure(name: str, world: World, rounds: int, console: Console) -> report.Ro
     samples: dict[str, list[float]] = {"self": [], "pillion": []}
     said = ""
     with console.status(name):
-        first(world)
+        place(world)
         p99_ms(world)  # warm
         for _ in range(rounds):
             samples["self"].append(p99_ms(world))
             held = Held(world)
+            tell_agent(flood, world, signal.SIGSTOP)
             noise = begin(flood, world)
             try:
                 time.sleep(SETTLE_S)
@@ -161,6 +189,7 @@ def measure(name: str, world: World, rounds: int, console: Console) -> report.Ro
                 said = held.judge(flood, end(noise))
             finally:
                 noise.kill()
+                tell_agent(flood, world, signal.SIGCONT)
             time.sleep(SETTLE_S)
     console.print(f"{name}: {said}")
     return report.row(name, "ms p99", samples)
