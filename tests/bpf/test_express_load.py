@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import socket
+import struct
 import threading
 import time
 
@@ -13,6 +16,8 @@ from tests.bpf.express_pair import EXPRESS, PLACES, Pair, Programs
 from tests.bpf.world import LEVEL, World
 
 PAIRS, REQUESTS, SERVERS = 3, 3000, 2
+VERIFIED_MAX = 500_000  # instructions; the kernel walks a million, and other compilers and kernels need more
+INFO_BYTES, VERIFIED_AT = 256, 216  # struct bpf_prog_info, verified_insns
 
 # The proxy in small, for one pair: relays what comes to it, and tells the kernel. Runs in the proxy's cgroup.
 PROXY = """
@@ -166,3 +171,15 @@ def test_policy_and_programs_change_all_the_time(pairs: Pairs, world: World, pro
     assert carried > PAIRS * REQUESTS // 3, {name: after[name] - before[name] for name in after if after[name] != before[name]}
     for pair in made:
         pair.client.shutdown(socket.SHUT_WR)
+
+
+def test_the_verifier_does_not_walk_near_its_limit(world: World, express: ExpressPath) -> None:
+    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    walked = {}
+    for path in (world.fs / "express").iterdir():
+        fd = libbpf.bpf_obj_get(os.fsencode(path))
+        info, size = ctypes.create_string_buffer(INFO_BYTES), ctypes.c_uint(INFO_BYTES)
+        assert not libbpf.bpf_obj_get_info_by_fd(fd, info, ctypes.byref(size))
+        os.close(fd)
+        (walked[path.name],) = struct.unpack_from("=I", info.raw, VERIFIED_AT)
+    assert len(walked) >= 4 and all(0 < count < VERIFIED_MAX for count in walked.values()), walked
