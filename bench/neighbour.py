@@ -58,10 +58,10 @@ PREFIX = "noisy-neighbour-"
 NAMES = tuple(PREFIX + flood for flood in (*FLOODS, *FRAMES))
 
 
-def processors() -> str:
-    """Those of the flood, as taskset has them."""
+def processors() -> list[int]:
+    """Those of the flood."""
     all_of_them = sorted(os.sched_getaffinity(0))
-    return ",".join(str(each) for each in all_of_them[1:] or all_of_them)
+    return all_of_them[1:] or all_of_them
 
 
 def place(world: World) -> None:
@@ -70,7 +70,7 @@ def place(world: World) -> None:
         os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
     theirs = [pid for target, _port in FLOODS.values() for pid in world.workloads[target].pids()]
     for pid in (*theirs, *world.lab.pids("n2", "proxy-worker")):  # the other node would have processors of its own
-        os.sched_setaffinity(pid, {int(each) for each in processors().split(",")})
+        os.sched_setaffinity(pid, processors())
     (worker,) = world.lab.pids("n1", "proxy-worker")
     autogroup = Path(f"/proc/{worker}/autogroup")
     if autogroup.exists() and AUTOGROUPS.read_text().strip() == "1":  # each session is a group then, and nice counts inside of it
@@ -96,13 +96,14 @@ def tell_agent(flood: str, world: World, number: int) -> None:
 
 def begin(flood: str, world: World) -> Process:
     """The flood, with the mesh's default budgets."""
+    there = ("taskset", "-c", ",".join(map(str, processors())))
     if flood in FLOODS:
         target, port = FLOODS[flood]
-        argv = ["taskset", "-c", processors(), sys.executable, str(HERE / "flood.py"), flood, world.address(target), str(port)]
+        argv = [*there, sys.executable, str(HERE / "flood.py"), flood, world.address(target), str(port)]
         return world.workloads["noisy"].start(argv, name="flood")
     peer, at = world.workloads["noisy-far"], world.workloads["aside"].addresses[0]
     argv = [
-        *("taskset", "-c", processors()),
+        *there,
         *(sys.executable, str(HERE / "flood_peer.py"), flood, str(peer.netns), peer.pod.veth),
         *(str(world.lab.paths.agent_state("n2")), f"{NAMESPACE}/noisy-far", at, f"{at}:{HTTP_PORT}"),
         *(f"aside.{NAMESPACE}.mesh.local", f'for="{peer.addresses[0]}:4242"'),
