@@ -14,7 +14,6 @@ begin = time.perf_counter() + 0.01
 for index in range(int(rate * seconds)):
     due = begin + index / rate
     time.sleep(max(0.0, due - time.perf_counter()))
-    began = time.perf_counter()
     sock.sendall(ask)
     data = b""
     while b"\r\n\r\n" not in data:
@@ -28,5 +27,5 @@ for index in range(int(rate * seconds)):
     length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
     while len(body) < length:
         body += sock.recv(65536)
-    took.append(time.perf_counter() - began)
+    took.append(time.perf_counter() - due)
 print(sorted(took)[int(len(took) * 0.99)] * 1000)

@@ -89,16 +89,22 @@ def run_worker(index: int, listen: socket.socket, tie: Tie, generation: int = 0,
         worker = Worker(index, listen)
         worker.generation = generation
         inbound.install(worker)
-        worker.budgets.on_crowd = scheduling.prompt
+        thread = scheduling.LoopThread()
+        worker.budgets.on_crowd = thread.crowd
         worker.on_sweep.append(lambda _: tie.beat())
 
         def retire() -> None:
             tie.cut()
             worker.ending.retire(limit_s)
 
+        def look() -> None:
+            thread.look(loop.time())
+            loop.call_later(scheduling.LOOK_S, look)
+
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(RETIRE, retire)
         loop.call_soon(tie.beat)  # its loop turns, so it listens
+        loop.call_soon(look)
         await worker.run()
 
     uvloop.run(live())

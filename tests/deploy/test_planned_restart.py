@@ -180,7 +180,7 @@ def test_systemd_lets_the_proxy_come_first(host: Host) -> None:
     slices = [f"pillion{each}.slice" for each in ("", "-agent", "-proxy")]
     shown = host.mesh.run(["systemctl", "show", "-P", "CPUWeight", *slices])
     assert shown.stdout.split() == ["400", "200", "1000"]
-    code = "from l7proxy.scheduling import patient, prompt; assert patient() and prompt(True) and prompt(False)"
+    code = "from l7proxy.scheduling import *; assert patient() and LoopThread().crowd(True) and any(ran_and_waited())"
     own = ("Type=", "WatchdogSec=", "Restart=", "Slice=", "EnvironmentFile=", "ExecStart=", "RuntimeDirectory=")
     unit = (PROJECT / f"deploy/systemd/{PROXY}.service").read_text().partition("[Service]\n")[2].partition("[Install]")[0]
     sandbox = [line for line in unit.splitlines() if not line.startswith(own)]
