@@ -49,8 +49,10 @@ static inline bool still_inside(struct pl_xthread *t)
 static inline struct pl_xrecord *record_of(struct pl_xend *e)
 {
   u64 id = *(volatile u64 *)&e->record;
+  u32 place = *(volatile u32 *)&e->place;
+  struct pl_xrecord *r = xrecords.lookup(&place);
 
-  return xrecords.lookup(&id);
+  return r && id && *(volatile u64 *)&r->id == id ? r : NULL;
 }
 
 /* What was asked is over. Several may say so at the same time: who answers, who takes it over, who ends the pair */
@@ -129,8 +131,10 @@ static inline bool arm(struct pl_xrecord *r, const struct pl_xarm *a)
 static inline void view(struct pl_xrecord *r, struct pl_xview *to)
 {
   u32 slot = r->busy - 1;
+  u64 id = r->id;
+  struct pl_xhead *h = xheads.lookup(&id);
 
-  to->record = r->id;
+  to->record = id;
   to->flags = (r->off ? PL_XF_OFF : 0) | (r->hold ? PL_XF_HOLD : 0);
   if (still_inside(&r->sender))
     to->flags |= r->split ? PL_XF_INSIDE | PL_XF_TORN : PL_XF_INSIDE;
@@ -152,7 +156,9 @@ static inline void view(struct pl_xrecord *r, struct pl_xview *to)
   to->resp_bytes = r->resp_bytes;
   to->punt = r->punt;
   to->t0_ns = r->t0_ns;
+  if (!h)
+    return;
   KEEP_LOOP
   for (int i = 0; i < PL_X_VIEW_HEAD_BYTES / 8; i++)
-    ((u64 *)to->head)[i] = ((u64 *)r->head)[i];
+    ((u64 *)to->head)[i] = ((u64 *)h->bytes)[i];
 }

@@ -63,16 +63,12 @@ static inline u32 not_now(struct pl_config *c, struct pl_xrecord *r, struct pl_x
 
 /* User space sees some requests, `sample` of 65536 on average, several in a row: to wake it, and to fill the CPU's caches with
  * it, costs more than a request does. More in a row where they follow close upon each other: it is over as soon. */
-static inline bool sampled(u32 sample, u32 random, u64 now)
+static inline bool sampled(struct pl_xsampled *s, u32 sample, u32 random, u64 now)
 {
-  u32 zero = 0, at_once;
-  struct pl_xsampled *s;
+  u32 at_once;
 
   if (!sample)
     return false;
-  s = xsampled.lookup(&zero);
-  if (!s)
-    return true;
   at_once = now - s->last_ns < BUSY_NS ? SAMPLED_AT_ONCE_BUSY : SAMPLED_AT_ONCE;
   s->last_ns = now;
   if (s->more) {
@@ -85,30 +81,47 @@ static inline bool sampled(u32 sample, u32 random, u64 now)
   return true;
 }
 
+/* Good enough to split requests by (xorshift); the kernel's own takes ten times as long */
+static inline u32 random_of(struct pl_xsampled *s)
+{
+  u64 x = s->dice ?: bpf_get_prandom_u32() | 1;
+
+  x ^= x << 13;
+  x ^= x >> 7;
+  x ^= x << 17;
+  s->dice = x;
+  return x >> 32;
+}
+
 static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_xrecord *r, void *tp)
 {
   struct pl_config *c = configuration();
-  u32 program = r->program, busy = *(volatile u32 *)&r->busy, stamp, reason, n, length, slot, random, refs, load;
+  u32 program = r->program, busy = *(volatile u32 *)&r->busy, stamp, reason, n, length, slot, random, refs, load, zero = 0;
   struct pl_xprogram *p;
   struct pl_xverdict_key k = {};
+  struct pl_xsampled *last;
+  struct pl_xhead *h;
   struct pl_xverdict *v;
   struct pl_xslot *s;
   u8 *d, *end;
   u64 now, key, task;
+  u32 tid;
   u32 *loads;
 
   task = current_task();
-  if ((r->sender.task != task || r->sender.tid != (u32)current_ids()) && inside(&r->sender, 1) && !ran_since(&r->sender)) {
+  tid = current_ids();
+  if ((r->sender.task != task || r->sender.tid != tid) && inside(&r->sender, 1) && !ran_since(&r->sender)) {
     if (busy)
       r->hold = 1;
     return to_user(r, PL_XR_INSIDE);
   }
-  note_thread(&r->sender, task, tp);
+  note_thread(&r->sender, task, tid, tp);
   sends_again(&r->sender);
   busy = *(volatile u32 *)&r->busy;
   if (busy)
     return more_of_request(m, r, tp, busy - 1);
-  r->split = 0;
+  if (r->split)
+    r->split = 0;
   p = xprograms.lookup(&program);
   if (!c || !p)
     return to_user(r, PL_XR_NO_RECORD);
@@ -137,18 +150,26 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
   k.program = program;
   k.rule = e->reg[PL_XA_RULE] & ~ACT;
   k.seen = e->reg[PL_XA_MATCH];
-  v = xverdicts.lookup(&k);
-  if (!v)
-    return to_user(r, PL_XR_VERDICT);
-  random = bpf_get_prandom_u32();
-  if (sampled(p->sample, random >> 16, now))
+  if (e->judged != stamp) {
+    v = xverdicts.lookup(&k);
+    if (!v)
+      return to_user(r, PL_XR_VERDICT);
+    e->verdict = *v;
+    e->judged = stamp;
+  }
+  v = &e->verdict;
+  last = xsampled.lookup(&zero);
+  if (!last)
+    return to_user(r, PL_XR_SAMPLE);
+  random = random_of(last);
+  if (sampled(last, p->sample, random >> 16, now))
     return to_user(r, PL_XR_SAMPLE);
   slot = choose_slot(v, program, random);
 
   /* A client that does not wait for its responses must not see the next one overtake the last, which may be on its way
    * still from another server: its sender holds a reference while it is. Then the same server is asked again. */
   refs = TCP_U32(tp, O_REFS);
-  if (!r->refs || refs < r->refs || now - r->done_ns > REFS_KNOWN_NS)
+  if (!r->refs || refs < r->refs || (refs > r->refs && now - r->done_ns > REFS_KNOWN_NS))
     r->refs = refs;
   if (r->last && r->last != slot + 1 && (refs > r->refs || now - r->done_ns < STICKY_NS)) {
     slot = r->last - 1;
@@ -185,22 +206,30 @@ static inline int from_client(struct sk_msg_md *m, struct pl_xend *e, struct pl_
     n = PL_X_HEAD_BYTES;
   d = m->data;
   end = m->data_end;
-  read_kernel(r->head, n, d);
-  r->head_len = n;
+  key = r->id;
+  if (e->saved != key) { /* else it is this very head */
+    h = xheads.lookup(&key);
+    if (h)
+      read_kernel(h->bytes, n, d);
+    r->head_len = n;
+    e->saved = key;
+  }
   r->name = v->name;
   r->rule = k.rule;
   r->method_head = e->reg[PL_XA_RULE] >> 15 & 1;
   r->status = 0;
   r->req_bytes = m->size;
   r->req_left = n + length - m->size;
-  r->split = r->req_left != 0;
+  if (r->req_left)
+    r->split = 1;
   r->resp_left = 0;
   r->resp_bytes = 0;
   r->handed = 0;
   r->t0_ns = now;
-  r->last = slot + 1;
+  if (r->last != slot + 1)
+    r->last = slot + 1;
   r->phase = r->req_left ? PL_XP_REQUEST : PL_XP_HEAD;
-  if (p->nendpoints > 1) { /* else there is no choice to make by it */
+  if (p->chooses) {
     load = program * PL_X_SLOTS + slot;
     loads = xloads.lookup(&load);
     if (loads)

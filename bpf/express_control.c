@@ -134,6 +134,7 @@ static inline u32 proxy_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_x
   BARRIER;
   e->side = side;
   e->slot = o->slot;
+  *(volatile u32 *)&e->place = r->place;
   BARRIER;
   *(volatile u64 *)&e->record = o->record;
   if (o->side == PL_X_CLIENT) {
@@ -184,13 +185,9 @@ static inline u32 may_enrol(struct bpf_sock *sk, struct pl_xop *o, void *tp)
 /* Its former pair ends with the new one */
 static inline void leave_former(struct pl_xend *e, u64 record)
 {
-  u64 former = e->record;
-  struct pl_xrecord *r;
+  struct pl_xrecord *r = record_of(e);
 
-  if (!former || former == record)
-    return;
-  r = xrecords.lookup(&former);
-  if (r)
+  if (r && e->record != record)
     r->off = 1;
 }
 
@@ -238,10 +235,12 @@ static inline u32 enrol(struct __sk_buff *skb, struct pl_xop *o, struct pl_xreco
   key = o->key = e->key;
   e->side = o->side;
   e->slot = o->slot;
+  *(volatile u32 *)&e->place = r->place;
   BARRIER;
   *(volatile u64 *)&e->record = o->record;
   if (o->side == PL_X_CLIENT) {
     r->refs = 0;
+    *(volatile u64 *)&e->saved = 0;
     *(volatile u64 *)&r->client_key = key;
   } else {
     s->workload = o->workload;
@@ -318,7 +317,8 @@ int express_control(struct __sk_buff *skb)
 {
   struct pl_xop *o = (void *)(long)skb->data;
   struct pl_xrecord *r;
-  u32 result;
+  struct pl_xhead *h;
+  u32 result, place;
   u64 id;
 
   if ((void *)(o + 1) > (void *)(long)skb->data_end)
@@ -326,8 +326,12 @@ int express_control(struct __sk_buff *skb)
   if (o->side != PL_X_CLIENT && o->side != PL_X_SERVER)
     return PL_XQ_MALFORMED;
   id = o->record;
-  r = xrecords.lookup(&id);
-  if (!r)
+  h = xheads.lookup(&id);
+  if (!h)
+    return PL_XQ_NO_RECORD;
+  place = h->place;
+  r = xrecords.lookup(&place);
+  if (!r || r->id != id)
     return PL_XQ_NO_RECORD;
   if (o->kind == PL_XK_FORGET) {
     r->off = 1;

@@ -30,8 +30,8 @@ PL_MAP("array", xacts, u32, struct pl_xact, PL_X_BLOCKS, 0);
 PL_MAP("hash", xverdicts, struct pl_xverdict_key, struct pl_xverdict, 262144, PL_SPARSE);
 PL_MAP("percpu_hash", xstats, struct pl_xstat_key, struct pl_xstat, 8192, PL_SPARSE);
 PL_MAP("array", xblank, u32, struct pl_xstat, 1, 0); /* stays zero */
-/* When this CPU had a request last; how many more are samples, of those that come next */
-struct pl_xsampled { u64 last_ns; u32 more, pad; };
+/* When this CPU had a request last; how many more are samples, of those that come next; what its dice showed last */
+struct pl_xsampled { u64 last_ns; u32 more, pad; u64 dice; };
 PL_MAP("percpu_array", xsampled, u32, struct pl_xsampled, 1, 0);
 PL_MAP("percpu_array", xcounters, u32, u64, PL_COUNTERS, 0);
 
@@ -82,10 +82,8 @@ static inline void sends_again(struct pl_xthread *t)
 }
 
 /* It takes the last one's place, who is done */
-static inline void note_thread(struct pl_xthread *t, u64 task, void *tp)
+static inline void note_thread(struct pl_xthread *t, u64 task, u32 tid, void *tp)
 {
-  u32 tid = current_ids();
-
   if (t->task == task && t->tid == tid) /* a task's place is given again */
     return;
   t->ran_at = task + O_TASK_UTIME;

@@ -15,12 +15,49 @@ static inline bool is_text(u64 x)
   return !((x | (x + EACH(1)) | ~((x | EACH(0x80)) - EACH(0x20))) & EACH(0x80));
 }
 
-/* The table's run over [d, end): the head's length, 0 if it has no answer. Registers and result are in the socket's storage,
- * or the verifier would follow each of their values; the action is arithmetic, or it would follow each kind.
+#define WHOLE_BYTES_MAX (PL_X_HEAD_BYTES - 8) /* of a head that is kept as a whole */
+#define TAIL_BYTES 16
+
+/* It is below that anyway. The verifier of 6.1 does not know: what it learns of a number, it does not learn of its copy on the
+ * stack, which the compiler may take. */
+static inline u64 within_head(u64 x)
+{
+  asm volatile("" : "+r"(x));
+  return x & (PL_X_HEAD_BYTES - 1);
+}
+
+/* [d, end) begins with this socket's last head, byte for byte: what the registers say of that holds for it */
+static inline bool as_last(struct pl_xend *e, u8 *d, u8 *end)
+{
+  u64 nought = e->pad & 1, rest = (u64)e->reg[REG_END] - TAIL_BYTES, other; /* nought: as in walk() */
+  u8 *at;
+
+  asm volatile("" : "+r"(rest));
+  if (rest > WHOLE_BYTES_MAX - TAIL_BYTES)
+    return false;
+  at = d + within_head(rest);
+  if (at + TAIL_BYTES > end)
+    return false;
+  other = (*(u64 *)at ^ e->tail[0]) | (*(u64 *)(at + 8) ^ e->tail[1]);
+  KEEP_LOOP
+  for (u64 i = 0; i < PL_X_HEAD_BYTES / 8; i += 2) {
+    if (8 * i >= rest)
+      break;
+    asm volatile("" : "+r"(nought));
+    at = d + nought + 8 * i;
+    if (at + 16 > end)
+      return false;
+    other |= (*(u64 *)at ^ e->words[i]) | (*(u64 *)(at + 8) ^ e->words[i + 1]);
+  }
+  return !other;
+}
+
+/* The table's run over [d, end). Registers and result are in the socket's storage, or the verifier would follow each of their
+ * values; the action is arithmetic, or it would follow each kind.
  *
  * Each step waits for the one before, and mostly for the CPU's second cache. So eight bytes at a time are taken where they
  * are those of this socket's last head in that place: what a table does over the same bytes from the same state is the same. */
-static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
+static inline void walk(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
 {
   u32 block = root / PL_X_STATES;
   u64 loops = 0, state = root % PL_X_STATES; /* 64 bits wide like the registers: narrower ones cost two shifts a step */
@@ -28,10 +65,15 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
   struct pl_xact *acts = xacts.lookup(&block);
   u64 was = 0, word = 0, acted = ACT; /* since the last place of eight bytes; ACT also: they are not to be kept */
   u64 nought = e->pad & 1; /* always, which the verifier does not know: it forgets how far each way has looked, and they join */
-  u32 n;
+  u64 rest;
+  u8 *tail;
 
+  e->whole = 0;
+  e->judged = 0;
+  e->saved = 0;
+  e->reg[REG_END] = 0;
   if (!rows || !acts)
-    return 0;
+    return;
   e->reg[REG_END] = UNENDED;
   e->reg[PL_XA_RULE] = 0;
   e->reg[PL_XA_ONCE] = 0;
@@ -51,8 +93,7 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
     if (!(i & 7)) {
       if (!(acted & ACT) && i && i <= 8 * PL_X_STEPS) {
         step = &e->steps[i / 8 - 1];
-        step->bytes = word;
-        *(u64 *)&step->stamp = was | (from | loops) << 48;
+        *(u64 *)step = was | (from | loops) << 48;
       }
       acted = ACT;
       if (i + 8 < PL_X_HEAD_BYTES && at + 8 <= end) {
@@ -60,15 +101,17 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
         if (i < 8 * PL_X_STEPS) {
           was = stamp | (from | (u64)block << BLOCK_SHIFT) << 32;
           step = &e->steps[i / 8];
-          known = *(u64 *)&step->stamp;
-          if (step->bytes == word && (known ^ was) << 16 == 0) {
+          known = *(u64 *)step;
+          if (e->words[i / 8] == word && (known ^ was) << 16 == 0) {
             state = known >> 48 & (PL_X_STATES - 1);
             loops = known >> 48 & LOOP;
             i += 7;
             continue;
           }
+          *(u64 *)step = 0; /* it was of other bytes */
           acted = 0;
         }
+        e->words[i / 8] = word;
         if (loops && is_text(word)) {
           acted = ACT;
           i += 7;
@@ -98,6 +141,25 @@ static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
       break;
     }
   }
+  rest = (u64)*(volatile u32 *)&e->reg[REG_END] - TAIL_BYTES;
+  asm volatile("" : "+r"(rest));
+  if (e->reg[REG_BAD] || rest > WHOLE_BYTES_MAX - TAIL_BYTES)
+    return;
+  tail = d + within_head(rest);
+  if (tail + TAIL_BYTES > end)
+    return;
+  e->tail[0] = *(u64 *)tail;
+  e->tail[1] = *(u64 *)(tail + 8);
+  e->whole = stamp;
+}
+
+/* The length of the head that [d, end) begins with, 0 if the table has no answer */
+static inline u32 scan(struct pl_xend *e, u8 *d, u8 *end, u32 root, u32 stamp)
+{
+  u32 n;
+
+  if (e->whole != stamp || !as_last(e, d, end))
+    walk(e, d, end, root, stamp);
   n = *(volatile u32 *)&e->reg[REG_END];
   return e->reg[REG_BAD] || n == UNENDED ? 0 : n;
 }

@@ -47,7 +47,7 @@ static inline void finish(struct pl_xrecord *r, struct pl_xstat *st, void *tp)
   xcount(PL_XR_ANSWERED);
   if (r->counted)
     load_less(r);
-  note_thread(&r->answerer, current_task(), tp);
+  note_thread(&r->answerer, current_task(), current_ids(), tp);
   r->done_ns = now;
   r->phase = PL_XP_IDLE;
   BARRIER;
@@ -98,13 +98,16 @@ static inline int from_server(struct sk_msg_md *m, struct pl_xend *e, struct pl_
 {
   struct pl_xslot *s = &r->slots[slot & (PL_X_SLOTS - 1)];
   u32 program = r->program, rcv = TCP_U32(tp, O_RCV_NXT), n = m->size, left, reason, status;
+  u64 clean;
   struct pl_config *c = configuration();
   struct pl_xstat *st = NULL;
   struct pl_xprogram *p;
   u64 key;
 
   sends_again(&r->answerer);
-  *(volatile u64 *)&s->clean = e->settled && all_read(tp) ? clean_at(rcv) : 0;
+  clean = e->settled && all_read(tp) ? clean_at(rcv) : 0;
+  if (*(volatile u64 *)&s->clean != clean) /* mostly it is, and the line stays where it is in the CPUs' caches */
+    *(volatile u64 *)&s->clean = clean;
   if (*(volatile u32 *)&r->busy != slot + 1) {
     if (r->armed && !s->dirty && rcv == s->up_seq && TCP_U32(tp, O_WRITE_SEQ) == s->srv_seq)
       xcount(PL_XR_UNASKED);

@@ -25,6 +25,8 @@ static inline void get_express(struct bpf_sockopt *ctx, struct bpf_sock *sk)
   struct pl_xview *to = ctx->optval;
   void *end = ctx->optval_end;
   struct pl_xrecord *r;
+  struct pl_xhead *h;
+  u64 id;
 
   if ((void *)(to + 1) > end || !is_mesh(configuration()))
     return;
@@ -34,9 +36,13 @@ static inline void get_express(struct bpf_sockopt *ctx, struct bpf_sock *sk)
   if (ctx->optname == PL_OPT_EXPRESS) {
     view(r, to);
   } else {
+    id = r->id;
+    h = xheads.lookup(&id);
+    if (!h)
+      return;
     KEEP_LOOP
     for (int i = 0; i < PL_X_HEAD_BYTES / 8; i++)
-      ((u64 *)to)[i] = ((u64 *)r->head)[i];
+      ((u64 *)to)[i] = ((u64 *)h->bytes)[i];
   }
   ctx->optlen = PL_X_HEAD_BYTES; /* of both */
   BARRIER;

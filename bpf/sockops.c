@@ -172,6 +172,8 @@ static inline void accepted(struct bpf_sock_ops *s, struct bpf_sock *sk)
       no_delay(s);
     }
   }
+  if (s->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) /* its listener's */
+    bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
   conn.flags = PL_CONN_SERVER;
   conns.sk_storage_get(sk, &conn, BPF_SK_STORAGE_GET_F_CREATE);
   if (a)
@@ -182,9 +184,32 @@ static inline void listening(struct bpf_sock_ops *s, struct bpf_sock *sk)
 {
   /* a client's socket that was disconnected and listens now must not carry its old admission */
   struct pl_conn *conn = blank(sk);
+  struct pl_member *owner;
+  u64 cgroup;
 
-  if (conn)
-    conn->netns = netns_cookie(s); /* an MPTCP listener has none yet */
+  if (!conn)
+    return;
+  conn->netns = netns_cookie(s); /* an MPTCP listener has none yet */
+  if (s->local_port != PL_PORT_OUTBOUND)
+    return;
+  cgroup = conn->cgroup;
+  owner = members.lookup(&cgroup);
+  if (!owner || owner->role != PL_ROLE_AGENT)
+    return;
+  conn->flags |= PL_CONN_LISTENER;
+  bpf_sock_ops_cb_flags_set(s, s->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* Agent and proxy are gone, both: before the port is free, nobody is led there any more */
+static inline void listened(struct bpf_sock *sk)
+{
+  struct pl_conn *conn = conns.sk_storage_get(sk, 0, 0);
+  u64 netns;
+
+  if (!conn || !(conn->flags & PL_CONN_LISTENER))
+    return;
+  netns = conn->netns;
+  listeners.delete(&netns);
 }
 
 /* A client's socket leaves a state: its record goes with its end. Mostly the server's socket has taken the record when the
@@ -195,6 +220,10 @@ static inline void moved_on(struct bpf_sock_ops *s, struct bpf_sock *sk)
   struct pl_flow f = {};
   struct pl_conn *conn;
 
+  if (s->args[0] == TCP_STATE_LISTEN) {
+    listened(sk);
+    return;
+  }
   if (!over && s->args[0] != TCP_STATE_ESTABLISHED)
     return;
   conn = conns.sk_storage_get(sk, 0, 0);

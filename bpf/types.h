@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 7 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 8 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -48,7 +48,8 @@ struct pl_policy_key { u32 workload, identity; u16 port; u8 proto; u8 pad; };
 enum pl_verdict { PL_DENY = 0, PL_ALLOW = 1, PL_L7 = 2 };
 struct pl_policy { u32 verdict, rule; };
 
-/* listeners: HASH u64 netns cookie -> u32 1: the agent owns 15001/15053 in there */
+/* listeners: HASH u64 netns cookie -> u32 1: the agent owns 15001/15053 in there. Deleted when a listener on 15001 closes: the
+ * next one there may be a stranger's. */
 /* dials: HASH; where the proxy's sockets may connect to */
 struct pl_dial_key { u64 netns; struct pl_addr addr; u16 port; u16 pad; u32 pad2; };
 
@@ -105,6 +106,7 @@ struct pl_conn {
 };
 #define PL_CONN_UNRECORDED 1 /* `arriving` was full: its SYN is held back */
 #define PL_CONN_SERVER 2     /* the accepted end; workload is then the source's as well */
+#define PL_CONN_LISTENER 4   /* the agent's: where captured connections come to */
 
 
 /* events: RINGBUF, for `pillion flows` */
@@ -178,15 +180,31 @@ struct pl_way { struct pl_veth_key key; u32 taken; };
 /* The four sockets of a pair: the application's and the proxy's towards it, the proxy's and the server's */
 enum pl_xside { PL_X_CLIENT = 1, PL_X_SERVER, PL_X_ACCEPTED, PL_X_UPSTREAM };
 
-/* Eight bytes at that place of a head, as the socket sent them last, and where the table goes over them: from `from` to `to`,
- * with no action on the way. So while the program has this stamp. */
-struct pl_xstep { u64 bytes; u32 stamp; u16 from, to; };
+/* Where the table goes over eight bytes of a head, as the socket sent them last in that place: from `from` to `to`, with no
+ * action on the way. So while the program has this stamp. */
+struct pl_xstep { u32 stamp; u16 from, to; };
 #define PL_X_STEPS 64
 
+/* xverdicts: HASH; no entry: user space decides. upto: cumulated weights; mask: of endpoints */
+struct pl_xverdict_key { u32 program; u16 rule, seen; };
+struct pl_xgroup { u32 upto, mask; };
+struct pl_xverdict { u32 name, total; struct pl_xgroup group[4]; };
+
 /* xends: SK_STORAGE on all four. key: of an application's socket in the sockhash, its own for life. settled: every reader of
- * the socket knows of redirected bytes. reg: of the table's run, by pl_xaction. reg and steps are written by the socket's own
- * program, under the socket's lock. */
-struct pl_xend { u64 record, key; u32 side, slot, settled, pad; u32 reg[8]; struct pl_xstep steps[PL_X_STEPS]; };
+ * the socket knows of redirected bytes. What follows is written by the socket's own program, under the socket's lock. reg: of
+ * the table's last run, by pl_xaction; words, steps: what it went over. That was a whole head, and the same again would come
+ * out the same, while the program has the stamp `whole`; tail: the head's last bytes. So for `verdict`, with the stamp
+ * `judged`. saved: the record that has this head. */
+struct pl_xend {
+  u64 record, key;
+  u32 side, slot, settled, place, pad, spare; /* place: of the record */
+  u32 reg[8];
+  u32 whole, judged;
+  u64 saved, tail[2];
+  struct pl_xverdict verdict;
+  u64 words[PL_X_HEAD_BYTES / 8];
+  struct pl_xstep steps[PL_X_STEPS];
+};
 
 /* clean: bit 32 | rcv_nxt of the server's socket, when it was last seen with all read. up_seq, srv_seq: where the proxy's
  * socket stands, by its last arm, in what it wrote and read; base_out, base_in: at pairing. dirty: wrote unasked. */
@@ -198,23 +216,31 @@ struct pl_xslot { u64 key, clean; u32 workload, port, up_seq, srv_seq, base_in, 
 #define PL_X_SEEN 2
 struct pl_xthread { u64 task, refs_at, state_at, tid_at, ran_at, seen, seen_task; u32 tid, changes; };
 
-/* xrecords: HASH u64 id (random, never reused). One client's connection and the upstreams it may use. */
+/* xrecords: ARRAY; a place is given again once no program that may know its last record runs. One client's connection and the
+ * upstreams it may use. id: random, never reused; 0: an empty place. */
+#define PL_X_RECORDS 20480
 enum pl_xphase { PL_XP_IDLE, PL_XP_REQUEST, PL_XP_HEAD, PL_XP_BODY };
 struct pl_xrecord {
-  u64 id, client_key;
-  u32 program, identity, off, hold;           /* off: for good; hold: until armed again */
-  u32 armed, arm_up, arm_down, base_in, base_out; /* of the accepted socket, as in pl_xslot */
+  u64 id;
+  /* What an exchange changes on both sides, in one line of the CPUs' caches: each line would come and go with each message */
   u32 busy, phase, handed, handed_at;         /* busy: slot + 1 of the one that was asked */
-  u32 name, rule, status, method_head, head_len, req_left, req_bytes, resp_left, resp_bytes;
-  u32 punt;                                   /* pl_xreason of the last one */
-  u32 last, refs;                             /* slot + 1 asked last; fewest references seen on the client's socket */
-  u32 split;                                  /* a request that came in parts */
-  u64 counted;                                /* 1 + its place in xloads, while it is counted there */
+  u32 name, rule, status, method_head, req_left, req_bytes, resp_left, resp_bytes;
   u64 t0_ns, done_ns;                         /* CLOCK_BOOTTIME */
+  /* What it mostly reads alone */
+  u64 client_key, counted;                    /* counted: 1 + its place in xloads, while it is counted there */
+  u32 program, off, hold;                     /* off: for good; hold: until armed again */
+  u32 armed, arm_up, arm_down;                /* of the accepted socket, as in pl_xslot */
+  u32 last, refs;                             /* slot + 1 asked last; fewest references seen on the client's socket */
+  u32 split, punt;                            /* split: a request that came in parts; punt: pl_xreason of the last one */
+  u32 head_len, identity;
   struct pl_xthread sender, answerer;         /* whose send() carried something last, from the client and from a server */
+  u32 base_in, base_out;                      /* of the accepted socket */
   struct pl_xslot slots[PL_X_SLOTS];
-  u8 head[PL_X_HEAD_BYTES];
+  u32 place, spare[11];                       /* spare: for all records to lie alike in lines */
 };
+
+/* xheads: HASH u64 id -> where the record is, and the head of its last request that was carried */
+struct pl_xhead { u32 place, pad; u8 bytes[PL_X_HEAD_BYTES]; };
 
 /* What getsockopt(PL_OPT_EXPRESS) answers. handed_slow: bytes that server wrote before, unasked. flags: pl_xflag. head: its
  * start, so that all is no more than the 1,024 bytes that Python's getsockopt takes */
@@ -239,13 +265,8 @@ struct pl_xprogram {
   u32 generation, root, response, service, nendpoints, sample;
   u32 rate_per_s, burst; /* requests; rate 0: no limit */
   u32 endpoints[PL_X_SLOTS]; /* workload ids */
-  u32 stamp, pad;
+  u32 stamp, chooses; /* chooses: some verdict leads to several endpoints, whose load counts */
 };
-
-/* xverdicts: HASH; no entry: user space decides. upto: cumulated weights; mask: of endpoints */
-struct pl_xverdict_key { u32 program; u16 rule, seen; };
-struct pl_xgroup { u32 upto, mask; };
-struct pl_xverdict { u32 name, total; struct pl_xgroup group[4]; };
 
 /* A state as the compiler hands it over. 0: user space decides; 1: the head is complete. Bit 15 of next: do the row's action */
 struct pl_xrow { u16 next[256]; u16 kind, value; u32 pad; };
@@ -312,8 +333,8 @@ _Static_assert(sizeof(struct pl_conn) == 64, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
-_Static_assert(sizeof(struct pl_xstep) == 16 && sizeof(struct pl_xend) == 64 + 16 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
-_Static_assert(sizeof(struct pl_xthread) == 64, "pl_xthread");
+_Static_assert(sizeof(struct pl_xend) == 144 + PL_X_HEAD_BYTES + 8 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xthread) == 64 && sizeof(struct pl_xrecord) == 704, "pl_xrecord");
 _Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
 _Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 72, "pl_xrow, pl_xprogram");
 _Static_assert(sizeof(struct pl_xverdict) == 40 && sizeof(struct pl_xstat_key) == 8, "pl_xverdict, pl_xstat_key");

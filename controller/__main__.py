@@ -21,8 +21,9 @@ from aiohttp import web
 
 from controller.agents import AgentApi
 from controller.api import OperatorApi
-from controller.ca import Authority, replace_file
+from controller.ca import Authority
 from controller.events import Telemetry
+from controller.files import private_directory, write_atomically
 from controller.grants import Grants
 from controller.publish import Publisher
 from controller.registry import Registry
@@ -41,14 +42,17 @@ log = structlog.get_logger()
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="pillion-controller", description=__doc__)
+    about = "The controller of a mesh, with its state in a directory of its own."
+    parser = argparse.ArgumentParser(prog="pillion-controller", description=about)
     parser.add_argument("--state-dir", type=Path, required=True, help="database and keys; back it up as a whole")
     parser.add_argument("--run-dir", type=Path, required=True, help="controller.sock and ready")
-    parser.add_argument("--listen", type=_address, action="append", required=True, metavar="IP:PORT")
+    parser.add_argument(
+        "--listen", type=_address, action="append", required=True, metavar="IP:PORT", help="for operators and nodes; may repeat"
+    )
     parser.add_argument(
         "--advertise", type=_address, action="append", metavar="IP:PORT", help="what nodes dial; default: --listen"
     )
-    parser.add_argument("--trust-domain", type=_trust_domain, default="mesh.local")
+    parser.add_argument("--trust-domain", type=_trust_domain, default="mesh.local", help="of a new mesh; fixed from then on")
     return parser.parse_args(argv)
 
 
@@ -91,9 +95,9 @@ async def run(options: argparse.Namespace) -> None:
     state, run_dir = options.state_dir, options.run_dir
     for directory in (state, run_dir):
         directory.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o700)
     ready: Path = run_dir / "ready"
     with locked(state):
+        private_directory(state)
         ready.unlink(missing_ok=True)
         store = await SqliteStore.open(state / "pillion.db")
         try:
@@ -175,7 +179,15 @@ async def _sign_off(_: web.Request, response: web.StreamResponse) -> None:
 
 async def _tell_roots(authority: Authority, bundle: Path) -> None:
     """For whoever is to trust us: in a file, which the disk may take its time for."""
-    await asyncio.to_thread(replace_file, bundle, "".join(authority.bundle).encode(), mode=0o644)
+    await asyncio.to_thread(_keep, bundle, "".join(authority.bundle).encode())
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """The file holds this; it is not written where it does."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == data:
+            return
+    write_atomically(path, data, 0o644)
 
 
 async def _upkeep(authority: Authority, registry: Registry, tls: Tls, bundle: Path) -> None:

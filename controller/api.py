@@ -102,9 +102,10 @@ class OperatorApi:
     async def resources(self, request: web.Request) -> web.Response:
         query = request.query
         namespace = query.get("namespace", "")
-        found = self._registry.get(query.get("kind", ""), "" if namespace == "-" else namespace, query.get("name", ""))
-        items = await asyncio.to_thread(lambda: [dump(stored.resource) for stored in found])
-        return answer({"revision": self._registry.revision, "items": items})
+        wanted = query.get("kind", ""), "" if namespace == "-" else namespace, query.get("name", "")
+        revision = self._registry.revision
+        items = await asyncio.to_thread(lambda: [dump(stored.resource) for stored in self._registry.get(*wanted)])
+        return answer({"revision": revision, "items": items})
 
     async def delete(self, request: web.Request) -> web.Response:
         match = request.match_info
@@ -178,16 +179,19 @@ class OperatorApi:
         return any(record.node == node and not record.used_key and record.expires > now for record in records)
 
     async def identities(self, _: web.Request) -> web.Response:
+        revision = self._registry.revision
+        return answer({"revision": revision, "items": await asyncio.to_thread(self._identities)})
+
+    def _identities(self) -> list[dict[str, object]]:
         registry = self._registry
         live: dict[str, list[str]] = {}
         for stored in registry.get("Workload"):
             for spiffe in needs([stored.resource], registry.trust_domain).identities:
                 live.setdefault(spiffe, []).append("/".join(stored.resource.key[1:]))
-        items = [
+        return [
             {"spiffe": spiffe, "id": number, "workloads": sorted(live.get(spiffe, []))}
             for spiffe, number in sorted(registry.identities().items())
         ]
-        return answer({"revision": registry.revision, "items": items})
 
     async def state(self, _: web.Request) -> web.Response:
         revision, state = self._publisher.revision, self._publisher.state

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import ipaddress
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from controller.files import private_directory, write_atomically
 from controller.store import Check, Delete, Op, Put, Store, StoreError
 
 ROOT_TTL_S = 10 * 365 * 86400.0
@@ -127,8 +127,7 @@ class Authority:
     @classmethod
     async def open(cls, store: Store, directory: Path, trust_domain: str) -> Authority:
         """Loads the authority from ``store`` and the keys in ``directory``, or makes both. Raises StoreError."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
+        private_directory(directory)
         known = await _load(store)
         if not known:
             first = await asyncio.to_thread(_new_generation, 1, directory, trust_domain, "active")
@@ -349,26 +348,7 @@ def _key_path(directory: Path, number: int, kind: str) -> Path:
 
 
 def _write_key(path: Path, key: Key) -> None:
-    replace_file(path, key_pem(key), mode=0o600)
-
-
-def replace_file(path: Path, data: bytes, mode: int) -> None:
-    """Writes a file whole or not at all, durable before it appears under its name."""
-    temporary = path.with_name(f".{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(path, key_pem(key))
 
 
 def _read_key(path: Path) -> Key:

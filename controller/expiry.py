@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from controller import revocation, tokens
 from controller.ca import Leaf
 from controller.revocation import Revocation
-from controller.store import Delete, Op, Store
+from controller.store import Delete, Entry, Op, Store
 
 TOKEN_KEPT_S = 86400.0  # after its end, so that a late use is called expired and not unknown
 
 
 async def over(store: Store, revoked: Mapping[str, Revocation], now: float) -> tuple[list[Op], list[str]]:
     """The deletions, and the serials among them that were revoked. ``now``: unix seconds."""
-    _, entries = await store.list("serial/")
-    ops: list[Op] = [
-        Delete(e.key) for e in entries if msgspec.json.decode(e.value, type=Leaf).not_after + revocation.SKEW_S < now
-    ]
-    _, entries = await store.list("token/")
-    ops += [Delete(e.key) for e in entries if msgspec.json.decode(e.value, type=tokens.Record).expires + TOKEN_KEPT_S < now]
+    _, certificates = await store.list("serial/")
+    _, handed_out = await store.list("token/")
+    ops = await asyncio.to_thread(_past, certificates, handed_out, now)  # of a big mesh hundreds of thousands
     serials = [serial for serial, item in revoked.items() if item.until < now]
     ops += [Delete(f"revoked/{serial}") for serial in serials]
     return ops, serials
+
+
+def _past(certificates: Iterable[Entry], handed_out: Iterable[Entry], now: float) -> list[Op]:
+    ops: list[Op] = []
+    for entry in certificates:
+        if msgspec.json.decode(entry.value, type=Leaf).not_after + revocation.SKEW_S < now:
+            ops.append(Delete(entry.key))
+    for entry in handed_out:
+        if msgspec.json.decode(entry.value, type=tokens.Record).expires + TOKEN_KEPT_S < now:
+            ops.append(Delete(entry.key))
+    return ops

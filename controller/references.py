@@ -10,7 +10,8 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mesh.model import VIP4, VIP6
+from mesh.model import EGRESS_PORTS_MAX, VIP4, VIP6
+from mesh.outside import open_ports
 from mesh.resources import AuthorizationPolicy, HTTPRoute, MeshConfig, Resource, Service, Workload
 
 Key = tuple[str, str, str]  # (kind, namespace, name)
@@ -64,6 +65,8 @@ def faults(changed: Iterable[Resource], every: Mapping[Key, Resource], trust_dom
                 f"the trust domain is {trust_domain}, it is fixed when a mesh is made",
                 f"write {trust_domain} or leave the field out",
             )
+        if isinstance(resource, MeshConfig):
+            yield from _outbound(resource)
         if isinstance(resource, Workload):
             yield from _workload(resource, granted)
 
@@ -79,6 +82,21 @@ class Granted:
 
     def nodes(self) -> set[str]:
         return {node for node, _ in self._pairs}
+
+
+def _outbound(config: MeshConfig) -> Iterator[Fault]:
+    """Ranges that open more ports than a kernel's entry has room for; nodes would open the first few."""
+    allowed = config.spec.outbound_allow
+    opened = open_ports((item.cidr, item.ports) for item in allowed)
+    for at, item in enumerate(allowed):
+        ports = opened[ipaddress.ip_network(item.cidr)]
+        if ports is not None and len(ports) > EGRESS_PORTS_MAX:
+            yield Fault(
+                config.key,
+                ("spec", "outboundAllow", at),
+                f"{item.cidr} opens {len(ports)} ports, with those of wider ranges; there is room for {EGRESS_PORTS_MAX}",
+                "name fewer, or leave ports out to open all",
+            )
 
 
 def _workload(resource: Workload, granted: Granted) -> Iterator[Fault]:

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from controller import contents, expiry, references, revocation
+from controller.allocate import Exhausted
 from controller.ca import Authority
 from controller.catalog import Index, Result, Stored, encode, errors_of, grants_of, keeping, owner_of, plain, store_key
 from controller.contents import Contents
@@ -216,6 +217,8 @@ class Registry:
             raise Refused(
                 "bad_request", "; ".join(str(error) for error in errors.errors), 400, node=node, source=source
             ) from errors
+        except Exhausted as error:
+            raise Refused("exhausted", f"{error}; an operator has to make another mesh", 409, node=node, source=source) from error
 
     async def _register(self, workload: Workload, source: str) -> int:
         node, account, shown = workload.spec.node, workload.spec.service_account, f"{workload.namespace}/{workload.name}"

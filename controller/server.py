@@ -24,13 +24,13 @@ from aiohttp import web
 
 from controller.ca import Authority, Leaf, key_pem, new_key, request_for, serial_text
 from controller.events import Refused, Telemetry
-from controller.listener import HandshakeLimits, TlsListener
+from controller.listener import Limits, TlsListener
 from controller.registry import Registry
 from controller.store import Store, StoreError
 from mesh.identity import ControllerId, IdentityError, NodeId, OperatorId, parse
 
 BODY_BYTES_MAX = 4 << 20
-HEAD_BYTES_MAX = 8190  # of a line and of a field; 64 fields
+HEAD_BYTES_MAX = 8190  # of a line, and of a field
 HEAD_FIELDS_MAX = 64
 IDLE_TIMEOUT_S = 15.0  # also of a head that does not end
 BODY_TIMEOUT_S = 20.0
@@ -38,7 +38,7 @@ LINGER_S = 1.0  # for a body nobody wants
 REQUEST_TIMEOUT_S = 60.0
 HANDSHAKE_TIMEOUT_S = 10.0
 HANDSHAKES_MAX, HANDSHAKES_PER_SOURCE_MAX = 512, 64  # at a time, on one listener
-CONNECTIONS_MAX = 4096
+CONNECTIONS_MAX, CONNECTIONS_PER_SOURCE_MAX = 4096, 1024  # nodes may share an address: theirs to the outside
 BACKLOG = 512
 
 log = structlog.get_logger()
@@ -274,7 +274,7 @@ async def serve(
         raise RuntimeError("aiohttp made no server")
     loop, context = asyncio.get_running_loop(), tls.listening()
     servers: list[Listener] = []
-    limits = HandshakeLimits(HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX, HANDSHAKES_PER_SOURCE_MAX)
+    limits = Limits(HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX, HANDSHAKES_PER_SOURCE_MAX, CONNECTIONS_PER_SOURCE_MAX)
 
     def full() -> bool:
         return len(server.connections) >= CONNECTIONS_MAX

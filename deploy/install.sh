@@ -137,7 +137,8 @@ environment() { # the venv, one for each content, and `current` points at it: an
         pip=$(find /usr/share/python-wheels -name 'pip-*.whl' | sort | tail -n 1)
         [ -n "$pip" ] || die "no pip in /usr/share/python-wheels" "is python3-venv intact? apt-get install --reinstall python3-pip-whl"
         /usr/bin/python3 -m venv --without-pip "$venv"
-        options=''
+        options='' PIP_NO_CACHE_DIR=1 # in nobody's home
+        export PIP_NO_CACHE_DIR
         if [ -n "$wheelhouse" ]; then
             options="--no-index --find-links $(cd "$wheelhouse" && pwd)"
             PIP_NO_INDEX=1 PIP_FIND_LINKS=$(cd "$wheelhouse" && pwd)
@@ -297,6 +298,7 @@ settled() { # settled UNITS: until each is ready, or is known to wait for someth
                 say "the node has not joined yet: on the controller run \`pillion node token ${name:-NAME}\`, here \`$0 node --token FILE\`"
                 return 0
             fi
+            case $status in *"compiling for this kernel"*) deadline=$(($(date +%s) + wait)) ;; esac # the agent itself limits that
             [ "$(date +%s)" -lt $deadline ] || die "$unit is not ready after $wait s: ${status:-no reason given}" "see: journalctl -u $unit"
             sleep 1
         done

@@ -52,6 +52,11 @@ REASONS: dict[str, tuple[int, str, str]] = {
         "This identity has too many streams open on the endpoint's node.",
         "Reuse connections, or raise streams in an IdentityBudget; see `pillion top`.",
     ),
+    "behind_upgrade": (
+        400,
+        "What came behind a WebSocket handshake that the server refused is not read.",
+        "Send nothing before the 101.",
+    ),
     "connect_method": (501, "CONNECT is not offered inside the mesh.", "Connect to the service itself."),
     "transfer_encoding": (
         501,

@@ -89,7 +89,7 @@ class DestinationTunnel(Tunnel):
             account, most = self.account, self.account.budget.streams
             if not account.request(worker.budgets.clock()):
                 raise Refusal("budget_requests", f"{self.peer.spiffe} opens streams too fast", 429)
-            if not self.core.peer_is_bulk and self.inbound.streams_of(self.peer.spiffe) > most:
+            if not self.core.peer_is_bulk and self.inbound.full(self.peer.spiffe, most):
                 raise Refusal(account.refuse("budget_streams"), f"{self.peer.spiffe} has {most} streams here", 429)
             admission = admit(worker.config, self.served, self.listener.address, self.peer, asked)
         except Refusal as refusal:
@@ -270,6 +270,13 @@ class Inbound:
 
     def streams_of(self, spiffe: str) -> int:
         return sum(len(tunnel.core.streams) for tunnel in self._by_peer.get(spiffe, ()))
+
+    def full(self, spiffe: str, most: int) -> bool:
+        """Whether so many streams of a peer are served. Of those that one read brought, the later ones are not yet."""
+        if self.streams_of(spiffe) <= most:
+            return False
+        streams = (stream for tunnel in self._by_peer[spiffe] for stream in tunnel.core.streams.values())
+        return sum(stream.user is not None for stream in streams) >= most
 
     def refused(self, refusal: Refusal, peer: str, address: str) -> None:
         """Counted by reason, shown in the flow log."""

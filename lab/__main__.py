@@ -32,7 +32,12 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    for name in known_labs() if options.all else [options.name]:
+    for name in known_labs() if options.all or options.here else [options.name]:
+        if options.here and (whose := state.checkout_of(name)) != state.CHECKOUT:
+            print(
+                f"lab {name} stays: {whose or 'unknown'} is its checkout; else: pillion lab down --name {name}", file=sys.stderr
+            )
+            continue
         Lab(name, _say).down()
         print(f"lab {name} is down, nothing of it is left", file=sys.stderr)
     return 0
@@ -137,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     up.add_argument("--workers", type=int, default=1, help="proxy workers for each node")
     up.add_argument("--no-mesh", action="store_true", help="the network alone")
     down = command("down", _down, "remove a lab, whatever state it is in", "", "--name mine")
-    down.add_argument("--all", action="store_true", help="every lab of this machine")
+    which = down.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every lab of this machine")
+    which.add_argument("--here", action="store_true", help="every lab of this checkout")
     run = command("exec", _exec, "run a program in a workload, or on a node beside the mesh", *EXEC_EXAMPLES)
     run.add_argument("where", metavar="WORKLOAD|NODE")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")

@@ -108,7 +108,8 @@ class Lab:
             NodeState(node.name, f"unix://{self.paths.agent_socket(node.name)}", node.netns, str(self.cgroup / node.name))
             for node in plan.nodes
         )
-        unbuilt = LabState(self.name, mesh, workers, f"unix://{self.paths.controller_socket}", node_states)
+        socket = f"unix://{self.paths.controller_socket}"
+        unbuilt = LabState(self.name, mesh, workers, socket, node_states, checkout=state.CHECKOUT)
         state.save(unbuilt)
         for part in ("controller", "supervise", *(f"host/{node.name}" for node in plan.nodes)):
             (self.cgroup / part).mkdir(parents=True)

@@ -136,12 +136,14 @@ class Node(Runner):
         return self.agent_api("GET", "/v1/status")
 
     def enrolled(self, names: Collection[Name]) -> bool:
-        """Whether the agent answers, is ready as a whole, and these workloads have their certificates."""
+        """Whether the agent answers, is ready as a whole, and these workloads have their certificates and are served."""
         try:
             status = self.status()
         except LabError:
             return False
-        return bool(status["ready"]) and {*names} <= {_name(each) for each in status["workloads"] if each.get("svid")}
+        return bool(status["ready"]) and {*names} <= {
+            _name(each) for each in status["workloads"] if each.get("svid") and each["ready"]
+        }
 
     def gone(self, name: Name) -> bool:
         """Whether the agent does not answer or knows no such workload."""

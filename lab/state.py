@@ -52,6 +52,19 @@ class LabState(msgspec.Struct, frozen=True):
     workloads: dict[str, WorkloadState] = {}
     granted: tuple[str, ...] = ()  # "<node>/<namespace>" whose grants the lab applied
     built: bool = False  # the network is complete
+    checkout: str = ""  # whose lab it is
+
+
+CHECKOUT = str(Path(__file__).resolve().parents[1])
+
+
+def checkout_of(name: str) -> str:
+    """The checkout that a lab was brought up from; "" if nothing tells."""
+    try:
+        current = load(name)
+    except LabError:
+        return ""
+    return current.checkout if current else ""
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:

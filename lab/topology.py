@@ -11,7 +11,6 @@ The bridge lives in a namespace of its own, so the host sees no new link, route 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -284,7 +283,3 @@ def free_index(taken: Iterable[int]) -> int:
 def resolv_conf(namespace: str) -> str:
     """Any server will do: the mesh answers port 53 whatever the address. One is needed, or libc asks ::1."""
     return f"nameserver 127.0.0.53\nsearch {namespace}.mesh mesh\noptions timeout:2 attempts:2\n"
-
-
-def canonical(address: str) -> str:
-    return str(ipaddress.ip_address(address))

@@ -126,7 +126,7 @@ def compile_state(resources: Iterable[Resource], allocations: Allocations) -> St
         endpoints = [
             workload_key(workload.namespace, workload.name)
             for workload in by_label.get((service.namespace, *first), ())
-            if _selects(service.spec.selector, workload.metadata.labels)
+            if _selects(service.spec.selector, workload.metadata.labels) and _may_serve(workload, service)
         ]
         for endpoint in endpoints:
             ports.setdefault(endpoint, set()).update(port.target for port in service.spec.ports)
@@ -159,6 +159,12 @@ def compile_state(resources: Iterable[Resource], allocations: Allocations) -> St
 
 def _selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return all(labels.get(name) == value for name, value in selector.items())
+
+
+def _may_serve(workload: kinds.Workload, service: kinds.Service) -> bool:
+    """Labels are what a node says of its workloads; their service accounts it has been granted."""
+    accounts = service.spec.service_accounts
+    return accounts is None or workload.spec.service_account in accounts
 
 
 def _number(allocated: dict[str, int], key: str) -> int:

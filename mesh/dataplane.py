@@ -18,7 +18,6 @@ from enum import StrEnum
 
 from mesh.addresses import parse_host_port
 from mesh.link import LocalWorkload
-from mesh.matching import IpNetwork
 from mesh.model import (
     EGRESS_PORTS_MAX,
     IDENTITY_UNKNOWN,
@@ -32,7 +31,7 @@ from mesh.model import (
     TlsMode,
     Workload,
 )
-from mesh.outside import WayOut, WaysOut
+from mesh.outside import WayOut, WaysOut, open_ports
 from mesh.policy import Peer, PolicySet, Request, authorize, could_connect, port_needs_proxy
 from mesh.ports import HBONE_PORT
 from mesh.routing import RouteTable
@@ -350,29 +349,14 @@ def kernel_may(policies: PolicySet, routes: RouteTable, service_key: str, port: 
 
 
 def plan_egress(config: Config) -> dict[str, Egress]:
-    """The longest range decides in the kernel, so each carries what the wider ones around it allow as well. Nothing
-    where ``Config.outbound`` allows everything: a range with ports would only narrow that.
-    """
+    """What `open_ports` says. Nothing where ``Config.outbound`` allows everything: a range with ports would only narrow that."""
     if config.outbound is Action.ALLOW:
         return {}
-    ranges: dict[IpNetwork, set[int] | None] = {}  # None: every port
-    for item in config.outbound_allow:
-        network = ipaddress.ip_network(item.cidr, strict=False)
-        ports = ranges.setdefault(network, set())
-        if not item.ports:
-            ranges[network] = None
-        elif ports is not None:
-            ports.update(item.ports)
-    lengths = {(network.version, network.prefixlen) for network in ranges}
+    ranges = open_ports((item.cidr, item.ports) for item in config.outbound_allow)
     out = {}
-    for inner, ports in ranges.items():
-        total: set[int] | None = set(ports) if ports is not None else None
-        shorter = (bits for version, bits in lengths if version == inner.version and bits < inner.prefixlen)
-        for bits in shorter:
-            more = ranges.get(inner.supernet(new_prefix=bits), set())
-            total = None if more is None or total is None else total | more
-        # Past the kernel's room: a subset is allowed, never more than was asked for
-        out[str(inner)] = Egress(True, tuple(sorted(total)[:EGRESS_PORTS_MAX]) if total is not None else ())
+    for network, ports in ranges.items():
+        # Past the kernel's room: a subset is allowed, never more than was asked for; the controller takes no such config
+        out[str(network)] = Egress(True, tuple(sorted(ports)[:EGRESS_PORTS_MAX]) if ports is not None else ())
     # The kernel keeps IPv4 within ::ffff:0:0/96: an IPv6 range around it must not open IPv4
     if any(isinstance(network, ipaddress.IPv6Network) and _V4_MAPPED.subnet_of(network) for network in ranges):
         out.setdefault("0.0.0.0/0", Egress(False))

@@ -14,6 +14,7 @@ from mesh.policy import Peer, PolicySet, Request, Verdict, authorize
 from mesh.routing import Choice, Decision, NoRoute, RouteTable
 
 NAMES_MAX = 5  # suggested for a name that is not known
+LIKENESS_MIN = 0.6  # of either part of such a name; 1: the same
 
 
 class ExplainError(ValueError):
@@ -239,5 +240,15 @@ def _own_name(service: Service) -> str:
 
 def _near(state: State, name: str, kind: str) -> str:
     names = [key.removeprefix(f"{kind}/").removeprefix("/") for key in state if key.startswith(f"{kind}/")]
-    near = difflib.get_close_matches(name, names, NAMES_MAX) or sorted(names)[:NAMES_MAX]
-    return f"; did you mean {', '.join(near)}?" if near else "; there is none"
+    scored = sorted(((_likeness(name, known), known) for known in names), reverse=True)
+    if near := [known for likeness, known in scored[:NAMES_MAX] if likeness]:
+        return f"; did you mean {', '.join(near)}?"
+    return f"; none of the {len(names)} that are there is called like it" if names else "; there is none"
+
+
+def _likeness(asked: str, known: str) -> float:
+    """0 for names nobody would take for each other. All of a namespace begin alike, so that part is compared apart."""
+    (namespace, own), (known_namespace, known_own) = (name.rpartition("/")[::2] for name in (asked, known))
+    around = difflib.SequenceMatcher(None, namespace, known_namespace).ratio()
+    itself = difflib.SequenceMatcher(None, own, known_own).ratio()
+    return around + itself if own == known_own or min(around, itself) >= LIKENESS_MIN else 0.0

@@ -96,6 +96,8 @@ class ServiceSpec(Model):
     selector: Annotated[Labels, Field(min_length=1)]
     ports: Annotated[list[ServicePortSpec], Field(min_length=1, max_length=ENTRIES_MAX)]
     type: Literal["ClusterIP"] = "ClusterIP"
+    # Whose workloads may be behind it; None: anybody's
+    service_accounts: Annotated[list[Label], Field(min_length=1, max_length=ENTRIES_MAX)] | None = None
     express: ExpressMode = "auto"
 
     @model_validator(mode="after")

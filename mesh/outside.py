@@ -1,5 +1,5 @@
-"""What is outside the mesh: which addresses a name there may lead to, and which names an identity may reach. Pure; the proxy
-asks before it forwards a question, the agent before it opens an address."""
+"""What is outside the mesh: which ports a range of addresses opens, which addresses a name may lead to, and which names an
+identity may reach. Pure; the proxy asks before it forwards a question, the agent before it opens an address."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from mesh.identity import IdentityError, SpiffeId
-from mesh.matching import is_for, matches_pattern
+from mesh.matching import IpNetwork, is_for, matches_pattern
 from mesh.model import CONFIG_KEY, VIP4, VIP6, Config, ServiceEntry, State
 
 # How long an address stays open after its name was answered: the record's own TTL and a little, within these
@@ -39,6 +39,25 @@ def outside(address: str) -> bool:
     if any(ip in net for net in _LOCAL4) if ip.version == 4 else ip not in _UNICAST6:
         return False
     return ip.is_global and not ip.is_multicast
+
+
+def open_ports(ranges: Iterable[tuple[str, Iterable[int]]]) -> dict[IpNetwork, frozenset[int] | None]:
+    """What each range opens, of (CIDR, ports), no ports being every port: the longest range decides in the kernel, so each opens
+    what the wider ones around it open as well. None: every port. Raises ValueError."""
+    own: dict[IpNetwork, frozenset[int] | None] = {}
+    for cidr, ports in ranges:
+        network, named = ip_network(cidr, strict=False), frozenset(ports)
+        before = own.get(network, frozenset())
+        own[network] = before | named if named and before is not None else None
+    lengths = {(network.version, network.prefixlen) for network in own}
+    found = {}
+    for inner, total in own.items():
+        shorter = (bits for version, bits in lengths if version == inner.version and bits < inner.prefixlen)
+        for bits in shorter:
+            more = own.get(inner.supernet(new_prefix=bits), frozenset())
+            total = None if more is None or total is None else total | more
+        found[inner] = total
+    return found
 
 
 def grant_s(ttl_s: float) -> float:

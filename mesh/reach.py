@@ -12,7 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mesh.model import CONFIG_KEY, Config, Identity, IdentityBudget, Policy, Route, Service, ServiceEntry, State, Workload, key_of
+from mesh.model import (
+    CONFIG_KEY,
+    IDENTITY_UNKNOWN,
+    Config,
+    Identity,
+    IdentityBudget,
+    Policy,
+    Route,
+    Service,
+    ServiceEntry,
+    State,
+    Workload,
+    key_of,
+)
 from mesh.policy import Peer, PolicySet, Request, authorize
 
 
@@ -38,6 +51,7 @@ class Reach:
         for key, workload in self._workloads.items():
             self._by_node.setdefault(workload.node, []).append(key)
             self._by_identity.setdefault(workload.spiffe, []).append(key)
+        self._identities = {workload.spiffe: workload.identity for workload in self._workloads.values()}
         self._known: dict[tuple[str, int, tuple[int, ...]], tuple[bool, bool]] = {}
 
     def nodes(self) -> tuple[str, ...]:
@@ -94,7 +108,10 @@ class Reach:
         known = self._known.get(key)
         if known is None:
             verdicts = [
-                authorize(self._policies, Peer(spiffe, workload.identity), workload_key, Request(port)) for port in workload.ports
+                authorize(
+                    self._policies, Peer(spiffe, self._identities.get(spiffe, IDENTITY_UNKNOWN)), workload_key, Request(port)
+                )
+                for port in workload.ports
             ]
             known = self._known[key] = (
                 any(verdict.possible for verdict in verdicts),

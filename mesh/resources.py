@@ -46,7 +46,6 @@ __all__ = [
     "dump",
     "dump_yaml",
     "from_dict",
-    "granted",
     "load",
     "make_workload",
 ]
@@ -142,17 +141,6 @@ def make_workload(
     )
     assert isinstance(resource, Workload)  # noqa: S101  # by its kind
     return resource
-
-
-def granted(resources: Iterable[Resource], node: str, namespace: str, service_account: str) -> bool:
-    """Whether some NodeGrant lets ``node`` run the service account."""
-    wanted = (f"{namespace}/{service_account}", f"{namespace}/*")
-    return any(
-        isinstance(resource, NodeGrant)
-        and resource.spec.node == node
-        and any(grant in wanted for grant in resource.spec.service_accounts)
-        for resource in resources
-    )
 
 
 def _read(document: yamltree.Document, filename: str, errors: list[ResourceError]) -> Resource | None:

@@ -176,13 +176,6 @@ def make_delta(old: State, new: State, from_revision: int = 0, revision: int = 0
     return Delta(from_revision, revision, new_digest or digest(new), put, gone)
 
 
-def apply_delta(state: State, delta: Delta, revision: int | None = None) -> State:
-    """A new State; ``state`` is not changed. Raises SnapshotError if ``revision`` (of ``state``) is not the delta's
-    origin, an item is under a wrong key, a deleted key is not there, or the result's digest is not the promised one.
-    """
-    return Versioned(delta.from_revision if revision is None else revision, state, digest_sum(state)).apply(delta).state
-
-
 @dataclass(frozen=True, slots=True)
 class Versioned:
     """A State with its revision and digest number; what each end of a stream holds. Treat ``state`` as read-only."""
@@ -223,7 +216,8 @@ class Versioned:
         return Versioned(revision, state, value), Delta(self.revision, revision, digest_hex(value), put, gone)
 
     def apply(self, delta: Delta) -> Versioned:
-        """The successor. Raises SnapshotError (see `apply_delta`); nothing is changed then."""
+        """The successor. Raises SnapshotError if the delta begins elsewhere, an item is under a wrong key, a deleted key is
+        not there, or the result's digest is not the promised one; nothing is changed then."""
         if delta.from_revision != self.revision:
             raise SnapshotError(f"delta starts at revision {delta.from_revision}, this end has {self.revision}")
         if delta.revision < delta.from_revision:

@@ -42,6 +42,12 @@ def _node(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _url(text: str) -> str:
+    if not text.startswith("https://"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not https://host:port: nodes speak to controllers over TLS alone")
+    return text
+
+
 def _absolute(text: str) -> Path:
     return Path(text).absolute()
 
@@ -53,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--node", required=True, type=_node, help="the node's name, as in its NodeGrant and join token")
     add("--address", action="append", default=[], type=_address, help="the node's own address; once for each family")
     add("--join-token-file", type=_absolute, help="what `pillion node token NODE` printed; read again at every attempt")
-    add("--controller", action="append", default=[], help="https URL, instead of those in the join token")
+    add("--controller", action="append", default=[], type=_url, help="https://host:port, instead of those in the join token")
     add("--state-dir", required=True, type=_absolute, help="keys, certificates and the last good state; made 0700")
     add("--run-dir", required=True, type=_absolute, help="agent.sock lives here")
     add("--cgroup", required=True, type=_absolute, help="ancestor of all workloads; the programs are attached there")
@@ -117,7 +123,10 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 after SIGTERM, 2 for a wrong command line, 1 when the agent could not go on."""
-    arguments = parser().parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
+    if len({":" in address for address in arguments.address}) < len(arguments.address):
+        options.error("argument --address: two of one family; give one IPv4 and one IPv6 address at most")
     logs.configure(sys.stderr)
     os.umask(0o077)
     try:

@@ -21,7 +21,7 @@ from nodeagent import reconcile_events as ev
 from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express import Express
 from nodeagent.files import many_descriptors
-from nodeagent.flows import FlowRing
+from nodeagent.flows import FlowRing, of_worker
 from nodeagent.grant_desk import GrantDesk
 from nodeagent.kernel_work import KernelWork, Result
 from nodeagent.lease import Lease
@@ -61,7 +61,7 @@ class Agent:
         self.load_error = ""
         self.lease = Lease()
         self._datapath = datapath
-        self._work = KernelWork(datapath, options.node, options.cgroup, options.proxy_cgroup)
+        self.work = KernelWork(datapath, options.node, options.cgroup, options.proxy_cgroup)
         self._store = StateStore(options.state_dir)
         self._kernel_thread = ThreadPoolExecutor(1, thread_name_prefix="kernel")
         self._events: deque[ev.Event] = deque()
@@ -139,8 +139,8 @@ class Agent:
     async def _start_kernel(self) -> None:
         while True:
             try:
-                programs = await self._in_kernel_thread(self._work.start)
-                self.lease.granted(await self._in_kernel_thread(self._work.leased_until_ns))
+                programs = await self._in_kernel_thread(self.work.start)
+                self.lease.granted(await self._in_kernel_thread(self.work.leased_until_ns))
                 break
             except Exception as error:  # an older kernel, another Pillion's pins, no privilege: told until it is mended
                 self.load_error = str(error) or type(error).__name__
@@ -179,7 +179,7 @@ class Agent:
         self.fleet.lease(until)
         if until != self._leased_ns:
             self._leased_ns = until
-            self._spawn(self._in_kernel_thread(self._work.lease, until))
+            self._spawn(self._in_kernel_thread(self.work.lease, until))
 
     def lease_s(self) -> float:
         """The operator's limit in force; 0: none."""
@@ -252,7 +252,7 @@ class Agent:
     async def _apply(self, order: ev.ApplyKernel) -> None:
         started = time.monotonic()
         try:
-            result: Result = await self._in_kernel_thread(self._work.apply, order)
+            result: Result = await self._in_kernel_thread(self.work.apply, order)
         except Exception as error:  # whatever it is, the former state is in force and the next try may do better
             expected = isinstance(error, (DatapathError, snapshot.SnapshotError, OSError))
             log.error("kernel_refused", revision=order.revision, error=str(error), exc_info=not expected)
@@ -268,7 +268,7 @@ class Agent:
 
     async def _end_denied(self, command: ev.EndDenied) -> None:
         try:
-            ended = await self._in_kernel_thread(self._work.end_denied)
+            ended = await self._in_kernel_thread(self.work.end_denied)
         except Exception as error:  # told to the controller; tried again
             log.error("connections_not_ended", error=str(error))
             self.post(ev.Ended(command.token, 0, f"denied connections could not be ended: {error}"))
@@ -288,7 +288,7 @@ class Agent:
 
     async def _repair(self) -> None:
         try:
-            digest, repaired = await self._in_kernel_thread(self._work.repair)
+            digest, repaired = await self._in_kernel_thread(self.work.repair)
         except Exception as error:  # told in the readiness; tried again
             log.error("repair_failed", error=str(error))
             self.post(ev.Observed("", 0, str(error) or type(error).__name__))
@@ -311,7 +311,7 @@ class Agent:
         """Look where every workload is, and tell the core if something moved."""
         if not self._loaded:
             return  # nothing can be placed before the data path is there
-        changed = await self.workloads.refresh(lambda specs: self._in_kernel_thread(self._work.place, specs))
+        changed = await self.workloads.refresh(lambda specs: self._in_kernel_thread(self.work.place, specs))
         if changed is not None:
             self.post(changed)
 
@@ -366,7 +366,7 @@ class Agent:
         self.post(ev.WorkerRefused(worker, revision, error))
 
     def flow(self, flow: link.Flow) -> None:
-        self.ring.add(flow)
+        self.ring.add(of_worker(flow, self.options.node, time.time()))
 
     def stock_wanted(self, worker: str, netns: int, family: int, count: int) -> None:
         if self._stocking >= STOCKING_MAX:
@@ -377,7 +377,7 @@ class Agent:
 
     async def _stock(self, worker: str, netns: int, family: int, count: int) -> None:
         try:
-            fds = await asyncio.to_thread(self._work.stock, netns, family, count)
+            fds = await asyncio.to_thread(self.work.stock, netns, family, count)
         except (OSError, KeyError) as error:  # its netns went, or this process is out of descriptors
             self.counts["stock_failed"] += 1
             log.warning("no_stock", netns=netns, error=str(error))
@@ -387,11 +387,6 @@ class Agent:
         self.fleet.stock(worker, netns, family, fds)
 
     # ---- for the metrics
-
-    @property
-    def older_ended(self) -> int:
-        """Connections ended because they were older than the enrolment of who held them."""
-        return self._work.older_ended
 
     def off(self) -> dict[str, str]:  # what the kernel of this node lacks, and why
         return optional.off(self._datapath, self.express.why)

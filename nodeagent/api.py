@@ -17,7 +17,8 @@ from prometheus_client.registry import Collector
 
 from nodeagent.agent import Agent
 from nodeagent.exposition import merge
-from nodeagent.flows import RING_FLOWS_MAX, TooManyFollowers
+from nodeagent.flows import FOLLOWERS_MAX, RING_FLOWS_MAX, TooManyFollowers
+from nodeagent.loading import under_way
 from nodeagent.optional import INSTEAD, report
 from nodeagent.top import top
 from nodeagent.workloads import WorkloadsError, check
@@ -128,6 +129,7 @@ class LocalApi:
                 ],
                 "programs": dict(core.programs),
                 "optional": report(agent.off()),
+                "moves": agent.work.moves.report(),
             }
         )
 
@@ -149,20 +151,17 @@ class LocalApi:
         if request.query.get("follow", "0") not in ("1", "true"):
             body = b"".join(msgspec.json.encode(flow) + b"\n" for flow in ring.last(limit))
             return web.Response(body=body, content_type="application/x-ndjson")
+        if ring.crowded:
+            return _problem(503, "too_many_followers", f"{FOLLOWERS_MAX} readers follow the flows already; close one")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         follower = ring.follow(limit)
         try:
-            first = True
             await response.prepare(request)
             async for flow in follower:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await response.write(msgspec.json.encode(flow) + b"\n")
-                first = False
-        except TooManyFollowers as error:
-            if first:
-                await response.write(msgspec.json.encode({"error": str(error)}) + b"\n")
-        except ConnectionError:
-            pass  # the reader left
+        except (ConnectionError, TooManyFollowers):
+            pass  # the reader left, or came together with another, for whom there was room
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()  # it would not read a polite end either
@@ -172,21 +171,20 @@ class LocalApi:
 
     async def metrics(self, _: web.Request) -> web.Response:
         workers = await self._agent.fleet.scrape()
-        text = merge(
-            [
-                ({}, generate_latest(self._registry).decode()),
-                ({}, self._agent.kernel_metrics()),
-                ({"worker": "kernel"}, await self._agent.express.metrics()),
-                *(({"worker": index}, text) for index, text in sorted(workers.items())),
-            ]
-        )
+        sources = [
+            ({}, generate_latest(self._registry).decode()),
+            ({}, await asyncio.to_thread(self._agent.kernel_metrics)),  # which may wait for a rollout, or a compiler
+            ({"worker": "kernel"}, await self._agent.express.metrics()),
+            *(({"worker": index}, text) for index, text in sorted(workers.items())),
+        ]
+        text = await asyncio.to_thread(merge, sources)
         return web.Response(body=text.encode(), headers={"Content-Type": PROTOCOL_TEXT})
 
     async def express(self, _: web.Request) -> web.Response:
         return _json(await self._agent.express.status())
 
     async def top(self, _: web.Request) -> web.Response:
-        return _json(top(self._agent.options.node, await self._agent.fleet.scrape()))
+        return _json(await asyncio.to_thread(top, self._agent.options.node, await self._agent.fleet.scrape()))
 
     # ---- changes
 
@@ -254,7 +252,7 @@ class LocalApi:
 
 
 def _detail(agent: Agent) -> str:
-    parts = [agent.core.readiness.detail]
+    parts = [under_way(), agent.core.readiness.detail]
     if agent.load_error:
         parts.append(agent.load_error)
     if agent.workloads.file.error:
@@ -280,7 +278,8 @@ class _Own(Collector):  # type: ignore[misc]  # prometheus_client is not followe
             "kernel_failed": counts.kernel_failed,
             "maps_repaired": counts.repaired,
             "connections_ended": counts.ended,
-            "older_ended": agent.older_ended,
+            "older_ended": agent.work.older_ended,
+            **agent.work.moves.counts,
             "workloads_file_refused": agent.workloads.file.refused,
             "flows_missed": agent.ring.missed,
             **agent.counts,

@@ -26,7 +26,7 @@ ATTACHED = (
     ("xprobereads", "read", SKB_VERDICT),
 )
 ROWS = {"xrows": 512, "xacts": 4}  # bytes of a state
-DESCRIBED = ("xrecords", "xends", "xprograms", "xverdicts", "xstats", "shapes")
+DESCRIBED = ("xrecords", "xheads", "xends", "xprograms", "xverdicts", "xstats", "shapes")
 
 
 def flags() -> list[str]:

@@ -24,7 +24,7 @@ from nodeagent.layouts import text_address
 
 log = structlog.get_logger()
 
-PAIRS_MAX = 16_384  # of a node; as xrecords in bpf
+PAIRS_MAX = 16_384  # of a node; less than PL_X_RECORDS: the places of former ones are free only after a while
 ORPHANED_S = 10.0  # how long the pairs of a worker that is gone wait for another one
 RESET = struct.pack("ii", 1, 0)
 NO_PROGRAM = 0  # is never valid: what it would judge goes to user space, what runs is handed over

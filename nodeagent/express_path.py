@@ -27,7 +27,7 @@ from nodeagent.maps import close_all, open_all
 
 __all__ = ["OK", "Enrolment", "ExpressPath", "Stat", "Verdict", "bucket_floor_ns", "duplicate", "ends"]
 
-MAPS = ("xrecords", "xprograms", "xbuckets", "xloads", "xrows", "xacts", "xverdicts", "xstats", "xcounters")
+MAPS = ("xrecords", "xheads", "xprograms", "xbuckets", "xloads", "xrows", "xacts", "xverdicts", "xstats", "xcounters")
 ROW_FIRST = 2  # states 0 and 1 of each block have no row
 NEXT_BYTES, ACTION_BYTES = 512, 4  # of a row: its edges, and behind them its action
 SAMPLE_ALL = 65536  # `sample` is so many of these
@@ -66,7 +66,7 @@ class ExpressPath:
         run_child("nodeagent.express_load", self._arguments)
         self._layouts = Layouts.read(path)
         self._maps = open_all(bpf_dir / "maps", MAPS)
-        self._maps["xrecords"].expect(8, self._layouts["pl_xrecord"].size)
+        self._maps["xrecords"].expect(4, self._layouts["pl_xrecord"].size)
         self._maps["xprograms"].expect(4, self._layouts["pl_xprogram"].size)
         self._bpf_dir = bpf_dir
         self._lock = threading.Lock()
@@ -80,6 +80,9 @@ class ExpressPath:
         self._installed: dict[int, int] = {}  # base -> rows
         self._released: list[int] = []  # bases that programs may still step
         self._forgotten: list[int] = []  # records that programs may still write
+        self._emptied: list[int] = []  # places that programs may still look at
+        taken = {self._place(record) for record in self.records()}
+        self._places = [place for place in reversed(range(self._maps["xrecords"].entries_max)) if place not in taken]
         self._stats = Stats(self._maps["xstats"], self._layouts, self._cpus)
         self._valid: dict[int, bool] = {}  # programs: False, no more, but their requests may be on their way
         self._verdicts: dict[int, set[bytes]] = {}
@@ -145,9 +148,11 @@ class ExpressPath:
         rate_per_s: int = 0,
         burst: int = 1,
         sample: int = SAMPLE,
+        chooses: bool = True,
     ) -> None:
         """Valid from now on, under that generation alone. ``root``, ``response``: states (`Table.root_at(base)`);
-        ``endpoints``: workload ids, at most 8. An index in use may be put again under another generation only."""
+        ``endpoints``: workload ids, at most 8; ``chooses``: by their load, for some verdict: then it is counted. An index in
+        use may be put again under another generation only."""
         layout = self._layouts["pl_xprogram"]
         slots = self._layouts.enums["PL_X_SLOTS"]
         if not 0 < index < self._maps["xprograms"].entries_max or len(endpoints) > slots:
@@ -163,6 +168,7 @@ class ExpressPath:
             burst=max(1, burst),
             endpoints=struct.pack(f"={slots}I", *endpoints, *(0,) * (slots - len(endpoints))),
             stamp=self._stamp(),
+            chooses=chooses,
         )
         with self._lock:
             self._maps["xprograms"].put(_U32.pack(index), value)
@@ -213,9 +219,24 @@ class ExpressPath:
     def create_record(self, program: int, identity: int) -> int:
         """A record without sockets; its id. Raises MapFull."""
         record = secrets.randbits(63) | 1
-        value = self._layouts["pl_xrecord"].pack(id=record, program=program, identity=identity)
-        self._maps["xrecords"].put(_U64.pack(record), value)
+        with self._lock:
+            if not self._places:
+                raise MapFull("xrecords: no place is free")
+            place = self._places.pop()
+        value = self._layouts["pl_xrecord"].pack(id=record, program=program, identity=identity, place=place)
+        try:
+            self._maps["xheads"].put(_U64.pack(record), self._layouts["pl_xhead"].pack(place=place))
+        except DatapathError:
+            with self._lock:
+                self._places.append(place)
+            raise
+        self._maps["xrecords"].put(_U32.pack(place), value)
         return record
+
+    def _place(self, record: int) -> int:
+        """-1: there is no such record."""
+        raw = self._maps["xheads"].get(_U64.pack(record))
+        return -1 if raw is None else int(_U32.unpack_from(raw)[0])
 
     def enrol(self, netns_fd: int, enrolment: Enrolment) -> tuple[str, int]:
         """`enrol_all` of one."""
@@ -246,16 +267,24 @@ class ExpressPath:
         second or so, not on an event loop."""
         with self._lock:
             records, self._forgotten = self._forgotten, []
+            emptied, self._emptied = self._emptied, []
             bases, self._released = self._released, []
             dropped = {index for index, valid in self._valid.items() if not valid}
             for index in dropped:
                 del self._valid[index]
-        if not records and not bases and not dropped:
+        if not records and not bases and not dropped and not emptied:
             return
         _grace()
+        with self._lock:
+            self._places += emptied
         for record in records:
             self._ops.change("FORGET", record)  # once more: a request that was being judged may have been counted since
-            self._maps["xrecords"].delete(_U64.pack(record))
+            place = self._place(record)
+            if place >= 0:
+                self._maps["xrecords"].put(_U32.pack(place), bytes(self._layouts["pl_xrecord"].size))
+                self._maps["xheads"].delete(_U64.pack(record))
+                with self._lock:
+                    self._emptied.append(place)
         with self._lock:
             dropped.difference_update(self._valid)
             self._stats.put_aside(dropped)
@@ -269,11 +298,12 @@ class ExpressPath:
 
     def records(self) -> list[int]:
         """Ids of all, a former agent's too."""
-        return [int(_U64.unpack(key)[0]) for key in self._maps["xrecords"]]
+        return [int(_U64.unpack(key)[0]) for key in self._maps["xheads"]]
 
     def read_record(self, record: int) -> dict[str, Any] | None:
         """Fields of struct pl_xrecord; ``slots`` is a list of struct pl_xslot's."""
-        raw = self._maps["xrecords"].get(_U64.pack(record))
+        place = self._place(record)
+        raw = self._maps["xrecords"].get(_U32.pack(place)) if place >= 0 else None
         if raw is None:
             return None
         found = self._layouts["pl_xrecord"].unpack(raw)

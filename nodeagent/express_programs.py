@@ -46,6 +46,7 @@ class Kernel(Protocol):
         endpoints: Sequence[int],
         rate_per_s: int,
         burst: int,
+        chooses: bool,
     ) -> None: ...
     def drop_program(self, index: int) -> None: ...
     def set_verdicts(self, index: int, verdicts: Mapping[tuple[int, int], Verdict]) -> None: ...
@@ -218,6 +219,7 @@ class Programs:
             endpoints=[view.number(end[0]) if end in compiled.endpoints else 0 for end in program.endpoints],
             rate_per_s=rate,
             burst=rate,  # a second's worth, as in the proxy
+            chooses=any(mask & (mask - 1) for verdict in verdicts.values() for _, mask in verdict.groups),
         )
         program.reason, program.states, program.current = "", len(compiled.table.rows), compiled.endpoints
 

@@ -7,8 +7,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from mesh.link import Flow
 
+VERDICTS = frozenset(("allowed", "denied", "audited"))
+TEXT_CHARS_MAX = 512  # of each field of a worker's flow; what a worker of ours sends is shorter
+SKEW_S_MAX = 60.0  # between a worker's clock and ours: they are one
 RING_FLOWS_MAX = 8192
 FOLLOWER_FLOWS_MAX = 1024
 FOLLOWERS_MAX = 16
@@ -16,6 +21,13 @@ FOLLOWERS_MAX = 16
 
 class TooManyFollowers(RuntimeError):
     """The limit of followers is reached; close another `pillion flows -f`."""
+
+
+def of_worker(flow: Flow, node: str, now: float) -> Flow:
+    """A flow that a worker sent, as it may be kept and shown: of this node, of about now (unix seconds), each text short."""
+    texts = {name: text[:TEXT_CHARS_MAX] for name in flow.__struct_fields__ if isinstance(text := getattr(flow, name), str)}
+    when = flow.time if abs(flow.time - now) <= SKEW_S_MAX else now
+    return msgspec.structs.replace(flow, **{**texts, "node": node, "time": when})
 
 
 class FlowRing:
@@ -41,9 +53,14 @@ class FlowRing:
         flows = list(self._ring)
         return flows[-limit:] if limit > 0 else []
 
+    @property
+    def crowded(self) -> bool:
+        """Whether nobody else may `follow`."""
+        return len(self._followers) >= FOLLOWERS_MAX
+
     async def follow(self, limit: int) -> AsyncIterator[Flow]:
         """The newest ``limit``, then each as it comes. Raises TooManyFollowers."""
-        if len(self._followers) >= FOLLOWERS_MAX:
+        if self.crowded:
             raise TooManyFollowers(f"{FOLLOWERS_MAX} readers follow the flows already; close one")
         queue: asyncio.Queue[Flow] = asyncio.Queue(FOLLOWER_FLOWS_MAX)
         self._followers.add(queue)

@@ -213,7 +213,7 @@ class NodeIdentity:
             raise CallFailed("this node has not joined yet")
         key = await asyncio.to_thread(make_key)
         answer = await client.renew(make_csr(key, self.leaf.uris[0]))
-        answer.setdefault("bundle", self._roots_path.read_text())
+        answer["bundle"] = self._roots_path.read_text()  # by the stream: what was on its way here may be older
         self._accept(key, answer, self.controllers, self._token)
         self.counts["renewed"] += 1
         log.info("node_certificate_renewed", serial=self.leaf.serial if self.leaf else "")

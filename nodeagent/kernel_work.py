@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from nodeagent import reconcile_events as ev
 from nodeagent.blame import Blame
 from nodeagent.datapath_api import DatapathApi, DatapathError, Member, OpenListener, Role
 from nodeagent.forwarders import families_of
-from nodeagent.roster import PODS_OFF
+from nodeagent.moves import Moves
+from nodeagent.roster import KEPT_OUT, PODS_OFF
 from nodeagent.workloads import Spec
 
 log = structlog.get_logger()
@@ -47,6 +49,8 @@ class KernelWork:
         self._open: set[int] = set()  # cookies with listeners
         self._leaving: set[int] = set()  # nobody's any more, but their connections are still to be ended
         self._plan = NodePlan()
+        self._groups: dict[str, Path] = {}  # of workloads that are enforced
+        self.moves = Moves()
         self.older_ended = 0  # connections that stood before their workload was enrolled
 
     def start(self) -> dict[str, bool]:
@@ -111,6 +115,7 @@ class KernelWork:
         self._guard(enrolled, result)
         self._enrol(enrolled, result)
         self._forget(enrolled)
+        self._groups = {entry.spec.key.removeprefix("Workload/"): Path(entry.spec.cgroup) for entry in enrolled}
         result.serving = frozenset(entry.spec.key for entry in enrolled if entry.spec.key not in result.errors)
         return result
 
@@ -142,8 +147,10 @@ class KernelWork:
             try:
                 opened = self._datapath.open_listeners(netns, wanted)
             except (OSError, KeyError) as error:
-                text = f"its listeners cannot be opened: {error}"
-                result.errors.update({entry.spec.key: text for entry in enrolled if entry.netns == netns})
+                there = [entry for entry in enrolled if entry.netns == netns]
+                own = isinstance(error, OSError) and error.errno == errno.EADDRINUSE and all(entry.spec.veth for entry in there)
+                text = KEPT_OUT if own else "its listeners cannot be opened"
+                result.errors.update({entry.spec.key: f"{text}: {error}" for entry in there})
                 continue
             self._open.add(netns)
             result.listeners.update({listener.frame.id: listener for listener in opened})
@@ -240,6 +247,7 @@ class KernelWork:
     def repair(self) -> tuple[str, int]:
         """(digest of the maps now, entries that were put right). Raises DatapathError, OSError."""
         self._let_go()  # after a rollout that had nothing to end
+        self.moves.look(self._groups)
         repaired = self._datapath.repair()
         return self._datapath.observed_digest(), repaired
 

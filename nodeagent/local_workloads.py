@@ -52,7 +52,7 @@ class LocalWorkloads:
     async def refresh(self, place: Place) -> ev.SpecsChanged | None:
         """Reads the file if it changed and looks where every workload is; None: as before."""
         async with self._lock:
-            if self.file.poll() and self.file.error:
+            if self.file.changed() and await asyncio.to_thread(self.file.poll) and self.file.error:
                 log.error("workloads_refused", error=self.file.error)
             if self.file.specs != self.book.file:
                 self.book.file = self.file.specs

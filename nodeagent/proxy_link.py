@@ -24,6 +24,7 @@ import structlog
 from mesh import link
 from nodeagent import forwarders
 from nodeagent.datapath_api import OpenListener
+from nodeagent.flows import VERDICTS
 from nodeagent.keys import sealed_memfd
 from nodeagent.svid import Held
 from nodeagent.worker_link import STOCK_ASK_MAX, WorkerLink, close_all
@@ -199,11 +200,11 @@ class ProxyFleet:
             case link.Metrics(_, text):
                 if worker.scrape is not None and not worker.scrape.done():
                     worker.scrape.set_result(text[:METRICS_CHARS_MAX])
-            case link.Flow():
+            case link.Flow(verdict=verdict) if verdict in VERDICTS:
                 self._handler.flow(message)
             case _:
                 self.counts["protocol_errors"] += 1
-                worker.close(f"a worker does not send {type(message).__name__}")
+                worker.close(f"a worker does not send such a {type(message).__name__}")
 
     # ---- generations
 

@@ -17,7 +17,7 @@ from mesh.snapshot import Versioned
 from nodeagent import reconcile_events as ev
 from nodeagent.readiness import Facts, Readiness, assess
 from nodeagent.rollout import Counts, Rollout
-from nodeagent.roster import PODS_OFF, UNGRANTED, Roster
+from nodeagent.roster import KEPT_OUT, PODS_OFF, UNGRANTED, Roster
 from nodeagent.states import Intake, generation_changes
 from nodeagent.worker_views import WORKER_ACK_S, Workers
 
@@ -105,7 +105,7 @@ class Reconciler:
     def unserved(self) -> tuple[dict[str, str], dict[str, str]]:
         """Workload -> what it lacks: those that will be served, and those that can not be here, which hold up nothing."""
         lacking = {key: text for key in self.roster.placed if (text := self.lacks(key))}
-        refused = {key: text for key, text in lacking.items() if text.startswith((UNGRANTED, PODS_OFF))}
+        refused = {key: text for key, text in lacking.items() if text.startswith((UNGRANTED, PODS_OFF, KEPT_OUT))}
         return {key: text for key, text in lacking.items() if key not in refused}, refused
 
     def enrolled_as(self, key: str) -> ev.Enrolled | None:

@@ -13,6 +13,7 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 10.0
 RETRIES_MAX = 16  # of the exponent
 UNGRANTED = "identity_not_granted"  # the controller's reason: such a workload is none of the mesh's, and holds up nothing
 PODS_OFF = "pods are off on this node"  # nor does one that this kernel can not have; what its error begins with
+KEPT_OUT = "a program in its own namespace keeps the agent out"  # nor one that is served as soon as it wants to be
 
 
 @dataclass(slots=True)

@@ -50,6 +50,18 @@ class SvidDirectory:
 
     def __init__(self, directory: Path) -> None:
         self._directory = private_directory(directory)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Keys that are good for nothing any more go: of identities that left while no agent was there, or that were just
+        being written when theirs did. One that has time left waits for its workload."""
+        for path in self._directory.iterdir():
+            try:
+                stored = read_json(path, _Stored)
+                Held(stored.spiffe, stored.chain, Secret(stored.key.encode()))
+            except (Damaged, CertificateRefused) as error:
+                log.info("svid_file_swept", file=path.name, reason=str(error))
+                path.unlink(missing_ok=True)
 
     def _path(self, spiffe: str) -> Path:
         return self._directory / hashlib.sha256(spiffe.encode()).hexdigest()[:40]

@@ -3,9 +3,11 @@ the workload sends, whatever socket made it. One program for all; the map `veths
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from operator import xor
 from pathlib import Path
@@ -26,7 +28,11 @@ NAME, PREFERENCE = "pillion-veth", 1
 ETH_P_ALL = 0x0003
 TAKEN = struct.pack("=I", 1)
 _U32, _KEY = struct.Struct("=I"), struct.Struct("=5I")
-ALREADY, GONE = 17, (2, 19, 22)  # EEXIST; ENOENT, ENODEV, EINVAL
+ALREADY, GONE = errno.EEXIST, (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+ASKED_AT_ONCE = 64
+RECEIVE_BYTES, ANSWER_S = 64 << 10, 5.0
+_NLM_F_REQUEST, _RTM_NEWTFILTER, _RTM_GETTFILTER = 1, 44, 46
+_NLMSG, _TCMSG = struct.Struct("=IHHII"), struct.Struct("=BxxxiIII")
 
 
 class Ways:
@@ -85,6 +91,7 @@ class VethGuard:
         self._ways = Ways(ways, layout)
         self._ways.restore(set(self._map))
         self._unguarded: frozenset[bytes] = frozenset()  # node-wide keys without an interface
+        self._indexes: dict[str, int] = {}  # of guarded interfaces, which may be gone, or made anew under their names
 
     def close(self) -> None:
         self._ways.close()
@@ -98,19 +105,26 @@ class VethGuard:
             self._attach(route, veth, index)
         wanted = {self._key.pack(ifindex=place, addr=address(text)) for text in addresses for place in (index, 0)}
         value = self._leaf.pack(netns=netns, flags=flags)
-        stale = [key for key in self._of(index) if key not in wanted]
+        before = self._indexes.get(veth, index)
+        stale = [key for place in {index, before} for key in self._of(place) if key not in wanted]
         for key in sorted(wanted):
             self._map.put(key, value)
             self._ways.put(key)
+        self._indexes[veth] = index
         self._forget(stale)
 
     def bare(self, veths: Iterable[str]) -> list[str]:
         """Those that are there and have lost their filter. Raises DatapathError."""
+        found = {}
+        for veth in veths:
+            try:
+                found[socket.if_nametoindex(veth)] = veth
+            except OSError:
+                continue
         try:
-            with IPRoute() as route:
-                return [veth for veth in veths for index in route.link_lookup(ifname=veth) if not _filtered(route, index)]
-        except NetlinkError as error:
-            raise DatapathError(f"list the filters of veths: {error}") from error
+            return [found[index] for index in unfiltered(list(found))]
+        except OSError as error:
+            raise DatapathError(f"ask for the filters of veths: {error}") from error
 
     def set_unguarded(self, addresses: Sequence[str]) -> None:
         """All workload addresses of this node that are behind no interface of `guard`, such as the node's own. Those
@@ -123,18 +137,17 @@ class VethGuard:
         self._forget(self._of(0))
 
     def unguard(self, veth: str) -> None:
-        """Take filter and addresses away; an interface that is gone is fine (its filter went with it)."""
+        """Take filter and addresses away; an interface that is gone took its filter along."""
         with IPRoute() as route:
             found = route.link_lookup(ifname=veth)
-            if not found:
-                return
             try:
-                # Ours alone: the qdisc may carry somebody else's filters
-                route.tc("del-filter", "bpf", found[0], 1, parent=INGRESS_PARENT, prio=PREFERENCE, protocol=ETH_P_ALL)
+                for index in found:  # ours alone: the qdisc may carry somebody else's filters
+                    route.tc("del-filter", "bpf", index, 1, parent=INGRESS_PARENT, prio=PREFERENCE, protocol=ETH_P_ALL)
             except NetlinkError as error:
                 if error.code not in GONE:
                     raise DatapathError(f"{veth}: remove {NAME}: {error}") from error
-        self._forget(self._of(found[0]))
+        places = {*found, self._indexes.pop(veth, 0)} - {0}  # 0: the node's
+        self._forget([key for place in places for key in self._of(place)])
 
     def sweep(self) -> int:
         """Forget addresses of interfaces that are gone. Returns how many entries."""
@@ -196,9 +209,37 @@ class VethGuard:
             os.close(fd)
 
 
-def _filtered(route: IPRoute, index: int) -> bool:
-    for found in route.get_filters(index, parent=INGRESS_PARENT):
-        options = found.get_attr("TCA_OPTIONS") if found.get_attr("TCA_KIND") == "bpf" else None
-        if options is not None and options.get_attr("TCA_BPF_NAME") == NAME:
-            return True
-    return False
+def unfiltered(indexes: Sequence[int]) -> list[int]:
+    """Interfaces without our filter; not those that are gone. The kernel lists filters of one interface at a time, but answers
+    many questions for a single one that came in one message. Raises OSError."""
+    found: list[int] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
+        sock.settimeout(ANSWER_S)
+        for at in range(0, len(indexes), ASKED_AT_ONCE):
+            asked = dict(enumerate(indexes[at : at + ASKED_AT_ONCE]))
+            sock.send(b"".join(_question(number, index) for number, index in asked.items()))
+            while asked:
+                for number, kind, body in _messages(sock.recv(RECEIVE_BYTES)):
+                    if (index := asked.pop(number, None)) is None:
+                        continue
+                    if kind == _RTM_NEWTFILTER:
+                        ours = f"{NAME}\0".encode() in body
+                    elif (code := -int.from_bytes(body[:4], "little", signed=True)) in GONE:
+                        ours = code == errno.ENODEV
+                    else:
+                        raise OSError(code, os.strerror(code))
+                    found += [] if ours else [index]
+    return found
+
+
+def _question(number: int, index: int) -> bytes:
+    place = _TCMSG.pack(0, index, 1, INGRESS_PARENT, PREFERENCE << 16 | socket.htons(ETH_P_ALL))
+    return _NLMSG.pack(_NLMSG.size + len(place), _RTM_GETTFILTER, _NLM_F_REQUEST, number, 0) + place
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(number of the question, type, body) of each."""
+    while data:
+        length, kind, _, number, _ = _NLMSG.unpack_from(data)
+        yield number, kind, data[_NLMSG.size : length]
+        data = data[length + 3 & ~3 :]

@@ -1,7 +1,8 @@
-"""Who uses the proxy: its workers' accounts, by identity, added up."""
+"""Who uses the proxy: its workers' accounts, by identity, added up. What a worker says may be anything."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,24 +13,24 @@ PREFIX = "pillion_budget_"
 
 
 def top(node: str, workers: Mapping[str, str]) -> dict[str, Any]:
-    """``workers``: the exposition of each. Rates are the reader's: totals twice, and the times between."""
+    """``workers``: the exposition of each; what is none in it has no part. Rates are the reader's: totals twice, and the times
+    between."""
     found: dict[str, dict[str, Any]] = {}
     for text in workers.values():
         lines = "\n".join(line for line in text.splitlines() if line.startswith((PREFIX, f"# TYPE {PREFIX}")))
         for name, labels, value in _samples(lines):
-            entry = found.setdefault(
-                labels["identity"],
-                {"identity": labels["identity"], "used": {}, "max": {}, "asked": {}, "seconds": 0.0, "refused": {}},
-            )
+            identity, by = labels.get("identity"), labels.get("what", labels.get("reason", ""))
+            if identity is None or not math.isfinite(value):
+                continue
+            empty = {"identity": identity, "used": {}, "max": {}, "asked": {}, "seconds": 0.0, "refused": {}}
+            entry = found.setdefault(identity, empty)
             kind = name.removeprefix(PREFIX).removesuffix("_total")
-            if kind in ("used", "asked"):
-                entry[kind][labels["what"]] = entry[kind].get(labels["what"], 0) + int(value)
+            if kind in ("used", "asked", "refused"):
+                entry[kind][by] = entry[kind].get(by, 0) + int(value)
             elif kind == "max":
-                entry[kind][labels["what"]] = value  # of one worker
+                entry[kind][by] = value  # of one worker
             elif kind == "seconds":
                 entry[kind] += value
-            elif kind == "refused":
-                entry[kind][labels["reason"]] = entry[kind].get(labels["reason"], 0) + int(value)
     return {
         "node": node,
         "time": time.time(),
@@ -39,6 +40,9 @@ def top(node: str, workers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _samples(text: str) -> Iterable[tuple[str, dict[str, str], float]]:
-    for family in text_string_to_metric_families(text + "\n"):
-        for sample in family.samples:
-            yield sample.name, sample.labels, sample.value
+    try:
+        for family in text_string_to_metric_families(text + "\n"):
+            for sample in family.samples:
+                yield sample.name, sample.labels, sample.value
+    except Exception:  # the parser raises many types, all of them the worker's doing
+        return

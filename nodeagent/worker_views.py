@@ -33,7 +33,7 @@ class Workers:
         self._out, self._nack = out, nack
         self.views: dict[str, WorkerView] = {}
         self.lagging: dict[str, str] = {}  # did not apply, and still exist: they may serve by an old state
-        self.counts = {"resent": 0, "refused": 0, "timeout": 0}
+        self.counts = {"wrong_state": 0, "refused": 0, "timeout": 0}
         self._state: Versioned | None = None
         self._local: tuple[link.LocalWorkload, ...] = ()
         self._generation = 0
@@ -103,7 +103,7 @@ class Workers:
             self.lagging.pop(name, None)
             self._out.append(ev.EquipWorker(name))
             return
-        self.counts["resent"] += 1
+        self.counts["wrong_state"] += 1
         view.acked = ""
         if view.refused:
             self.lag(name, "holds another state than it was sent, twice")

@@ -18,6 +18,7 @@ from nodeagent.files import Damaged, read_json, write_atomically
 FILE_BYTES_MAX = 4 << 20
 WORKLOADS_MAX = 4096
 LABELS_MAX = 64
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _DOTTED = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}\Z")
@@ -145,7 +146,7 @@ def check_together(specs: dict[str, Spec]) -> None:
 def parse(text: str, *, node_addresses: tuple[str, ...], ancestor: str) -> dict[str, Spec]:
     """The whole file -> key -> Spec. Raises WorkloadsError."""
     try:
-        document: Any = yaml.safe_load(text)
+        document: Any = yaml.load(text, Loader=_Loader)  # noqa: S506  # one of the safe ones
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise WorkloadsError(f"not YAML: {' '.join(str(error).split())}") from error
     if document is None:
@@ -163,8 +164,17 @@ def parse(text: str, *, node_addresses: tuple[str, ...], ancestor: str) -> dict[
     return specs
 
 
+def _mark(path: Path) -> object:
+    """Another whenever the file, or what keeps it from being looked at, is another."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return error.errno
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+
 class WorkloadFile:
-    """The watched file. `poll` is cheap (one stat) and is called often: works on every file system and with renames."""
+    """The watched file. `changed` is one stat and is asked often: works on every file system and with renames."""
 
     def __init__(self, path: Path | None, *, node_addresses: tuple[str, ...], ancestor: str) -> None:
         self._path, self._addresses, self._ancestor = path, node_addresses, ancestor
@@ -174,16 +184,14 @@ class WorkloadFile:
         self.refused = 0
         self.loaded = path is None  # whether any content was ever taken
 
+    def changed(self) -> bool:
+        """Whether there is something new to `poll`."""
+        return self._path is not None and _mark(self._path) != self._seen
+
     def poll(self) -> bool:
-        """Whether `specs` or `error` changed. Never raises: a bad or unreadable file is told in `error`."""
-        if self._path is None:
-            return False
-        try:
-            stat = self._path.stat()
-            mark: object = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-        except OSError as error:
-            mark = error.errno
-        if mark == self._seen:
+        """Whether `specs` or `error` changed. A long file takes a while: call it in a thread. Never raises: a bad or unreadable
+        file is told in `error`."""
+        if self._path is None or (mark := _mark(self._path)) == self._seen:
             return False
         self._seen = mark
         before = self.specs, self.error

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pillion import check, enrol, express, flows, nodes, operators, policy, resources, run, top
+from pillion import check, enrol, express, flows, nodes, operators, output, policy, resources, run, top
 from pillion.context import Command, chosen
 from pillion.errors import USAGE, CliError
 from pillion.examples import epilog
@@ -117,8 +117,7 @@ def main() -> None:
     try:
         app(prog_name="pillion")
     except CliError as error:
-        print(f"error: {error.what}", file=sys.stderr)
-        print(f"  {error.remedy}", file=sys.stderr)
+        output.error(error.what, error.remedy)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)

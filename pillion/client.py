@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from mesh.ports import CONTROLLER_PORT
 from pillion.errors import CliError
 
 ANSWER_BYTES_MAX = 512 << 20
 LINE_BYTES_MAX = 1 << 20
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # of an answer, and of a stream's beginning
+ROOTS, CERTIFICATE, KEY = "PILLION_CA", "PILLION_CERT", "PILLION_KEY"  # files, by variables of the environment
+CREDENTIALS_REMEDY = f"`pillion operator add NAME`, as root on the controller's machine, makes {CERTIFICATE}, {KEY} and {ROOTS}"
 
 
 class Refused(CliError):
@@ -31,12 +34,35 @@ class Refused(CliError):
 
 def _remedy(status: int) -> str:
     if status in (401, 403):
-        return "use root on the controller's machine, or an operator certificate (PILLION_CERT, PILLION_KEY, PILLION_CA)"
+        return f"use root on the controller's machine, or an operator certificate ({CERTIFICATE}, {KEY}, {ROOTS})"
     if status == 404:
         return "look at what there is: pillion get KIND, pillion status"
     if status >= 500:
         return "see the controller's and the agents' logs, and: pillion status"
     return "correct the request and repeat it; nothing was changed"
+
+
+def _context() -> ssl.SSLContext:
+    """Believes the mesh's roots and nobody else. Raises CliError where the environment names none, or what cannot be used."""
+    roots, certificate, key = (os.environ.get(name) or None for name in (ROOTS, CERTIFICATE, KEY))
+    if roots is None:
+        raise CliError(f"{ROOTS} is not set, so nobody is believed to be the controller", CREDENTIALS_REMEDY)
+    for name, path in ((ROOTS, roots), (CERTIFICATE, certificate), (KEY, key)):
+        try:
+            if path is not None:
+                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise CliError(f"{name}={path}: {error.strerror}", CREDENTIALS_REMEDY) from error
+    try:
+        context = ssl.create_default_context(cafile=roots)
+    except OSError as error:  # TLS errors among them
+        raise CliError(f"{ROOTS}={roots} holds no certificates: {error}", CREDENTIALS_REMEDY) from error
+    try:
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise CliError(f"{CERTIFICATE}={certificate} and {KEY} do not belong together: {error}", CREDENTIALS_REMEDY) from error
+    return context
 
 
 class _Unix(http.client.HTTPConnection):
@@ -60,10 +86,9 @@ class Client:
         parts = urlsplit(self.url)
         if parts.scheme == "unix":
             return _Unix(parts.path, timeout_s)
-        context = ssl.create_default_context(cafile=os.environ.get("PILLION_CA"))
-        if certificate := os.environ.get("PILLION_CERT"):
-            context.load_cert_chain(certificate, os.environ.get("PILLION_KEY"))
-        return http.client.HTTPSConnection(parts.hostname or "", parts.port or 15443, timeout=timeout_s, context=context)
+        return http.client.HTTPSConnection(
+            parts.hostname or "", parts.port or CONTROLLER_PORT, timeout=timeout_s, context=_context()
+        )
 
     def _open(
         self, method: str, target: str, body: Any, timeout_s: float
@@ -82,7 +107,7 @@ class Client:
             raise CliError(f"{self.url}: {error.strerror}", "run this as root") from error
         except ssl.SSLError as error:
             reason = getattr(error, "verify_message", "") or error.reason
-            remedy = "name the mesh's roots (PILLION_CA) and an operator certificate (PILLION_CERT, PILLION_KEY)"
+            remedy = f"name this mesh's roots ({ROOTS}) and an operator certificate ({CERTIFICATE}, {KEY})"
             raise CliError(f"{self.url}: no TLS: {reason}", remedy) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -92,36 +117,36 @@ class Client:
 
     def call(self, method: str, target: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> Any:
         """The decoded answer of a 2xx; text if it is not JSON. Raises Refused or CliError."""
-        connection, response = self._open(method, target, body, timeout_s)
-        try:
-            data = response.read(ANSWER_BYTES_MAX)
-        except (OSError, http.client.HTTPException) as error:
-            raise CliError(f"{self.url} broke off: {error}", "repeat the command; see the logs if it happens again") from error
-        finally:
-            connection.close()
-        decoded = _decode(data)
-        if not 200 <= response.status < 300:
-            raise Refused(response.status, decoded)
-        return decoded
+        return _decode(self._body(method, target, body, timeout_s))
 
     def get(self, target: str, timeout_s: float = TIMEOUT_S) -> Any:
         return self.call("GET", target, timeout_s=timeout_s)
 
     def raw(self, target: str) -> bytes:
-        """The body of a GET as it came."""
-        connection, response = self._open("GET", target, None, TIMEOUT_S)
+        """The body of a GET as it came. Raises Refused or CliError."""
+        return self._body("GET", target, None, TIMEOUT_S)
+
+    def _body(self, method: str, target: str, body: Any, timeout_s: float) -> bytes:
+        """Of a 2xx answer. Raises Refused or CliError."""
+        connection, response = self._open(method, target, body, timeout_s)
         try:
             data = response.read(ANSWER_BYTES_MAX)
+            if response.length:  # it ended early, or goes on for ever: read() minds neither
+                raise http.client.IncompleteRead(data, response.length)
+        except (OSError, http.client.HTTPException) as error:
+            raise CliError(f"{self.url} broke off: {error}", "repeat the command; see the logs if it happens again") from error
         finally:
             connection.close()
-        if response.status != 200:
+        if not 200 <= response.status < 300:
             raise Refused(response.status, _decode(data))
         return data
 
     def lines(self, target: str) -> Iterator[dict[str, Any]]:
-        """A stream of JSON lines, until the other side ends it."""
-        connection, response = self._open("GET", target, None, 3600.0)
+        """A stream of JSON lines, until the other side ends it; between two of them any time may pass."""
+        connection, response = self._open("GET", target, None, TIMEOUT_S)
         try:
+            if connection.sock is not None:
+                connection.sock.settimeout(None)
             if response.status != 200:
                 raise Refused(response.status, _decode(response.read(LINE_BYTES_MAX)))
             while line := response.readline(LINE_BYTES_MAX):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pillion.errors import USAGE, CliError
 
@@ -44,14 +45,20 @@ class Endpoints:
             if len(agents) > 1:
                 raise CliError(f"there are {len(agents)} nodes here", f"choose one: --node {' | '.join(agents)}", USAGE)
             return next(iter(agents.values()))
+        if list(agents) == [""]:
+            raise CliError(f"{node!r} cannot be chosen", "leave --node out: the one agent here is the node's own", USAGE)
         if node not in agents:
             raise CliError(f"no agent of node {node!r} is reachable here", f"there are: {', '.join(agents)}", USAGE)
         return agents[node]
 
 
 def check_url(url: str) -> str:
-    if url.startswith(("unix:///", "https://")):
-        return url
+    try:
+        parts = urlsplit(url)
+        if url.startswith("unix:///") or (parts.scheme == "https" and parts.hostname and parts.port != 0):
+            return url
+    except ValueError:  # a port that is none
+        pass
     raise CliError(f"{url!r} is no address of a controller or agent", "write unix:///path/to.sock or https://host:port", USAGE)
 
 

@@ -21,30 +21,24 @@ import yaml
 from pillion.awaiting import await_workload
 from pillion.client import Client
 from pillion.context import FormatOption, chosen, labels_of
+from pillion.drop_in import AGENT, SLICES, STRONG, service_drop_in, slice_of, slice_unit, socket_drop_in
 from pillion.errors import USAGE, CliError
 from pillion.output import Format, machine
 from pillion.run import cgroup2_mount
 
 UNITS = Path("/etc/systemd/system")
 WORKLOADS = Path("/etc/pillion/workloads.yaml")
-CURRENT = Path("/opt/pillion/current")
 DROP_IN = "50-pillion.conf"
 PARENT = "pillion.slice"
-SLICES = "pillion-workloads.slice"
-AGENT = "pillion-agent.service"
-MARK = "# Made by `pillion enrol`; `pillion withdraw` removes it."
-# Each is a way out of a cgroup or a namespace, or past the programs; see docs/hosts.md
-STRONG = (
-    "CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT CAP_SYS_BOOT CAP_BPF CAP_PERFMON CAP_NET_ADMIN "
-    "CAP_NET_RAW CAP_MKNOD CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_MAC_ADMIN CAP_MAC_OVERRIDE"
-)
-# Who reaches one of these has a program started elsewhere: by the system's manager, or by the user's own, which logind starts
-MANAGER_SOCKETS = "-/run/systemd/private -/run/dbus/system_bus_socket -/run/user"
 SHOWN = (
     "LoadState", "ActiveState", "FragmentPath", "Type", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
     "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "ControlGroup",
 )  # fmt: skip
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service\Z")
+DBUS_OPENS = (
+    "may ask for programs outside the mesh by D-Bus: logind starts a manager of its user's for it (set-self-linger), and "
+    "systemd what polkit lets it; root anything"
+)
 NOT_FOR_A_MESH = ("pillion-", "systemd-", "dbus", "user@", "getty@", "serial-getty@", "ssh.", "ssh@", "sshd")
 
 
@@ -81,18 +75,6 @@ def sockets_of(unit: str, known: dict[str, str]) -> list[str]:
         if unit in shown.get("Triggers", "").split():
             found.add(shown["Id"])
     return sorted(found)
-
-
-def escape(text: str) -> str:
-    """As systemd-escape does: what a slice's name can not hold. `-` would make a slice below another."""
-    plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_."
-    out = "".join(chr(byte) if chr(byte) in plain else f"\\x{byte:02x}" for byte in text.encode())
-    return f"\\x2e{out[1:]}" if out.startswith(".") else out
-
-
-def slice_of(unit: str) -> str:
-    """The slice that is the unit's workload."""
-    return f"{SLICES.removesuffix('.slice')}-{escape(unit.removesuffix('.service'))}.slice"
 
 
 def cgroup_of_slice(mount: Path, name: str) -> Path:
@@ -134,7 +116,7 @@ def refusals(unit: str, known: dict[str, str], users: dict[str, str]) -> list[tu
     return found
 
 
-def impossible(unit: str, known: dict[str, str]) -> tuple[str, str] | None:
+def impossible(unit: str, known: dict[str, str], allow_dbus: bool = False) -> tuple[str, str] | None:
     """Why the unit can be no workload at all, and what to do. Pure."""
     if known.get("LoadState") != "loaded":
         return f"{unit} is {known.get('LoadState', 'unknown')} to systemd", "check its name: systemctl list-units --type=service"
@@ -142,71 +124,12 @@ def impossible(unit: str, known: dict[str, str]) -> tuple[str, str] | None:
         return f"{unit} belongs to the system or to the mesh itself", "enrol the services that people use"
     if known.get("PrivateNetwork") == "yes" or known.get("NetworkNamespacePath"):
         return f"{unit} has a network of its own", "leave PrivateNetwork= and NetworkNamespacePath= to the mesh's policies"
-    if known.get("Type") == "dbus":
-        return f"{unit} serves on D-Bus, which also leads to the service manager", "enrol what serves the network as its own unit"
+    if known.get("Type") == "dbus" and not allow_dbus:
+        remedy = "enrol what serves the network as its own unit, or accept that with --allow-dbus"
+        return f"{unit} serves on D-Bus, which also leads to the service manager", remedy
     if known.get("Delegate") == "yes":
         return f"{unit} manages cgroups itself (Delegate=)", "run what it contains as workloads of their own"
     return None
-
-
-def python() -> str:
-    """The interpreter by a path that an upgrade keeps."""
-    installed = CURRENT.exists() and CURRENT.resolve() == Path(sys.prefix).resolve()
-    return f"{CURRENT}/bin/python" if installed else sys.executable
-
-
-def service_drop_in(unit: str, workload: str) -> str:
-    """Pure."""
-    lines = [
-        MARK,
-        "[Unit]",
-        "# A restart of the agent is none of this unit's",
-        f"Wants={AGENT}",
-        f"After={AGENT}",
-        "",
-        "[Service]",
-        f"Slice={slice_of(unit)}",
-        "# Before anything else of it: not until the agent enforces and serves it",
-        f"ExecCondition=+{python()} -I -m pillion.awaiting {workload}",
-        "# It keeps its cgroup, so its identity (threats: the file system, new privileges, tracing, the service manager)",
-        "ProtectControlGroups=yes",
-        "NoNewPrivileges=yes",
-        f"CapabilityBoundingSet=~{STRONG}",
-        "RestrictNamespaces=yes",
-        "ProtectKernelModules=yes",
-        "ProtectKernelTunables=yes",
-        "InaccessiblePaths=-/run/pillion",
-        f"InaccessiblePaths={MANAGER_SOCKETS}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def socket_drop_in(unit: str, workload: str) -> str:
-    """For a unit that opens the service's sockets: in its cgroup, and not before it is enforced. Pure."""
-    return "\n".join(
-        (
-            MARK,
-            "[Unit]",
-            "# Without the default order, which has sockets before every service, so before the agent",
-            "DefaultDependencies=no",
-            "Requires=sysinit.target",
-            f"Wants={AGENT}",
-            f"After=sysinit.target {AGENT}",
-            "Conflicts=shutdown.target",
-            "Before=shutdown.target",
-            "",
-            "[Socket]",
-            f"Slice={slice_of(unit)}",
-            f"ExecStartPre=+{python()} -I -m pillion.awaiting {workload}",
-            "",
-        )
-    )
-
-
-def slice_unit(unit: str) -> str:
-    """Pure."""
-    text = f"Description=Pillion: {unit} as a workload of the mesh\n# There before the agent looks who is here\nBefore={AGENT}"
-    return f"{MARK}\n[Unit]\n{text}\n\n[Slice]\n"
 
 
 # ---- files
@@ -241,12 +164,12 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     fresh.replace(path)
 
 
-def files_of(unit: str, sockets: list[str], workload: str) -> dict[Path, str]:
+def files_of(unit: str, sockets: list[str], workload: str, allow_dbus: bool = False) -> dict[Path, str]:
     """Every file of an enrolment. Pure."""
     out = {
         UNITS / slice_of(unit): slice_unit(unit),
         UNITS / f"{AGENT}.wants" / slice_of(unit): slice_unit(unit),  # a link in effect: see `enrol`
-        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload),
+        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload, allow_dbus),
     }
     for each in sockets:
         out[UNITS / f"{each}.d" / DROP_IN] = socket_drop_in(unit, workload)
@@ -285,6 +208,7 @@ def enrol(
     label_: Annotated[list[str] | None, typer.Option("--label", help="key=value; may repeat")] = None,
     name: Annotated[str | None, typer.Option(help="the workload's name (default: the unit's and the node's)")] = None,
     force: Annotated[bool, typer.Option("--force", help="also where a way out stays open; they are told")] = False,
+    allow_dbus: Annotated[bool, typer.Option("--allow-dbus", help="it may use the system's D-Bus: a way out, see docs")] = False,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="restart it if it runs, to take effect")] = True,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -294,7 +218,7 @@ def enrol(
     namespace, account = account_of(as_)
     labels = labels_of(account, label_)
     known = facts(unit)
-    if reason := impossible(unit, known):
+    if reason := impossible(unit, known, allow_dbus):
         raise CliError(*reason)
     entries = read_workloads()
     others = [entry for entry in entries if entry.get("unit") != unit]
@@ -308,6 +232,8 @@ def enrol(
         if not force:
             raise CliError(f"{unit} {what}", f"{remedy}; or accept it with --force")
         print(f"pillion: warning: {unit} {what}; {remedy}", file=sys.stderr)
+    if allow_dbus:
+        print(f"pillion: warning: {unit} {DBUS_OPENS}", file=sys.stderr)
     client = Client(chosen.endpoints().agent_of(None))
     node = str(client.get("/v1/status")["node"])
     name = name or label(f"{unit.removesuffix('.service')}-{node}")
@@ -316,7 +242,7 @@ def enrol(
         "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
         "cgroup": "", "ports": sorted(port or []), "unit": unit,
     }  # fmt: skip
-    for path, text in files_of(unit, sockets, f"{namespace}/{name}").items():
+    for path, text in files_of(unit, sockets, f"{namespace}/{name}", allow_dbus).items():
         if path.parent.name == f"{AGENT}.wants":
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)

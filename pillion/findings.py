@@ -236,6 +236,14 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
         "runtime gives it a user namespace or a read-only cgroup mount",
         unseen,
     )
+    asks = {name: f"{name} (pid {p.pid}) reaches {' and '.join(p.managers)}" for name, p in there if p.managers}
+    yield _judged(
+        "service managers",
+        list(asks.values()),
+        f"out of reach of {len(facts.workloads)}",
+        "it may have programs started outside the mesh: enrol it as a service, without --allow-dbus unless it needs D-Bus",
+        unseen,
+    )
     wrong = []
     for name, mode in facts.cgroups.items():
         if mode is not None and (mode.uid or mode.mode & 0o022):
@@ -244,6 +252,7 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
     yield _judged(
         "workloads' cgroups", wrong, "of root alone", "chown root and chmod go-w: who writes there picks an identity", unknown
     )
+    yield _moves(status)
     named = {f"{w['namespace']}/{w['name']}": w for w in status.get("workloads", [])}
     users: dict[int, dict[str, str]] = {}
     for name, p in there:
@@ -261,6 +270,19 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
     now = time.time()
     bare = [f"{name}: {w.get('detail') or 'no certificate'}" for name, w in named.items() if not _certified(w, now)]
     yield _judged("certificates", bare, f"{len(named)} workloads have one", "see: pillion identity list, and the agent's log")
+
+
+def _moves(status: dict[str, Any]) -> Finding:
+    moves: dict[str, Any] | None = status.get("moves")
+    told = moves or {}
+    before = sum(value for name, value in told.items() if name.startswith("process_moved"))
+    return _judged(
+        "processes in place",
+        [f"{stray['workload']}: pid {stray['pid']} left it and is in {stray['into']}" for stray in told.get("strays", ())],
+        "each is in its workload's cgroup" + (f"; {before} moves since the agent's start" if before else ""),
+        "end that process, and find who may write cgroup files: what it connects now is another's, or nobody's",
+        [] if moves is not None else ["the agent does not say"],
+    )
 
 
 def _certified(workload: dict[str, Any], now: float) -> bool:

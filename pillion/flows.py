@@ -95,7 +95,7 @@ def flows(
             open_streams -= 1
             if item is not None:
                 failed += 1
-                typer.echo(f"error: {item.what}\n  {item.remedy}", err=True)
+                output.error(item.what, item.remedy)
         elif verdict is None or item.get("verdict") == verdict:
             if past is None:
                 _show(item, form)

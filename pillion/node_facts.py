@@ -18,6 +18,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 PROC = Path("/proc")
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 BPFFS_MAGIC = 0xCAFE4A11
+# Who reaches one of these may have a program started elsewhere; the first answers root alone. As pillion/drop_in.py hides them
+MANAGERS = ("/run/systemd/private", "/run/dbus/system_bus_socket")
 PROCESSES_MAX = 4096  # of one workload that are looked at
 _LINK_INFO_BYTES = 64
 CABLE_FILTER = "pillion-veth"  # nodeagent/tc.py attaches it to the host's side of each pod's cable
@@ -39,6 +41,7 @@ class Process:
     interfaces: tuple[str, ...] | None  # of its network namespace
     user_namespace: str | None
     cgroup_writable: bool | None  # it sees a cgroup2 mounted read-write
+    managers: tuple[str, ...] = ()  # of MANAGERS, those of this host that it sees and that would answer it
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def process(pid: int, proc: Path = PROC) -> Process | None:
     group = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
     return Process(
         pid, uid, capabilities, no_new, seccomp, _dumpable(base, uid), group, _interfaces(base), _link(base / "ns/user"),
-        _cgroup_writable(base),
+        _cgroup_writable(base), _managers(base, uid),
     )  # fmt: skip
 
 
@@ -126,6 +129,19 @@ def _cgroup_writable(base: Path) -> bool | None:
         if kind == "cgroup2" and "rw" in before.split()[5].split(",") and "rw" in rest.split()[-1].split(","):
             return True
     return False
+
+
+def _managers(base: Path, uid: int) -> tuple[str, ...]:
+    """Not what another mount lies over, and not another host's, a container's say."""
+    found = []
+    for path in MANAGERS if uid == 0 else MANAGERS[1:]:
+        try:
+            own, seen = Path(path).stat(), (base / "root" / path.lstrip("/")).stat()
+        except OSError:
+            continue
+        if (own.st_dev, own.st_ino) == (seen.st_dev, seen.st_ino):
+            found.append(path)
+    return tuple(found)
 
 
 def cgroup_processes(path: Path) -> list[int] | None:

@@ -91,6 +91,14 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
     if lacking:
         print()
         output.table(("NODE", "OFF", "WHY", "INSTEAD"), lacking)
+    strays = [
+        (agent["node"], stray["pid"], stray["workload"], output.printable(stray["into"]))
+        for agent in report["agents"].values()
+        for stray in agent.get("moves", {}).get("strays", ())
+    ]
+    if strays:
+        print()
+        output.table(("NODE", "PROCESS", "LEFT", "AND IS IN"), strays)
     for agent in report["agents"].values():
         off = [name for name, there in agent.get("programs", {}).items() if not there]
         if off:
@@ -141,7 +149,7 @@ def node_token(
 
 @node_app.command("cut", epilog=epilog("node cut"))
 def node_cut(
-    name: Annotated[str, typer.Argument()],
+    name: Annotated[str, typer.Argument(help="the node's name")],
     force: Annotated[bool, typer.Option("--force", help="also a node the controller has not heard of")] = False,
     form: FormatOption = Format.TABLE,
 ) -> None:

@@ -101,7 +101,7 @@ def operators(form: FormatOption = Format.TABLE) -> None:
 
 
 @app.command("remove", epilog=epilog("operator remove"))
-def remove(name: Annotated[str, typer.Argument()], form: FormatOption = Format.TABLE) -> None:
+def remove(name: Annotated[str, typer.Argument(help="as operator list shows it")], form: FormatOption = Format.TABLE) -> None:
     """Revoke every certificate of an operator, at once."""
     answer = chosen.controller_client().call("DELETE", f"/v1/operators/{quote(name, safe='')}")
     if form is not Format.TABLE:

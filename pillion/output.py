@@ -30,6 +30,12 @@ def printable(value: Any) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def error(what: str, remedy: str) -> None:
+    """On stderr: what is wrong, and what to do. Lines stay lines."""
+    for indent, text in (("error: ", what), ("  ", remedy)):
+        print(indent + "\n".join(map(printable, text.splitlines())), file=sys.stderr)
+
+
 def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False, markup=False, emoji=False)
 
@@ -56,7 +62,7 @@ def look(columns: Sequence[str], rows: Sequence[Any], cells: Callable[[Any], Seq
 def machine(value: Any, form: Format) -> None:
     """JSON or YAML, complete."""
     if form is Format.JSON:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        print(json.dumps(value, indent=2))  # in ASCII: some terminals take letters above it for commands
     elif isinstance(value, list) and all(isinstance(item, dict) and "kind" in item for item in value):
         print(yaml.safe_dump_all(value, sort_keys=False, explicit_start=True), end="")
     else:

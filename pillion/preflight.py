@@ -40,6 +40,7 @@ STOP = "stop what listens there: ss -ltnp"
 PORTS = {"node": (15001, 15008, 15053), "controller": (15443,)}
 KERNEL = "use a distribution's kernel with CONFIG_CGROUP_BPF, such as Debian's or Ubuntu's"
 CHILD_TIMEOUT_S = 20
+COMPILE_TIMEOUT_S = 1800  # as the agent would wait: nodeagent/loading.py
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -295,12 +296,12 @@ def programs() -> Seen:
             if _libc.mount(b"bpf", os.fsencode(pins), b"bpf", 0, b"mode=0700"):
                 raise OSError(ctypes.get_errno(), "mount bpffs")
             try:
-                signal.alarm(100)
+                signal.alarm(COMPILE_TIMEOUT_S + 10)
                 where = ("--cgroup", str(cgroup), "--bpf-dir", str(pins), "--src", str(project / "bpf"))
                 os.environ["PYTHONPATH"] = str(project)
                 done = subprocess.run(
                     ["/usr/bin/python3", "-m", "nodeagent.loader", *where, "--layouts", f"{scratch}/layouts.json"],
-                    capture_output=True, text=True, timeout=90, check=False, cwd=project,
+                    capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False, cwd=project,
                 )  # fmt: skip
                 if done.returncode:
                     raise OSError(errno.EINVAL, (done.stderr.strip().splitlines() or ["?"])[-1][:300])

@@ -132,7 +132,7 @@ def fetch(client: Client, kind: str | None, namespace: str | None, name: str | N
 
 def get(
     kind: Annotated[str, typer.Argument(help="a kind, or all", autocompletion=_complete_kind)],
-    name: Annotated[str | None, typer.Argument()] = None,
+    name: Annotated[str | None, typer.Argument(help="of one (default: every one of the kind)")] = None,
     namespace: NamespaceOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -141,7 +141,7 @@ def get(
     items = fetch(chosen.controller_client(), wanted, namespace, name)
     if name is not None and not items:
         where = f" in namespace {namespace}" if namespace else ""
-        raise CliError(f"there is no {wanted} {name!r}{where}", f"see what there is: pillion get {wanted}")
+        raise CliError(f"there is no {wanted or 'resource'} {name!r}{where}", f"see what there is: pillion get {wanted or 'all'}")
     if form is not Format.TABLE:
         output.machine(items[0] if name is not None and len(items) == 1 else items, form)
         return
@@ -159,7 +159,7 @@ def summary(kind: str, spec: dict[str, Any]) -> str:
     """A resource in a line."""
     if kind == "Service":
         ports = ", ".join(f"{port['port']}→{port.get('targetPort', port['port'])}{_protocol(port)}" for port in spec["ports"])
-        return f"{ports}; {_labels(spec['selector'])}{_express(spec)}"
+        return f"{ports}; {_labels(spec['selector'])}{_accounts(spec)}{_express(spec)}"
     if kind == "Workload":
         return f"{spec['serviceAccount']} on {spec['node']}: {' '.join(spec['addresses'])}{_express(spec)}"
     if kind == "NodeGrant":
@@ -186,6 +186,10 @@ def _protocol(port: dict[str, Any]) -> str:
     return f" {port['appProtocol']}" if port.get("appProtocol") else "/udp" if port.get("protocol") == "UDP" else ""
 
 
+def _accounts(spec: dict[str, Any]) -> str:
+    return f" of {', '.join(spec['serviceAccounts'])}" if spec.get("serviceAccounts") else ""
+
+
 def _express(spec: dict[str, Any]) -> str:
     return "; express off" if spec.get("express") == "off" else ""
 
@@ -195,13 +199,13 @@ def _labels(labels: dict[str, str]) -> str:
 
 
 def delete(
-    kind: Annotated[str | None, typer.Argument(autocompletion=_complete_kind)] = None,
-    name: Annotated[str | None, typer.Argument()] = None,
-    namespace: Annotated[str, typer.Option("-n", "--namespace")] = "default",
+    kind: Annotated[str | None, typer.Argument(help="a kind; without --file", autocompletion=_complete_kind)] = None,
+    name: Annotated[str | None, typer.Argument(help="of the one that is meant")] = None,
+    namespace: Annotated[str, typer.Option("-n", "--namespace", help="of the resource; a file says its own")] = "default",
     file: Annotated[list[str] | None, typer.Option("-f", "--file", help="delete what these files name")] = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
-    """Delete a resource, or those a file names."""
+    """Delete a resource, or those a file names, as far as they are there."""
     wanted: list[tuple[str, str, str]] = []
     if kind and name and not file:
         real = kind_of(kind)
@@ -215,16 +219,22 @@ def delete(
                 raise typer.Exit(1) from error
     else:
         raise CliError("what shall be deleted?", "pillion delete KIND NAME [-n NAMESPACE], or: pillion delete -f FILE", USAGE)
-    client, revision = chosen.controller_client(), 0
+    client, revision, deleted = chosen.controller_client(), 0, []
     for key in wanted:
         path = "/".join(quote(part or "-", safe="") for part in key)
-        revision = client.call("DELETE", f"/v1/resources/{path}")["revision"]
+        try:
+            revision = client.call("DELETE", f"/v1/resources/{path}")["revision"]
+            deleted.append(key)
+        except Refused as error:
+            if error.status != 404 or not file:
+                raise
         if form is Format.TABLE:
-            print(f"{key[0]} {'/'.join(part for part in key[1:] if part)} deleted")
+            print(f"{key[0]} {'/'.join(part for part in key[1:] if part)} {'deleted' if key in deleted else 'was not there'}")
+    revision = revision or client.get("/v1/status")["revision"]
     if form is Format.TABLE:
         print(f"revision {revision}")
     else:
-        output.machine({"revision": revision, "deleted": ["/".join(each) for each in wanted]}, form)
+        output.machine({"revision": revision, "deleted": ["/".join(each) for each in deleted]}, form)
 
 
 def wait_for(client: Client, revision: int, timeout_s: float) -> str:

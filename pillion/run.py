@@ -26,7 +26,7 @@ from pillion.client import Client
 from pillion.context import NodeOption, chosen, labels_of
 from pillion.errors import USAGE, CliError
 
-ENROL_TIMEOUT_S = 20.0
+STARTING_S_MAX = 40.0  # from its cgroup to its first process: an agent answers sooner, with yes or no
 STOP_TIMEOUT_S = 5.0
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
@@ -70,7 +70,7 @@ def node_cgroup(agent: Path) -> Path:
 def run(
     command: Annotated[list[str], typer.Argument(help="the program and its arguments, after --")],
     service: Annotated[str, typer.Option(help="the service account it runs as; also its label app=…")],
-    namespace: Annotated[str, typer.Option("-n", "--namespace")] = "default",
+    namespace: Annotated[str, typer.Option("-n", "--namespace", help="of the service account and the workload")] = "default",
     port: Annotated[list[int] | None, typer.Option(help="a port it listens on; may repeat", min=1, max=65535)] = None,
     label: Annotated[list[str] | None, typer.Option(help="key=value; may repeat")] = None,
     name: Annotated[str | None, typer.Option(help="the workload's name (default: made up)")] = None,
@@ -106,8 +106,7 @@ def run(
         "cgroup": str(cgroup),
     }
     try:
-        client.call("POST", "/v1/workloads", body)
-        _await_certificate(client, namespace, name)
+        client.call("POST", "/v1/workloads", body)  # answers when it is enforced and has its certificate
         print(f"pillion: {namespace}/{name} runs as service account {service}", file=sys.stderr, flush=True)
         if port and (hint := missing_service(namespace, labels, service, port[0])):
             print(hint, file=sys.stderr, flush=True)
@@ -132,21 +131,6 @@ def missing_service(namespace: str, labels: dict[str, str], service: str, port: 
     spec = f"{{selector: {{app: {service}}}, ports: {ports}}}"
     resource = f"{{apiVersion: v1, kind: Service, metadata: {metadata}, spec: {spec}}}"
     return f"pillion: no Service selects it yet; others find it after\n  echo '{resource}' | pillion apply -f -"
-
-
-def _await_certificate(client: Client, namespace: str, name: str) -> None:
-    deadline = time.monotonic() + ENROL_TIMEOUT_S
-    while True:
-        status = client.get("/v1/status")
-        mine = next((w for w in status["workloads"] if (w["namespace"], w["name"]) == (namespace, name)), None)
-        if mine and mine.get("svid") and status["ready"]:
-            return
-        if mine and (refused := mine.get("refused") or mine.get("error")):
-            raise CliError(f"{namespace}/{name} is refused: {refused}", "grant it to this node: see pillion get NodeGrant")
-        if time.monotonic() > deadline:
-            detail = status.get("detail") or "no reason given"
-            raise CliError(f"{namespace}/{name} got no certificate within {ENROL_TIMEOUT_S:g} s: {detail}", "see: pillion status")
-        time.sleep(0.05)
 
 
 def _run(command: list[str], cgroup: Path, netns: Path) -> int:
@@ -238,7 +222,7 @@ def sweep(parent: Path, client: Client) -> None:
     """Leftovers of runs that were killed: their cgroups are empty."""
     for cgroup in parent.glob("run-*.*") if parent.is_dir() else []:
         try:
-            old = time.time() - cgroup.stat().st_mtime > ENROL_TIMEOUT_S * 2
+            old = time.time() - cgroup.stat().st_mtime > STARTING_S_MAX
             empty = "populated 0" in (cgroup / "cgroup.events").read_text()
         except OSError:
             continue

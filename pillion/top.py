@@ -30,7 +30,7 @@ def sample(urls: dict[str, str], silent: dict[str, CliError]) -> Sample:
             if len(urls) == 1:
                 raise
             if name not in silent:
-                typer.echo(f"error: {error.what}\n  {error.remedy}", err=True)
+                output.error(error.what, error.remedy)
             silent[name] = error
     if not found:
         raise next(iter(silent.values()))

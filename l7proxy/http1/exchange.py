@@ -166,7 +166,7 @@ class Exchange:
         early = self.rs == SENT  # did it read that rest, or will it take it for a request?
         self.rs = NONE
         self.release(reusable and sent and not early)
-        self.finished(response.status, "")
+        self.finished(response.status, "behind_upgrade" if request.websocket and self.pending else "")
         self._next(goes_on and sent)
 
     def _next(self, keep: bool) -> None:

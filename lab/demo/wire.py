@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import sys
 import textwrap
+import time
 from typing import Any
 
 from cryptography import x509
@@ -12,8 +13,11 @@ from cryptography import x509
 from lab import Lab, Workload, process
 from lab.capture import Capture
 from lab.demo.shop import SERVICES, NotSeen
+from lab.pace import SLOW
 from lab.process import Place
 from mesh.ports import HBONE_PORT
+
+SERVING_S_MAX = 20.0 * SLOW  # from a server's start to its first word
 
 _SHOW = textwrap.dedent("""
     import socket, ssl, sys
@@ -54,10 +58,12 @@ def marker_without_mesh(name: str, marker: str, requests: int) -> int:
     try:
         lab.up(2, mesh=False)
         server, client = lab.add_workload("n2", "catalog"), lab.add_workload("n1", "client")
-        process = server.start([sys.executable, str(SERVICES / "catalog.py"), "catalog", "v1", "8000"], "server")
-        while "catalog v1" not in process.output():
-            if not process.alive:
-                raise NotSeen(f"the server without mesh died: {process.output()[-300:]}")
+        serving = server.start([sys.executable, str(SERVICES / "catalog.py"), "catalog", "v1", "8000"], "server")
+        deadline = time.monotonic() + SERVING_S_MAX
+        while "catalog v1" not in serving.output():
+            if not serving.alive or time.monotonic() > deadline:
+                raise NotSeen(f"the server without mesh does not serve: {serving.output()[-300:] or 'it says nothing'}")
+            time.sleep(0.02)
         load = [sys.executable, str(SERVICES / "load.py"), f"{server.address}:8000", "/echo", str(requests), "1", marker]
         with lab.capture("n2") as seen:
             client.run(load, timeout=30, check=True)

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from lab.state import LabError
+from lab.state import CHECKOUT, LabError
 from lab.vm.plan import LIMIT_S, MEMORY_MIB, Kind
 from lab.vm.qemu import accelerator
-from lab.vm.vms import VmLab, known
+from lab.vm.vms import VmLab, checkout_of, known
 
 
 def _say(text: str) -> None:
@@ -78,7 +78,11 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    for name in known() if options.all else [options.name]:
+    for name in known() if options.all or options.here else [options.name]:
+        if options.here and (whose := checkout_of(name)) != CHECKOUT:
+            stays = f"VM lab {name} stays: {whose or 'unknown'} is its checkout"
+            print(f"{stays}; else: pillion lab vm down --name {name}", file=sys.stderr)
+            continue
         VmLab(name).down()
         print(f"VM lab {name} is down, nothing of it is left", file=sys.stderr)
     return 0
@@ -113,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     copy.add_argument("target", help="a folder there")
     command("status", _status, "which VMs there are")
     down = command("down", _down, "end the VMs and remove their disks")
-    down.add_argument("--all", action="store_true", help="every VM lab of this machine")
+    which = down.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every VM lab of this machine")
+    which.add_argument("--here", action="store_true", help="every VM lab of this checkout")
     options = parser.parse_args(arguments)
     options.name_given = options.name is not None
     options.name = options.name or "vm"

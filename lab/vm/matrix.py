@@ -1,15 +1,16 @@
 """`make test-kernels`: the kernel tests on this kernel and on stock ones in VMs, and the table of what each can do.
 
-    python -m lab.vm.matrix [--kernels 6.1,6.12,running] [--suites kernel,express,attacks,hosts] [--write docs/kernels.md]
+    python -m lab.vm.matrix [--kernels 6.1,6.12,running] [--suites kernel,express,attacks,hosts] [--resume] [--write FILE]
 
 A VM works on the project as it was when it came up. What fails runs a second time; only what fails twice is off. What is not
-run this time is shown as it was last seen.
+run this time is shown as it was last seen. What is cut (SIGINT, SIGTERM, a limit) keeps what it saw; `--resume` goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,9 +24,11 @@ from pathlib import Path
 from lab.state import LabError, write_atomic
 from lab.vm import machines, results, stage
 from lab.vm.capabilities import CAPABILITIES, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
+from lab.vm.channel import ChannelLost
 from lab.vm.handle import VmHandle
 from lab.vm.kernels import CACHE
 from lab.vm.qemu import accelerator
+from lab.vm.rest import joined, rest
 from lab.vm.stage import PROJECT
 from lab.vm.vms import VmLab
 
@@ -44,6 +47,10 @@ SUITES = {
 SUITES["short"] = SUITES["kernel"][1:]
 SUITES["short-express"] = (SUITES["kernel"][0], EXPRESS, "tests/nodeagent/test_express_path.py")
 SUITES["short-attacks"] = tuple(f"{ATTACKS}test_{each}" for each in ("04_", "05_foreign", "06_", "13_", "16_"))
+SUITES["other-attacks"] = tuple(  # what takes labs or hosts of its own last: a run that is cut has the others
+    f"{ATTACKS}test_{each}"
+    for each in ("02_", "03_", *(f"{row:02}_" for row in (7, 8, 9, 10, 12, 14, 15, 17, 18, 1, 11)), "05_hosts")
+)
 SUITES["differential"] = ("tests/nodeagent/test_express_path.py", DIFFERENTIAL)  # what express rests on, and what it comes to
 SUITES["probes"] = ("tests/nodeagent/test_express_path.py",)
 SHORT = ("-k", "not v6 and not mapped and not full_map and not second_set")
@@ -53,6 +60,7 @@ ONLY = {
     "short": SHORT,
     "short-express": SHORT,
     "short-attacks": ("-m", "attack", *SHORT),
+    "other-attacks": ("-m", "attack", "-p", "lab.vm.one_of_each"),
 }
 ABOUT = {
     "kernel": "programs and maps, every family of addresses",
@@ -64,6 +72,7 @@ ABOUT = {
     "attacks": "all of tests/attacks on the mesh as it is",
     "kernel-attacks": "rows 4, 5, 6, 13, 14, 16 of them",
     "short-attacks": "rows 4, 5, 6, 13, 16, one family, those without a host with systemd",
+    "other-attacks": "the rows that short-attacks leaves out, one variant of each attack",
 }
 BY_DEFAULT = ("kernel", "express", "attacks", HOSTS)
 # In emulation, twice what was seen
@@ -76,6 +85,7 @@ SUITE_LIMIT_S = {
     "short": 1200,
     "short-express": 1200,
     "short-attacks": 1800,
+    "other-attacks": 3600,
     "differential": 1200,
     "probes": 600,
 }
@@ -84,7 +94,9 @@ SLOW_EMULATED = 6
 EXCHANGES_EMULATED, DRAWN_EMULATED = 3000, 800
 RETRIES_MAX = 40  # more failures than that are no accident
 MEMORY_MIB = 3072
-INTERRUPTED = 2  # pytest's exit code
+CPUS_MIN = 2  # of a VM: express is tried by threads that meet
+END_S = 120.0  # until a pytest that is asked to end has taken its labs down
+INTERRUPTED, NOTHING_CHOSEN = 2, 5  # pytest's exit codes
 
 
 @dataclass
@@ -94,6 +106,7 @@ class Report:
     code: int
     outcomes: list[Outcome] = field(default_factory=list)
     error: str = ""
+    asked: bool = False  # to end: nothing else is to run
 
 
 Runner = Callable[[Sequence[str], float], Report]  # (pytest arguments, limit)
@@ -114,26 +127,37 @@ def files(suite: str) -> list[str]:
     return [*dict.fromkeys(found), *ONLY.get(suite, ())]
 
 
-def observe(seen: Seen, suites: Sequence[str], run: Runner, note: Callable[[], None], slow: float = 1.0) -> None:
-    """Fill `seen`. `run` is one pytest in the place that is looked at, so much slower than usual."""
+def observe(
+    seen: Seen,
+    suites: Sequence[str],
+    run: Runner,
+    note: Callable[[], None],
+    slow: float = 1.0,
+    earlier: Mapping[str, Run] | None = None,
+) -> None:
+    """Fill `seen`. `run` is one pytest in the place that is looked at, so much slower than usual. It goes on with `earlier`."""
     for suite in suites:
+        before = (earlier or {}).get(suite, Run())
+        arguments, kept = rest(files(suite), before)
         began = time.monotonic()
-        told = seen.runs[suite] = Run(day=time.strftime("%-d %B %Y"))
+        told = seen.runs[suite] = Run(kept, before.seconds, time.strftime("%-d %B %Y"), before.error)
         try:
-            first = run(files(suite), SUITE_LIMIT_S[suite] * slow)
-            told.outcomes, told.error = first.outcomes, first.error
+            first = run(arguments, SUITE_LIMIT_S[suite] * slow)
+            told.outcomes, told.error = joined(kept, first.outcomes), first.error
             failed = [each.id for each in first.outcomes if each.message]
+            if first.asked:
+                raise KeyboardInterrupt
             if first.code == INTERRUPTED:
                 told.error = f"interrupted after {len(first.outcomes)} tests"
-            elif not first.error and first.code != 0 and not failed:
+            elif not first.error and first.code not in (0, NOTHING_CHOSEN if kept else 0) and not failed:
                 told.error = f"pytest ended with {first.code} though no test failed; its log says why"
             elif not first.error and 0 < len(failed) <= RETRIES_MAX and suite != HOSTS:  # there, a step rests on those before
-                told.outcomes = merge(first.outcomes, run(failed, SUITE_LIMIT_S[suite] * slow).outcomes)
+                told.outcomes = merge(told.outcomes, run(failed, SUITE_LIMIT_S[suite] * slow).outcomes)
         except LabError as error:
             told.error = " ".join(str(error).split())[:300]
             return
         finally:
-            told.seconds = time.monotonic() - began
+            told.seconds = before.seconds + time.monotonic() - began
             note()
 
 
@@ -143,13 +167,17 @@ def here(log: Path, extra: Mapping[str, str] | None = None) -> Runner:
             junit, start = Path(scratch) / "junit.xml", output.tell()
             argv = pytest_argv(arguments, str(junit), 1)
             env = {**os.environ, **(extra or {})}
+            # A session of its own: a ^C is for us, who ask it to end once
+            child = subprocess.Popen(argv, cwd=PROJECT, env=env, stdout=output, stderr=output, start_new_session=True)
             try:
-                done = subprocess.run(argv, cwd=PROJECT, env=env, stdout=output, stderr=output, timeout=limit_s, check=False)
-            except subprocess.TimeoutExpired:
-                return broken_off(log, start, limit_s)
+                code = child.wait(limit_s)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as cut:
+                ended(child)
+                why = "stopped" if isinstance(cut, KeyboardInterrupt) else f"not done within {limit_s:.0f} s"
+                return broken_off(log, start, why, asked=isinstance(cut, KeyboardInterrupt))
             if not junit.exists():
                 raise LabError("pytest wrote no report", f"see {log}")
-            return Report(done.returncode, read_junit(junit.read_text()))
+            return Report(code, read_junit(junit.read_text()))
 
     return run
 
@@ -169,18 +197,29 @@ def inside(vm: VmHandle, log: Path, more: float) -> Runner:
             try:
                 code = vm.stream(argv, cwd=str(PROJECT), env=env, timeout=limit_s, stdout=output, stderr=output)
             except subprocess.TimeoutExpired:
-                return broken_off(log, start, limit_s)
+                return broken_off(log, start, f"not done within {limit_s:.0f} s")
+            except ChannelLost as lost:  # the VM ended, or was ended
+                return broken_off(log, start, lost.what if vm.folder.exists() else "stopped")
         return Report(code, read_junit(vm.get("/tmp/junit.xml").decode()))
 
     return run
 
 
-def broken_off(log: Path, start: int, limit_s: float) -> Report:
+def ended(child: subprocess.Popen[bytes]) -> None:
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def broken_off(log: Path, start: int, why: str, asked: bool = False) -> Report:
     """What the log tells of a run that was killed."""
     with log.open("rb") as file:
         file.seek(start)
         outcomes = read_lines(file.read().decode(errors="replace"))
-    return Report(-9, outcomes, f"not done within {limit_s:.0f} s, after {len(outcomes)} tests")
+    return Report(-9, outcomes, f"{why}, after {len(outcomes)} tests", asked)
 
 
 def log_of(what: str) -> Path:
@@ -190,20 +229,32 @@ def log_of(what: str) -> Path:
     return folder / f"{what}.log"
 
 
+def to_go_on(seen: Seen, resume: bool) -> Mapping[str, Run]:
+    earlier = results.recall(seen.kernel) if resume else None
+    return earlier.runs if earlier and earlier.release == seen.release else {}
+
+
 def kernel_run(
-    seen: Seen, suites: Sequence[str], lab: VmLab, cpus: int, say: Callable[[str], None], note: Callable[[], None], slow: float
+    seen: Seen,
+    suites: Sequence[str],
+    lab: VmLab,
+    cpus: int,
+    say: Callable[[str], None],
+    note: Callable[[], None],
+    slow: float,
+    resume: bool,
 ) -> None:
     kernel, log = seen.kernel, log_of(seen.kernel)
     say(f"{seen.release}: {', '.join(suites)}; its log: {log}")
     if kernel == RUNNING:
-        observe(seen, suites, here(log), note, slow)
+        observe(seen, suites, here(log), note, slow, to_go_on(seen, resume))
     else:
         try:
             limit = int(slow * (600 + 2 * sum(SUITE_LIMIT_S[suite] for suite in suites)))
             vm = lab.start(f"k{kernel.replace('.', '-')}", kernel, cpus=cpus, memory_mib=MEMORY_MIB, limit_s=limit, network=False)
             seen.release = vm.release
             stage.compile_express(lab.name, vm)
-            observe(seen, suites, inside(vm, log, slow), note, slow)
+            observe(seen, suites, inside(vm, log, slow), note, slow, to_go_on(seen, resume))
             if any(run.error for run in seen.runs.values()) and vm.console.exists():
                 log.with_suffix(".console").write_bytes(vm.console.read_bytes())
             lab.stop(vm.name)
@@ -227,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suites", default=",".join(BY_DEFAULT), help=f"of {', '.join(SUITES)}")
     parser.add_argument("--write", default=None, help="the table goes to this file")
     parser.add_argument("--name", default="kernels", help="which VM lab")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="VMs at the same time")
+    parser.add_argument("--resume", action="store_true", help="go on with suites that were cut, and try again what failed")
+    parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) // CPUS_MIN, help="VMs at the same time")
     parser.add_argument("--slow", type=float, default=1.0, help="deadlines so many times as long, on a machine with other work")
     options = parser.parse_args(arguments)
     kernels, suites = options.kernels.split(","), [each for each in options.suites.split(",") if each != HOSTS]
@@ -252,15 +304,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     with VmLab(options.name, say) as lab:
         if RUNNING in kernels and suites:  # alone: its tests have the deadlines of a machine at rest
-            kernel_run(seen[RUNNING], suites, lab, 0, say, note, options.slow)
+            kernel_run(seen[RUNNING], suites, lab, 0, say, note, options.slow, options.resume)
         jobs = max(1, min(options.jobs, len(others)))
-        cpus = max(1, min(4, (os.cpu_count() or 1) // jobs))
+        cpus = max(CPUS_MIN, min(4, (os.cpu_count() or 1) // jobs))
+
+        def in_a_vm(kernel: str) -> None:
+            kernel_run(seen[kernel], suites, lab, cpus, say, note, options.slow, options.resume)
+
         with ThreadPoolExecutor(jobs) as pool:
-            list(
-                pool.map(
-                    lambda each: kernel_run(seen[each], suites, lab, cpus, say, note, options.slow), others if suites else []
-                )
-            )
+            try:
+                list(pool.map(in_a_vm, others if suites else []))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                lab.down()  # who waits for a VM keeps what it saw
+                raise
     if HOSTS in options.suites.split(",") and others:
         hosts_run(pair, others, say, note, options.slow)
     note()
@@ -288,5 +345,13 @@ def document(seen: Mapping[str, Seen], pair: Seen) -> str:
     return table(ordered, machines.section(results.with_earlier(pair).runs.get(HOSTS)), ABOUT)
 
 
+def terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was seen is kept: --resume (make test-kernels RESUME=1) goes on there")

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lab import cgroups, process
-from lab.state import LabError, remove_empty, write_atomic
+from lab.state import CHECKOUT, LabError, remove_empty, write_atomic
 from lab.vm import initrd, kernels, stage
 from lab.vm.channel import Channel
 from lab.vm.disk import disks_of, machine_disk, modules_disk
@@ -101,6 +101,7 @@ class VmLab:
         self._launch(vm, folder)
         facts = {"name": name, "number": number, "kernel": kernel, "release": stock.release, "kind": kind.value}
         facts |= {"addresses": [address.partition("/")[0] for address in vm.addresses], "cgroup": str(self.cgroup / name)}
+        facts["checkout"] = CHECKOUT
         write_atomic(folder / "vm.json", json.dumps(facts, indent=2).encode())
         handle = VmHandle(folder, facts)
         if wait:
@@ -166,6 +167,12 @@ def _appears(path: Path, log: Path, timeout_s: float = 15.0) -> None:
             text = log.read_text(errors="replace")[-600:] if log.exists() else ""
             raise LabError(f"{path} did not appear", text)
         time.sleep(0.02)
+
+
+def checkout_of(name: str) -> str:
+    """The checkout that all VMs of a lab were started from; "" if they differ, or nothing tells."""
+    found = {str(json.loads(path.read_text()).get("checkout", "")) for path in (RUN_ROOT / name).glob("*/vm.json")}
+    return found.pop() if len(found) == 1 else ""
 
 
 def known() -> list[str]:

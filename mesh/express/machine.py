@@ -1,4 +1,5 @@
-"""What the kernel's loop does with a table, step for step (it takes eight at once where LOOP says that makes no difference)."""
+"""What the kernel's loop does with a table, step for step (it takes eight at once, or a whole head, where that makes no
+difference)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""An HBONE client by hand (ssl and h2), with the SVID a node keeps for one of its workloads. Prints {"answer": …}; with --stay S,
-once it is served, whether the peer ends the connection within S seconds: "200 ended" or "200 open"."""
+"""An HBONE client by hand (ssl and h2), with the SVID a node keeps for one of its workloads. Prints {"answer": …}, of several
+--state {"answers": […]}; with --stay S, once it is served, whether the peer ends the connection within S seconds: "200 ended" or
+"200 open"."""
 
 import argparse
 import json
@@ -16,15 +17,16 @@ from lab import peer
 from mesh.ports import HBONE_PORT
 
 parser = argparse.ArgumentParser()
-for name in ("state", "who", "dial", "authority", "forwarded", "sni"):
+parser.add_argument("--state", required=True, nargs="+")
+for name in ("who", "dial", "authority", "forwarded", "sni"):
     parser.add_argument(f"--{name}", required=True)
 parser.add_argument("--before", default="true", help="a command that opens a way which the agent closes again: run last")
 parser.add_argument("--stay", type=float, default=0.0)
 options = parser.parse_args()
 
 
-def ask() -> str:
-    context = peer.certified(Path(options.state), options.who)
+def ask(state: str) -> str:
+    context = peer.certified(Path(state), options.who)
     subprocess.run(shlex.split(options.before), check=False, stderr=subprocess.DEVNULL)
     with (
         socket.create_connection((options.dial, HBONE_PORT), timeout=5) as plain,
@@ -61,8 +63,10 @@ def ended(conn: ssl.SSLSocket, seconds: float) -> str:
     return "open"
 
 
-try:
-    answer = ask()
-except OSError as error:
-    answer = repr(error)
-print(json.dumps({"answer": answer}))
+answers = []
+for each in options.state:
+    try:
+        answers.append(ask(each))
+    except OSError as error:
+        answers.append(repr(error))
+print(json.dumps({"answers": answers} if answers[1:] else {"answer": answers[0]}))

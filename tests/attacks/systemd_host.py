@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,11 @@ class Host:
             mutated(self.trees / name, [mutant])
         return Path("/srv/mutants", name)
 
-    def attack(self, step: str, argument: str, *lines: str, code: Path | None = None) -> Outcome:
-        """By a new service that this `pillion` enrols, with --force where it runs as root."""
+    def attack(self, step: str, argument: str, *lines: str, code: Path | None = None, more: Sequence[str] = ()) -> Outcome:
+        """By a new service that this `pillion` enrols, with --force where it runs as root, and with ``more`` options."""
         self.mesh.unit("attacker", "Type=oneshot", *lines, self._runs(step, argument))
         force = () if any(line.startswith("User=") for line in lines) else ("--force",)
-        done = self.pillion(code, "enrol", "attacker.service", "--as", "shop/intruder", *force)
+        done = self.pillion(code, "enrol", "attacker.service", "--as", "shop/intruder", *force, *more)
         try:
             if done.returncode:
                 return Outcome(done.stderr)

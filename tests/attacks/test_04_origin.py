@@ -87,6 +87,7 @@ for processor in os.sched_getaffinity(0):
 """
 WAYS = ("connect", "nonblocking", "fastopen", "mptcp", "uring")
 SOURCE_PORT = 47011
+UNDER_WAY_MAX = 2048  # connectsUnderWay of MeshConfig
 
 
 @pytest.mark.attack("dial the proxy's listener")
@@ -152,7 +153,8 @@ def test_a_source_port_carries_an_identity_without(broken: Mesh) -> None:
 
 
 def flooded(mesh: Mesh) -> list[str]:
-    """The victim connects, by IPv4 and by IPv6; 4,000 connects on each processor follow before the proxy comes to it."""
+    """The victim connects, by IPv4 and by IPv6; 4,000 connects on each processor follow before the proxy comes to it, then more
+    of them at once than one identity may have under way."""
     workers = mesh.lab.pids("n1", "proxy-worker")
     web, victims = mesh.w["web"].addresses[:2], []
     for pid in workers:
@@ -164,6 +166,7 @@ def flooded(mesh: Mesh) -> list[str]:
         for to in ("127.0.0.1", "[::1]"):
             mesh.established("client", 15001, to)
         mesh.w["intruder"].run([sys.executable, "-c", FLOOD, *web], timeout=30)
+        run(mesh.w["intruder"], "under_way.py", UNDER_WAY_MAX + 100, 0, *web)
     finally:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
@@ -173,8 +176,9 @@ def flooded(mesh: Mesh) -> list[str]:
 
 
 @pytest.mark.attack("a flood of connects evicts an origin")
-def test_a_flood_of_connects_evicts_nobodys_origin(mesh: Mesh) -> None:
-    assert ["web for" in answer for answer in flooded(mesh)] == [True, True]
+def test_a_flood_of_connects_evicts_nobodys_origin(mesh: Mesh, counted: Counted) -> None:
+    with counted(mesh, "n1", "budget_connects", times=100):
+        assert ["web for" in answer for answer in flooded(mesh)] == [True, True]
 
 
 @pytest.mark.red("a flood of connects evicts an origin", EVICTING_MAP)

@@ -167,7 +167,7 @@ def older(mesh: Mesh, program: str, family: int) -> str:
 @pytest.mark.attack("a socket older than the enrolment")
 @pytest.mark.parametrize("program", ["older.py", "older_listener.py"])
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
-def test_a_socket_older_than_the_enrolment_is_ended(mesh: Mesh, family: int, program: str) -> None:
+def test_a_socket_older_than_the_enrolment_is_ended(mesh: Mesh, counted: Counted, family: int, program: str) -> None:
     before = mesh.metric("n1", "pillion_agent_events_total", kind="older_ended")
     assert older(mesh, program, family) in (
         "ConnectionAbortedError",
@@ -177,6 +177,7 @@ def test_a_socket_older_than_the_enrolment_is_ended(mesh: Mesh, family: int, pro
         "OSError",
     )
     assert mesh.metric("n1", "pillion_agent_events_total", kind="older_ended") >= before + 1
+    counted.reasons.add("older_ended")
 
 
 @pytest.mark.red("a socket older than the enrolment", OLD_STAY)

@@ -126,8 +126,9 @@ def test_an_upgrade_to_http2_reaches_the_server_without(broken: Mesh) -> None:
 
 @pytest.mark.attack("a WebSocket that the server refuses")
 @pytest.mark.parametrize("server", SERVERS)
-def test_after_a_refused_websocket_nothing_is_raw(sites: Mesh, server: str) -> None:
-    body = refused_websocket(sites, server)
+def test_after_a_refused_websocket_nothing_is_raw(sites: Mesh, counted: Counted, server: str) -> None:
+    with counted(sites, "n1", "behind_upgrade"):
+        body = refused_websocket(sites, server)
     assert OPEN in body
     assert SECRET not in body
 

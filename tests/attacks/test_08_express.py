@@ -8,7 +8,7 @@ import pytest
 
 from tests.attacks.express_world import attack
 from tests.attacks.guarded import PORT, SECRET, guarded
-from tests.attacks.mutants import Mutant
+from tests.attacks.mutants import Counted, Mutant
 from tests.attacks.test_08_two_readings import PATHS, PLAIN
 from tests.e2e import express
 from tests.e2e.mesh import Mesh
@@ -37,8 +37,9 @@ def spelled(mesh: Mesh) -> list[tuple[int, str]]:
 
 
 @pytest.mark.attack("another spelling of the path, on a paired connection")
-def test_no_spelling_of_a_path_gets_past_the_kernel(sites: Mesh) -> None:
-    answers = spelled(sites)
+def test_no_spelling_of_a_path_gets_past_the_kernel(sites: Mesh, counted: Counted) -> None:
+    with counted(sites, "n1", "path_not_canonical", times=20), counted(sites, "n1", "policy_denied", times=len(PLAIN)):
+        answers = spelled(sites)
     assert not [answer for answer in answers if SECRET in answer[1]]
     assert sum(status in (400, 403) for status, _ in answers) > len(PLAIN) + 20
 

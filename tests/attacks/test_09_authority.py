@@ -7,6 +7,7 @@ hand, no hook watches its sockets, and the filter on the workload's cable is off
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,9 @@ from pathlib import Path
 import pytest
 
 from lab.capture import Capture
-from lab.pace import SLOW
 from tests.attacks.actions import host
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, Mesh, policy, until
-from tests.e2e.test_fail_closed import FAR_CLIENT, authority_of, loot
 
 PROGRAM = Path(__file__).with_name("hbone_client.py")
 
@@ -124,6 +123,13 @@ def dials(mesh: Mesh) -> float:
     return mesh.denied("n1", "dial_denied") + mesh.metric("n1", "pillion_datapath_total", reason="proxy_dial")
 
 
+def begins(frame: bytes) -> bool:
+    """Not of a TCP connection that stood before: such may end meanwhile."""
+    packet, v4 = frame[14:], frame[14] >> 4 == 4
+    at = (packet[0] & 15) * 4 if v4 else 40
+    return packet[9 if v4 else 6] != socket.IPPROTO_TCP or packet[at + 13] & 0x12 == 2
+
+
 @pytest.mark.attack("what is not the asker's to reach")
 @pytest.mark.usefixtures("far_client_allowed")
 @pytest.mark.parametrize(("authority", "reason"), AUTHORITIES)
@@ -135,7 +141,7 @@ def test_authorities_that_are_not_ours_are_refused(mesh: Mesh, counted: Counted,
     with counted(mesh, "n1", reason), Capture(mesh.w["web"].netns, "lo") as seen:
         answer = ask(mesh, authority.format(**addresses))
     assert answer == f"403 {reason}"
-    assert seen.frames == []
+    assert not [frame for frame in seen.frames if begins(frame)]
     assert dials(mesh) == before, "the proxy tried to connect to somewhere"
 
 
@@ -233,59 +239,6 @@ def test_a_certificate_serves_from_anywhere_without(broken: Mesh) -> None:
         assert from_elsewhere(broken) == "200"
 
 
-# ---- certificates of the mesh that are not good enough (more of them: tests/e2e/test_fail_closed.py)
-
-
-ANY_USAGE = Mutant(
-    "d",
-    "a peer's certificate says it is for that",
-    ("l7proxy/tls.py", "    if not usages >= _USAGES:\n", "    if False:\n"),
-)
-PAST_ITS_END = Mutant(
-    "d",
-    "a tunnel ends with its certificate",
-    ("l7proxy/inbound.py", "            if wall >= tunnel.peer.not_after:\n", "            if False:\n"),
-)
-LIFE_S = 2.0 * SLOW  # of a certificate; a second is lost to rounding
-
-
-def without_usage(mesh: Mesh, folder: Path) -> str:
-    state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], usages=()))
-    return ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state)
-
-
-@pytest.mark.attack("a certificate without its usage")
-@pytest.mark.usefixtures("far_client_allowed")
-def test_a_certificate_that_is_not_for_this_opens_nothing(mesh: Mesh, counted: Counted, tmp_path: Path) -> None:
-    with counted(mesh, "n1", "cert_eku"):
-        assert without_usage(mesh, tmp_path / "state") != "200"
-
-
-@pytest.mark.red("a certificate without its usage", ANY_USAGE)
-def test_any_certificate_opens_a_tunnel_without(broken: Mesh, tmp_path: Path) -> None:
-    with allowed(broken):
-        assert without_usage(broken, tmp_path / "state") == "200"
-
-
-def past_its_end(mesh: Mesh, folder: Path) -> str:
-    """What becomes of a tunnel that was opened shortly before."""
-    state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], ends_in_s=1.0 + LIFE_S))
-    return ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state, stay_s=LIFE_S + 2.5)
-
-
-@pytest.mark.attack("a tunnel that outlives its certificate")
-@pytest.mark.usefixtures("far_client_allowed")
-def test_a_tunnel_ends_when_its_certificate_does(mesh: Mesh, counted: Counted, tmp_path: Path) -> None:
-    with counted(mesh, "n1", "cert_expired"):
-        assert past_its_end(mesh, tmp_path / "state") == "200 ended"
-
-
-@pytest.mark.red("a tunnel that outlives its certificate", PAST_ITS_END)
-def test_a_tunnel_outlives_its_certificate_without(broken: Mesh, tmp_path: Path) -> None:
-    with allowed(broken):
-        assert past_its_end(broken, tmp_path / "state") == "200 open"
-
-
 @contextmanager
 def allowed_elsewhere(mesh: Mesh) -> Iterator[None]:
     """A tunnel may stand for the sake of a rule that asks for more than the identity."""
@@ -326,7 +279,7 @@ FOREIGN_CLAIM = Mutant(
     (
         "l7proxy/admission.py",
         '        raise Refusal("forwarded_foreign", f"{address} is no address of {peer.spiffe}")\n',
-        "        homes = [w for w in config.workloads.values() if w.spiffe == peer.spiffe]\n",
+        "        homes = [w for w in config.workloads.values() if w.spiffe == peer.spiffe] or [*config.workloads.values()]\n",
     ),
 )
 

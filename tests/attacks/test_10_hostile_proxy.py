@@ -38,7 +38,7 @@ ANY_STOCK = Mutant(
 ANY_WORD = Mutant(
     "b4",
     "who says what a worker does not say is hung up on",
-    ("nodeagent/proxy_link.py", '                worker.close(f"a worker does not send {type(message).__name__}")\n',
+    ("nodeagent/proxy_link.py", '                worker.close(f"a worker does not send such a {type(message).__name__}")\n',
      "                pass\n"),
     ("mesh/link.py", "            if length > FRAME_BYTES_MAX or nfds > FRAME_FDS_MAX:\n", "            if False:\n"),
     ("nodeagent/worker_link.py", '                self.close(f"broke the framing: {error}")\n                return\n',
@@ -175,6 +175,7 @@ WRONG = {
     "many descriptors": struct.pack("!II", 10, 1 << 20),
     "no message": struct.pack("!II", 4, 0) + b"null",
     "the agent's words": link.encode(link.DropSvid("spiffe://mesh.local/ns/shop/sa/web")),
+    "a verdict of its own": link.encode(link.Flow(0.0, "pillion", "")),
     "a state": link.encode(link.Update(1 << 40, True)),
 }
 
@@ -317,9 +318,9 @@ def liar(mesh: Mesh, seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.attack("acknowledge a state that is not held")
-def test_its_word_does_not_make_a_policy_in_force(mesh: Mesh) -> None:
+def test_its_word_does_not_make_a_policy_in_force(mesh: Mesh, counted: Counted) -> None:
     """`wait` answers when every worker shows the digest of the state: this one never does."""
-    with liar(mesh, 20):
+    with agent_counted(mesh, counted, "worker_wrong_state", times=2), liar(mesh, 20):
         until(lambda: not mesh.lab.nodes["n1"].status()["ready"], "the agent takes its word")
         revision = mesh.lab.apply(policy("lied-about", "web", who="far-client"))
         with pytest.raises(LabError):

@@ -7,6 +7,7 @@ capabilities or as another's user. That host takes some ten seconds: only system
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,16 @@ from tests.attacks.test_05_foreign_socket import NO_RECORD_NEEDED
 from tests.e2e.mesh import HTTP_PORT, Mesh
 
 WRITABLE_CGROUPS = Mutant(
-    GROUP, "cgroups are read-only to a service", ("pillion/enrol.py", '        "ProtectControlGroups=yes",\n', "")
+    GROUP, "cgroups are read-only to a service", ("pillion/drop_in.py", '        "ProtectControlGroups=yes",\n', "")
 )
 MANAGER_AT_HAND = Mutant(
     GROUP,
     "services do not reach the service manager",
-    ("pillion/enrol.py", '        f"InaccessiblePaths={MANAGER_SOCKETS}",\n', ""),
+    (
+        "pillion/drop_in.py",
+        '        f"InaccessiblePaths={MANAGER_SOCKETS.removesuffix(BUS).strip() if allow_dbus else MANAGER_SOCKETS}",\n',
+        "",
+    ),
 )
 SHARED_USER = Mutant(
     GROUP,
@@ -77,6 +82,32 @@ def test_the_service_manager_is_out_of_reach(host: Host) -> None:
 def test_the_service_manager_starts_it_without(host: Host) -> None:
     code = host.without(MANAGER_AT_HAND)
     assert host.attack("manager", Path(VICTIM).name, *CAPLESS_ROOT, code=code) == Outcome("", "", "200")
+
+
+def has_bus(host: Host) -> bool:
+    return host.mesh.run(["test", "-S", "/run/dbus/system_bus_socket"]).returncode == 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.attack("root has a unit started outside the mesh")
+def test_root_starts_no_unit_outside_the_mesh(host: Host) -> None:
+    """With all that an enrolment leaves to root; and D-Bus, where it is allowed, is what the operator was warned of."""
+    host.mesh.unit("elsewhere", "Type=oneshot", "ExecStart=/bin/true")
+    out = host.attack("outside", "elsewhere.service")
+    assert not out.refused and "private: " in out.error and "bus: " in out.error and out.status == "403"
+    report = json.loads(host.pillion(None, "check", "--security", "-o", "json").stdout)
+    (told,) = (row for row in report if row["check"] == "service managers")
+    assert told["verdict"] == "enforced", told
+    if has_bus(host):
+        assert host.attack("outside", "elsewhere.service", more=("--allow-dbus",)) == Outcome("", "", "bus")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.red("root has a unit started outside the mesh", MANAGER_AT_HAND)
+def test_root_starts_a_unit_outside_the_mesh_without(host: Host) -> None:
+    host.mesh.unit("elsewhere", "Type=oneshot", "ExecStart=/bin/true")
+    out = host.attack("outside", "elsewhere.service", code=host.without(MANAGER_AT_HAND))
+    assert out == Outcome("", "", "private bus" if has_bus(host) else "private")
 
 
 @pytest.mark.timeout(300)

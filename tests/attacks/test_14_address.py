@@ -1,6 +1,7 @@
 """security.md 14: be taken for somebody by one's address: the node's (where probes come from), or a spoofed one.
 
-The attacker has a root shell on a node, or passes on what comes to the node; no hook of a mesh saw its socket. (Probes: not yet.)
+The attacker has a root shell on a node, or passes on what comes to the node; no hook of a mesh saw its socket. (No probe is
+exempt: who probes from the node is such a program.)
 """
 
 from __future__ import annotations

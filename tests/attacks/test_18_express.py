@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.attacks.express_world import carried
-from tests.attacks.mutants import Mutant
+from tests.attacks.mutants import Counted, Mutant
 from tests.e2e import express
 from tests.e2e.mesh import NS, TRUST_DOMAIN, Mesh
 from tests.e2e.test_noisy_neighbour import BUDGET
@@ -46,11 +46,13 @@ def flood(mesh: Mesh) -> dict[str, Any]:
 
 
 @pytest.mark.attack("a flood of requests, on paired connections")
-def test_requests_are_bounded_in_the_kernel_too(fast: Mesh) -> None:
+def test_requests_are_bounded_in_the_kernel_too(fast: Mesh, counted: Counted) -> None:
     before = express.event(fast, "rate")
-    report = flood(fast)
+    with counted(fast, "n1", "budget_requests"):
+        report = flood(fast)
     assert report["statuses"]["429"] > 0, report
     assert express.event(fast, "rate") > before
+    counted.reasons.add("rate")
 
 
 @pytest.mark.red("a flood of requests, on paired connections", ANY_RATE)

@@ -3,14 +3,25 @@ memory stays bounded, and that every refusal is counted: tests/e2e/test_noisy_ne
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from lab.pace import SLOW
+from tests.attacks.actions import PROGRAMS, Dialled, dial
 from tests.attacks.mutants import Counted, Mutant
-from tests.e2e.mesh import HTTP_PORT, NS, TRUST_DOMAIN, Mesh, policy
+from tests.e2e.mesh import ECHO_PORT, HTTP_PORT, NS, TRUST_DOMAIN, Mesh, policy, until
 from tests.e2e.test_noisy_neighbour import BUDGET, BYTES, HEAD_BYTES, noise, peer_noise
+
+SLEEPERS = 40
+REQUESTS = f"{{requestsPerSecond: {50 / SLOW:.0f}}}"  # fewer than the flood makes there
+UNDER_WAY_MAX, PLACES = 2048, 16384  # connectsUnderWay of MeshConfig; of all identities, see bpf/maps.h
+DENIED_PORTS = (7001, 7002, 7003)
 
 ANY_CONNECTIONS = Mutant(
     "b4",
@@ -31,7 +42,7 @@ ANY_HANDSHAKES = Mutant(
 ANY_STREAMS = Mutant(
     "b4",
     "a budget of streams",
-    ("l7proxy/inbound.py", "            if not self.core.peer_is_bulk and self.inbound.streams_of(self.peer.spiffe) > most:\n",
+    ("l7proxy/inbound.py", "            if not self.core.peer_is_bulk and self.inbound.full(self.peer.spiffe, most):\n",
      "            if most < 0:\n"),
 )  # fmt: skip
 ANY_DESCRIPTORS = Mutant(
@@ -47,13 +58,23 @@ ANY_HEAD = Mutant(
     "a bound on CONTINUATIONs",
     ("l7proxy/hbone/stream.py", "continuations_max: int = 4", "continuations_max: int = 1 << 30"),
 )
+ANY_UNDER_WAY = Mutant(
+    "b4",
+    "a budget of connections under way",
+    ("bpf/connect.c", "  return u && u->arriving >= most;\n", "  return false && u && most;\n"),
+)
+ANY_TALE = Mutant(
+    "b4",
+    "a share of the flow log for each identity",
+    ("bpf/common.h", "(reason > PL_R_ALLOWED_MAX && !may_tell_of(t->identity)) || ", ""),
+)
 
 
 @contextmanager
 def flooded(mesh: Mesh, budgets: str) -> Iterator[str]:
-    """The flooders may reach `web`, within these budgets; its address."""
-    names = {"flood-here": "intruder", "flood-far": "far-client"}
-    mesh.apply("".join(policy(name, "web", who=who) for name, who in names.items()))
+    """The flooders may reach `web`, and from here `echo-far`, within these budgets; web's address."""
+    names = {"flood-here": ("web", "intruder"), "flood-far": ("web", "far-client"), "flood-echo": ("echo-far", "intruder")}
+    mesh.apply("".join(policy(name, app, who=who) for name, (app, who) in names.items()))
     mesh.apply(BUDGET.format(ns=NS, td=TRUST_DOMAIN, budgets=budgets))
     try:
         yield mesh.w["web"].addresses[0]
@@ -91,8 +112,10 @@ def test_sockets_are_not_bounded_without(broken: Mesh) -> None:
 
 @pytest.mark.attack("a flood of streams")
 def test_streams_are_bounded(mesh: Mesh, counted: Counted) -> None:
-    with flooded(mesh, "{streams: 10}"), counted(mesh, "n1", "budget_streams", times=20):
-        assert peer_noise(mesh, "streams", 30) == {"made": 10, "ended": False}
+    """Asked for one by one, and all in one write: only those over the limit are refused."""
+    with flooded(mesh, "{streams: 10}"), counted(mesh, "n1", "budget_streams", times=40):
+        for kind in ("streams", "burst"):
+            assert peer_noise(mesh, kind, 30) == {"made": 10, "ended": False}
 
 
 @pytest.mark.red("a flood of streams", ANY_STREAMS)
@@ -103,13 +126,13 @@ def test_streams_are_not_bounded_without(broken: Mesh) -> None:
 
 @pytest.mark.attack("a flood of requests")
 def test_requests_are_bounded(mesh: Mesh, counted: Counted) -> None:
-    with flooded(mesh, "{requestsPerSecond: 50}") as web, counted(mesh, "n1", "budget_requests"):
+    with flooded(mesh, REQUESTS) as web, counted(mesh, "n1", "budget_requests"):
         assert noise(mesh, "requests", web, HTTP_PORT, 120)["429"]
 
 
 @pytest.mark.red("a flood of requests", ANY_REQUESTS)
 def test_requests_are_not_bounded_without(broken: Mesh) -> None:
-    with flooded(broken, "{requestsPerSecond: 50}") as web:
+    with flooded(broken, REQUESTS) as web:
         assert noise(broken, "requests", web, HTTP_PORT, 120) == {"200": 120}
 
 
@@ -123,6 +146,90 @@ def test_bytes_are_bounded(mesh: Mesh, counted: Counted) -> None:
 def test_bytes_are_not_bounded_without(broken: Mesh) -> None:
     with flooded(broken, f"{{bytesInFlight: {BYTES}}}") as web:
         assert noise(broken, "heads", web, HTTP_PORT, 200)["open"] == 200
+
+
+@pytest.mark.attack("readers that sleep")
+def test_bytes_for_readers_that_sleep_are_bounded(mesh: Mesh, counted: Counted) -> None:
+    with flooded(mesh, f"{{bytesInFlight: {BYTES}}}"), counted(mesh, "n1", "budget_bytes"):
+        assert sleepers(mesh)["refused"] > 0
+
+
+@pytest.mark.red("readers that sleep", ANY_BYTES)
+def test_bytes_for_readers_that_sleep_are_not_bounded_without(broken: Mesh) -> None:
+    with flooded(broken, f"{{bytesInFlight: {BYTES}}}"):
+        assert sleepers(broken) == {"open": SLEEPERS, "refused": 0}
+
+
+def sleepers(mesh: Mesh) -> dict[str, int]:
+    """On another node's server: what they write comes back, and waits."""
+    return noise(mesh, "sleepers", mesh.w["echo-far"].addresses[0], ECHO_PORT, SLEEPERS, 1.5 * SLOW)
+
+
+@contextmanager
+def under_way(mesh: Mesh) -> Iterator[dict[str, int]]:
+    """The intruder begins more connections than the kernel has places for, and lets none of them get anywhere; what it says."""
+    argv = [sys.executable, str(PROGRAMS / "under_way.py"), str(PLACES + 500), "30", *mesh.w["web"].addresses[:2]]
+    flood = mesh.w["intruder"].start(argv, name="under-way")
+    try:
+        yield dict(json.loads(until(flood.output, "the flood does not stand", 20)))
+    finally:
+        flood.stop()
+
+
+@pytest.mark.attack("connections that get nowhere")
+def test_connections_under_way_are_bounded(mesh: Mesh, counted: Counted) -> None:
+    with counted(mesh, "n1", "budget_connects", times=100), under_way(mesh) as flood:
+        assert flood == {"begun": UNDER_WAY_MAX, "refused": 100}
+        assert "web for" in dial(mesh.w["client"], mesh.w["web"].addresses[0], HTTP_PORT).answer
+
+
+@pytest.mark.red("connections that get nowhere", ANY_UNDER_WAY)
+def test_connections_under_way_leave_no_place_for_others_without(broken: Mesh) -> None:
+    with under_way(broken) as flood:
+        assert flood == {"begun": PLACES + 500, "refused": 0}
+        assert dial(broken.w["client"], broken.w["web"].addresses[0], HTTP_PORT) == Dialled("", "TimeoutError")
+
+
+# From each processor: the kernel tells so much of denials on each of them
+DENIALS = """
+import os, socket, sys, time
+end = time.monotonic() + 10
+for processor in os.sched_getaffinity(0):
+    if not os.fork():
+        os.sched_setaffinity(0, [processor])
+        print("started", flush=True)
+        while time.monotonic() < end:
+            with socket.socket() as sock:
+                sock.connect_ex((sys.argv[1], int(sys.argv[2])))
+        os._exit(0)
+os.wait()
+"""
+
+
+def told_of(mesh: Mesh) -> set[int]:
+    """While the intruder is denied as often as it can be, so is the client, at these ports: which of them the flow log shows."""
+    dark = mesh.w["dark"].addresses[0]
+    flood = mesh.w["intruder"].start([sys.executable, "-c", DENIALS, dark, str(ECHO_PORT)], name="denials")
+    try:
+        until(lambda: flood.output().count("started") == len(os.sched_getaffinity(0)), "the flood does not begin")
+        for port in DENIED_PORTS:
+            assert not dial(mesh.w["client"], dark, port).opened
+    finally:
+        os.killpg(flood.pid, signal.SIGKILL)
+        flood.wait()
+    told = [flow["destination_address"] for flow in mesh.flows("n1") if flow["source"].endswith("/sa/client")]
+    return {port for port in DENIED_PORTS if f"{dark}:{port}" in told}
+
+
+@pytest.mark.attack("denials that fill the flow log")
+def test_a_flood_of_denials_hides_nobody_elses(mesh: Mesh, counted: Counted) -> None:
+    with counted(mesh, "n1", "events_sampled", times=1000):
+        assert told_of(mesh) == set(DENIED_PORTS)
+
+
+@pytest.mark.red("denials that fill the flow log", ANY_TALE)
+def test_a_flood_of_denials_hides_others_without(broken: Mesh) -> None:
+    assert told_of(broken) != set(DENIED_PORTS)
 
 
 @pytest.mark.attack("a flood of handshakes")

@@ -398,6 +398,26 @@ def test_the_same_record_again(pairs: Pairs) -> None:
     pair.exchange()
 
 
+def test_a_place_that_is_given_again_means_nothing_to_its_former_sockets(pairs: Pairs, express: ExpressPath) -> None:
+    pair = pairs()
+    pair.exchange()
+    place = express._place(pair.record)
+    express.forget_record(pair.record)
+    express.reap()
+    early = express.create_record(1, IDENTITY["a"])
+    assert express._place(early) != place  # a program may look at it still
+    express.reap()
+    later = express.create_record(1, IDENTITY["a"])
+    assert express._place(later) == place
+    fresh = express.read_record(later)
+    for own, peer in ((pair.client, pair.accepted), (pair.server, pair.upstream)):
+        own.sendall(GET)
+        assert read(peer, len(GET)) == GET
+    assert express.read_record(later) == fresh
+    for record in (early, later):
+        express.forget_record(record)
+
+
 def test_a_record_is_busy_with_a_socket_that_left_it(pairs: Pairs) -> None:
     pair = pairs()
     pair.client.sendall(GET)
@@ -523,6 +543,20 @@ def test_the_less_loaded_of_two_is_asked(pairs: Pairs, programs: Programs, expre
         second.servers[slot].sendall(OKAY)
         assert read(second.client, len(OKAY)) == OKAY
     assert min(taken[0], taken[1]) > 3
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_load_is_counted_where_it_decides(pairs: Pairs, programs: Programs, express: ExpressPath, chooses: bool) -> None:
+    programs.put(7, endpoints=[PLACES, PLACES + 1], chooses=chooses)
+    express.set_verdicts(7, {(1, 0): Verdict(1, ((1, 0b01),))})
+    pair = pairs(servers=2, program=7)
+    loads, of_first = express._maps["xloads"], struct.pack("=I", 8 * 7)
+    pair.client.sendall(GET)
+    pair.is_fast(GET)
+    assert loads.get(of_first) == struct.pack("=I", int(chooses))
+    pair.server.sendall(OKAY)
+    assert read(pair.client, len(OKAY)) == OKAY
+    assert loads.get(of_first) == struct.pack("=I", 0)
 
 
 def test_a_response_that_may_be_on_its_way_is_not_overtaken(pairs: Pairs, programs: Programs, express: ExpressPath) -> None:

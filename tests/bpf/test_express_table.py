@@ -55,6 +55,11 @@ def changed(random: Random, head: bytes) -> bytes:
     return head[:at].swapcase() + head[at:]
 
 
+def random_places(length: int) -> list[int]:
+    """A few of a head of this length, its ends among them."""
+    return [0, length - 1, length - 17, *Random(length).sample(range(1, length - 1), 5)]
+
+
 def met(pair: Pair, table: Table, head: bytes) -> bool:
     """Sends the head, answers it; whether it went fast. What the kernel read in it must be what the table says."""
     run = machine.run(table, head)
@@ -130,6 +135,63 @@ def test_what_was_read_by_a_former_program_is_forgotten(pairs: Pairs, programs: 
         express.drop_program(1)
         express.release(base)
         express.reap()
+
+
+def test_one_byte_more_or_less_of_a_known_head_is_seen(pairs: Pairs) -> None:
+    """A head like the last one, byte for byte, is not walked; any other is."""
+    pair, table = pairs(), request_table()
+    for length in range(len(GET) + 18, len(GET) + 35):  # its last bytes lie differently each time
+        head = GET[:-2] + b"x-fill: " + b"f" * (length - len(GET) - 10) + b"\r\n\r\n"
+        assert met(pair, table, head) and met(pair, table, head)
+        assert pair.view()["head"][: len(head)] == head
+        for at in random_places(length):
+            other = head[:at] + bytes((head[at] ^ 1,)) + head[at + 1 :]
+            if met(pair, table, other):
+                assert pair.view()["head"][: len(other)] == other
+            assert met(pair, table, head)
+            assert pair.view()["head"][: len(head)] == head
+
+
+def test_a_known_head_behind_other_bytes_and_before_them(pairs: Pairs) -> None:
+    pair, table = pairs(), request_table()
+    post = b"POST / HTTP/1.1\r\nHost: shop.test\r\nContent-Length: 4\r\n\r\n"
+    for body in (b"body", b"GET ", b"\r\n\r\n"):
+        pair.exchange(post + body)
+    assert met(pair, table, GET)
+    pair.client.sendall(GET + GET)  # of what is behind a head, the head says nothing
+    pair.is_slow(GET + GET)
+    assert pair.punt() == "pipelined"
+    pair.client.sendall(GET[:-1])
+    pair.is_slow(GET[:-1])
+
+
+def test_each_head_is_judged_by_itself(pairs: Pairs) -> None:
+    """The verdict on the last one holds for the same bytes alone."""
+    pair = pairs()
+    for path, name in ((b"/", 10), (b"/", 10), (b"/two", 20), (b"/no", 0), (b"/no", 0), (b"/two", 20), (b"/", 10)):
+        head = GET.replace(b"/", path, 1)
+        if name:
+            pair.exchange(head)
+            assert pair.view()["rule"] == name
+        else:
+            pair.slow_exchange(head)
+            assert pair.punt() == "verdict"
+
+
+def test_what_was_judged_by_a_former_program_is_judged_anew(pairs: Pairs, programs: Programs, express: ExpressPath) -> None:
+    pair = pairs()
+    for name in (7, 8):
+        express.drop_program(1)
+        express.set_verdicts(1, {(1, 0): programs.verdicts[1, 0]._replace(name=name)})
+        programs.put()
+        for _ in range(2):
+            pair.exchange()
+            assert pair.view()["rule"] == name
+    express.drop_program(1)
+    express.set_verdicts(1, {(2, 0): programs.verdicts[2, 0]})
+    programs.put()
+    pair.slow_exchange()
+    assert pair.punt() == "verdict"
 
 
 def test_no_program_has_anothers_stamp(programs: Programs, express: ExpressPath) -> None:

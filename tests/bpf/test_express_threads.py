@@ -275,7 +275,7 @@ def test_a_thread_in_the_place_of_one_that_ended_is_another(pairs: Pairs, expres
     """The kernel puts a new task where an old one was: by that alone it would be taken for the one that has ended."""
     pair = pairs()
     pair.exchange()
-    records, key = express._maps["xrecords"], struct.pack("=Q", pair.record)
+    records, key = express._maps["xrecords"], struct.pack("=I", express._place(pair.record))
     raw = records.get(key) or b""
     tid = express._layouts["pl_xrecord"].unpack(raw)["sender"][-8:-4]
     assert raw.count(tid) == 2  # who sent, and who answered: this thread did both
@@ -290,8 +290,9 @@ def test_what_is_over_is_counted_off_once(express: ExpressPath) -> None:
     loads, records, program, full = express._maps["xloads"], express._maps["xrecords"], 9, 1_000_000
     place = struct.pack("=I", 8 * program)
     record = express.create_record(program, 1)
-    key = struct.pack("=Q", record)
-    counted = express._layouts["pl_xrecord"].pack(id=record, program=program, busy=1, counted=8 * program + 1)
+    at = express._place(record)
+    key = struct.pack("=I", at)
+    counted = express._layouts["pl_xrecord"].pack(id=record, program=program, busy=1, counted=8 * program + 1, place=at)
     forget = _forget(express, record)
     loads.put(place, struct.pack("=I", full))
     beside = os.fork()

@@ -75,6 +75,22 @@ def test_bytes_between_an_application_and_the_proxy_are_not_held_back(world: Wor
     world.b("s.settimeout(3); assert not s.recv(1); s.close(); l.close()")
 
 
+def test_connections_are_led_nowhere_once_the_listener_is_gone(world: World, family: Family) -> None:
+    """Whoever comes next to the port is a stranger. What the agent gave to the proxy lives on there."""
+    capture(world, family)
+    world.dest(family.vip, 80, "PROXY")
+    world.proxy.give("l", world.agent["a"]("l"))
+    world.agent["a"]("l.close(); other = socket.create_server(('127.0.0.1', 7999)); other.close()")
+    connect(world, family, family.vip, 80)
+    world.proxy("c, _ = l.accept(); c.close(); l.close()")
+    before = world.count("no_listener")
+    world.a(family.tcp("s"))
+    refused(world.a, f"s.connect(({family.spell(family.vip)!r}, 80))")
+    assert world.count("no_listener") == before + 1
+    capture(world, family)  # the agent is back
+    connect(world, family, family.vip, 80)
+
+
 def test_a_reconnected_socket_has_the_new_origin(world: World, family: Family) -> None:
     capture(world, family)
     world.dest(family.vip, 80, "PROXY")

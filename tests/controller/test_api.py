@@ -63,6 +63,16 @@ kind: MeshConfig
 metadata: {name: mesh}
 spec: {trustDomain: x.y}
 """
+NARROW = """
+apiVersion: mesh.pillion.dev/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec:
+  outboundAllow:
+  - {cidr: 10.0.0.0/8, ports: [1, 2, 3, 4, 5, 6, 7, 8]}
+  - {cidr: 192.0.2.0/24, ports: [443]}
+  - {cidr: 10.1.0.0/16, ports: [9]}
+"""
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,7 @@ spec: {trustDomain: x.y}
         (SHOP.replace("kind: Service", "kind: Servce"), "kind", "Servce"),
         (SHOP + "---\nkind: {", "", "kind: {"),
         (SHOP + "---" + MESH, "spec.trustDomain", "trustDomain"),
+        (SHOP + "---" + NARROW, "spec.outboundAllow[2]", "10.1.0.0/16"),
     ],
 )
 async def test_bad_input_changes_nothing(shared: Controller, text: str, field: str, at: str) -> None:

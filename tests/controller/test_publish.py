@@ -14,9 +14,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from controller import publish, streams
+from controller import allocate, publish, streams
 from controller.ca import Authority, Leaf
-from controller.events import Telemetry
+from controller.events import Refused, Telemetry
 from controller.publish import NodeView, Publisher
 from controller.registry import Registry
 from controller.revocation import Revocation
@@ -89,6 +89,14 @@ async def cut_for(inside: Inside, reason: str) -> None:
         return inside.cuts().get(reason) == 1.0
 
     await eventually(seen)
+
+
+async def test_when_all_numbers_are_given_out_the_node_is_told(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    await inside.registry.apply(SHOP, "shop.yaml")
+    monkeypatch.setitem(allocate.NUMBER_MAX, "workload", 0)
+    with pytest.raises(Refused, match="every workload number") as refused:
+        await inside.registry.register("n1", "shop", "web-1", "web", ["10.0.1.1"], {}, source="test")
+    assert (refused.value.reason, refused.value.status, refused.value.node) == ("exhausted", 409, "n1")
 
 
 async def test_a_silent_node_is_cut(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:

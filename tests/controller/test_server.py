@@ -22,7 +22,7 @@ from controller.listener import TlsListener
 from tests.controller.rig import eventually, new_key, pem_of
 
 SOON_S = 3.0
-Open = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+Open = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
 class Certified:
@@ -47,7 +47,7 @@ class Certified:
 async def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TlsListener]:
     for name, value in (
         ("HANDSHAKE_TIMEOUT_S", 0.3), ("IDLE_TIMEOUT_S", 0.4), ("BODY_TIMEOUT_S", 0.3), ("LINGER_S", 0.1),
-        ("HANDSHAKES_MAX", 6), ("HANDSHAKES_PER_SOURCE_MAX", 4), ("CONNECTIONS_MAX", 5),
+        ("HANDSHAKES_MAX", 6), ("HANDSHAKES_PER_SOURCE_MAX", 4), ("CONNECTIONS_MAX", 5), ("CONNECTIONS_PER_SOURCE_MAX", 4),
     ):  # fmt: skip
         monkeypatch.setattr(server, name, value)
 
@@ -76,8 +76,8 @@ async def connect(listener: TlsListener) -> AsyncIterator[Open]:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     opened: list[asyncio.StreamWriter] = []
 
-    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(*listener.address, ssl=context)
+    async def connect(source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*listener.address, ssl=context, local_addr=(source, 0))
         opened.append(writer)
         return reader, writer
 
@@ -143,11 +143,31 @@ async def test_no_source_may_hold_every_handshake(listener: TlsListener, connect
 
 
 async def test_connections_have_a_limit(listener: TlsListener, connect: Open) -> None:
-    for _ in range(5):
-        await connect()
+    for number in range(5):
+        await connect(f"127.0.0.{1 + number % 2}")
     with pytest.raises(OSError):  # noqa: PT011  # reset or end of file, by what came first
+        await connect("127.0.0.2")
+    assert listener.turned_away == 1
+
+
+async def test_no_source_may_hold_every_connection(listener: TlsListener, connect: Open) -> None:
+    """Or one stranger would keep all nodes and operators out."""
+    first, *_ = await asyncio.gather(*(connect() for _ in range(4)))
+    with pytest.raises(OSError):  # noqa: PT011  # as above
         await connect()
     assert listener.turned_away == 1
+    await connect("127.0.0.2")
+    first[1].close()
+    await first[1].wait_closed()
+
+    async def again() -> bool:
+        try:
+            await connect()
+        except OSError:
+            return False
+        return True
+
+    await eventually(again)
 
 
 @pytest.mark.parametrize("said", [b"", b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: "])

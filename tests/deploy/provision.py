@@ -1,5 +1,6 @@
 """``python -m tests.deploy.provision [--root DIR]… [--write docs/hosts.md]``: how the Vagrant lab's machines are made,
-each line as the Vagrantfile has it, on hosts of lab/host in their place, with the addresses that they have there.
+each line as the Vagrantfile has it, on hosts of lab/host in their place, with the addresses that they have there; then that
+a second install changes nothing, that the kernel carries requests there, and that `--remove` leaves nothing.
 
 --root names another system, unpacked in a folder (debootstrap's, say), whose packages are installed: these hosts reach each other
 and nothing else. `/` is this machine's. Wheels are downloaded for each system's Python, by the lock's hashes."""
@@ -17,6 +18,7 @@ from typing import Any
 from lab import netns
 from lab.host import Container
 from lab.pace import SLOW
+from lab.state import LabError
 from lab.vm.kernels import tool
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,17 @@ SWITCH = "pl-provision"
 LINE_S = 900.0 * SLOW
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64")
 BUILT_WITH = "setuptools>=77"  # as pyproject.toml has it
+SEEN = "/vagrant/tests/deploy/programs/after.sh"
+# When all machines are made: (machine, line) -> what it must say
+AFTER = {
+    ("controller", "/vagrant/deploy/install.sh controller"): "nothing to do",
+    ("n1", "/vagrant/deploy/install.sh node"): "nothing to do",
+    ("n1", f"{SEEN} carried"): "express: on",
+    ("n1", "/vagrant/deploy/install.sh node --remove"): "removed /opt/pillion",
+    ("n1", f"{SEEN} left"): "nothing is left",
+    ("controller", "/vagrant/deploy/install.sh controller --remove"): "removed /opt/pillion",
+    ("controller", f"{SEEN} left"): "nothing is left",
+}
 # Answers whatever a Vagrantfile says, and keeps what it says about addresses and shells
 READER = """
 require "json"
@@ -74,16 +87,29 @@ def run(root: Path) -> dict[tuple[str, str], str]:
         netns.add(SWITCH, {})
         stack.callback(netns.delete, SWITCH)
         netns.batch(SWITCH, ["link add lan type bridge", "link set lan up"])
+        hosts: dict[str, Container] = {}
+
+        def say(name: str, line: str) -> str:
+            """The last it says."""
+            print(f"{system}, {name}: {line}", flush=True)
+            env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/wheels"}
+            said = hosts[name].run(["bash", "-l", "-c", line], timeout=LINE_S, env=env)
+            print(said.stdout + said.stderr, flush=True)
+            if said.returncode:
+                raise LabError(f"{line} on {name}: exit code {said.returncode}", (said.stdout + said.stderr)[-2000:])
+            found[name, line] = said.stdout.strip().splitlines()[-1]
+            return found[name, line]
+
         for name, machine in machines().items():
             host = stack.enter_context(Container(f"{name}prov", print, {"/vagrant": PROJECT, "/srv/wheels": house}, root))
             host.plug(SWITCH, name, f"{machine['address']}/24")
             netns.batch(SWITCH, [f"link set {name} master lan", f"link set {name} up"])
+            hosts[name] = host
             for line in machine["lines"]:
-                print(f"{system}, {name}: {line}", flush=True)
-                env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/wheels"}
-                said = host.run(["bash", "-l", "-c", line], timeout=LINE_S, env=env, check=True).stdout
-                print(said, flush=True)
-                found[name, line] = said.strip().splitlines()[-1]
+                say(name, line)
+        for (name, line), wanted in AFTER.items():
+            if wanted not in say(name, line):
+                raise LabError(f"{line} on {name} says {found[name, line]}", f"it should say {wanted}")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pillion import awaiting, enrol
+from pillion import awaiting, drop_in, enrol
 from pillion.context import chosen
 from pillion.errors import CliError
 from tests.pillion.conftest import serve
@@ -70,7 +70,19 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 
 def into(unit: str = "web.service", as_: str = "shop/web", **given: Any) -> None:
-    enrol.enrol(unit, **{"as_": as_, "port": [8080], "label_": None, "name": None, "force": False, "restart": True, **given})
+    enrol.enrol(
+        unit,
+        **{
+            "as_": as_,
+            "port": [8080],
+            "label_": None,
+            "name": None,
+            "force": False,
+            "allow_dbus": False,
+            "restart": True,
+            **given,
+        },
+    )
 
 
 def test_a_service_gets_a_slice_that_is_its_workload(host: Host) -> None:
@@ -183,6 +195,27 @@ def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
     }
 
 
+def hidden(host: Host) -> set[str]:
+    lines = [line.partition("=") for line in host.files()["web.service.d/50-pillion.conf"].splitlines()]
+    return {path.lstrip("-") for name, _, paths in lines if name == "InaccessiblePaths" for path in paths.split()}
+
+
+@pytest.mark.parametrize("kind", ["simple", "dbus"])
+def test_dbus_where_it_is_allowed_and_what_that_opens(host: Host, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system's bus alone, told each time; enrolled again without, it is closed again."""
+    host.units["web.service"]["Type"] = kind
+    into(allow_dbus=True)
+    assert hidden(host) == {"/run/pillion", "/run/systemd/private", "/run/user"}
+    assert "web.service may ask for programs outside the mesh by D-Bus" in capsys.readouterr().err
+    if kind == "dbus":
+        with pytest.raises(CliError, match="serves on D-Bus") as refused:
+            into()
+        assert "--allow-dbus" in refused.value.remedy
+    else:
+        into()
+        assert "/run/dbus/system_bus_socket" in hidden(host) and not capsys.readouterr().err
+
+
 def test_a_user_has_one_identity(host: Host) -> None:
     host.units["api.service"] = dict(KNOWN)
     into()
@@ -222,7 +255,7 @@ def test_what_can_be_no_workload(host: Host, unit: str, change: dict[str, str], 
 @pytest.mark.parametrize("name", ["web", "shop-front", "web@1", ".dot", "a:b", "käse"])
 def test_slices_are_escaped_as_systemd_does(name: str) -> None:
     done = subprocess.run(["systemd-escape", "--", name], capture_output=True, text=True, check=True)
-    assert enrol.slice_of(f"{name}.service") == f"pillion-workloads-{done.stdout.strip()}.slice"
+    assert drop_in.slice_of(f"{name}.service") == f"pillion-workloads-{done.stdout.strip()}.slice"
 
 
 def test_awaiting_wants_the_cgroup_of_now(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ for each; do
     esac
 done
 case $verb in
-is-active) [ -e "/run/fake/active-$1" ] && echo active || { echo inactive; exit 3; } ;;
+show) cat /run/fake/says 2>/dev/null ;;
+is-active)
+    left=$(cat "/run/fake/slow-$1" 2>/dev/null || echo 0) # so many looks until it is
+    [ "$left" = 0 ] || [ ! -e "/run/fake/active-$1" ] || { echo $((left - 1)) >"/run/fake/slow-$1"; echo activating; exit 3; }
+    [ -e "/run/fake/active-$1" ] && echo active || { echo inactive; exit 3; } ;;
 is-enabled) [ -e "/run/fake/enabled-$1" ] && echo enabled || { echo disabled; exit 1; } ;;
 esac
 """
@@ -122,12 +126,13 @@ class Host:
     def enter(self) -> list[str]:
         return ["nsenter", "-t", str(self.holder.pid), "-m", "-n", "-r", "sh", "-c", 'cd / && exec "$@"', "sh"]
 
-    def install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def install(self, *arguments: str, wait_s: int = 120) -> subprocess.CompletedProcess[str]:
         """install.sh of this checkout."""
         for name in ("calls", "pip"):
             (self.root / "run/fake" / name).write_text("")
         more = () if "--remove" in arguments else ("--wheelhouse", "/wheels")
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+        environment["PILLION_INSTALL_WAIT_S"] = str(wait_s)
         argv = [*self.enter, str(ROOT / "deploy/install.sh"), *arguments, *more]
         return subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=environment)
 
@@ -289,6 +294,18 @@ def test_a_token_that_is_none_is_refused(host: Host) -> None:
     ok(host.install(*NODE, "--token", "/token"))
     assert (host.root / "etc/pillion/join-token").read_text() == "a-token\n"
     assert "nothing to do" in ok(host.install("node", "--token", "/token"))
+
+
+@pytest.mark.parametrize(("says", "waited"), [("compiling for this kernel: nodeagent.loader, 90 s so far", True), ("", False)])
+def test_a_host_that_compiles_slowly_is_waited_for(host: Host, says: str, waited: bool) -> None:
+    """The agent itself limits that; one that does not say what it is at is given up as ever."""
+    host.fake_pip()
+    host.put("token", "a-token")
+    host.put("run/fake/says", f"{says}\n")
+    host.put("run/fake/slow-pillion-agent.service", "2\n")
+    done = host.install(*NODE, "--token", "/token", wait_s=1)
+    assert (done.returncode == 0) is waited, done.stderr
+    assert waited or "pillion-agent.service is not ready after 1 s: no reason given" in done.stderr
 
 
 def test_on_another_system_nothing_is_done(host: Host) -> None:

@@ -108,6 +108,20 @@ async def test_the_agent_is_ready_when_its_node_is_and_alive_while_its_kernel_th
     task.cancel()
 
 
+async def test_a_compiler_that_gets_on_is_told_and_costs_no_life(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel thread waits for it, for as long as it takes: systemd is asked for time, and told that all is well."""
+    monkeypatch.setattr("nodeagent.notify.LOOK_S", 0.01)
+    monkeypatch.setattr("nodeagent.notify.under_way", lambda: "compiling for this kernel: nodeagent.loader, 90 s so far")
+    stub: Any = Stub()
+    notify = Notify({"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "90000"}, DATAGRAMS)
+    task = asyncio.create_task(follow(stub, notify, stub))
+    await stub.turned()
+    said = so_far(manager)
+    assert "STATUS=compiling for this kernel: nodeagent.loader, 90 s so far; not attached" in said
+    assert said.count("EXTEND_TIMEOUT_USEC=60000000") == 1 and said.count("WATCHDOG=1") > 1 and "READY=1" not in said
+    task.cancel()
+
+
 async def test_the_controller_is_alive_while_its_database_answers(manager: socket.socket) -> None:
     store: Any = Stub()
     notify = Notify({"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "90000"}, DATAGRAMS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pillion.enrol import service_drop_in, slice_unit
+from pillion.drop_in import service_drop_in, slice_unit
 from tests.deploy import provision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +126,7 @@ def test_every_line_of_the_provisioning_was_run() -> None:
     assert len(lines) == 6
     assert not [line for name, line in lines if provision.row(name, line) not in rows]
     assert "Debian 12 | Debian 13" in rows
+    wanted = {**provision.AFTER, ("n2", "/vagrant/deploy/shop.sh n2"): "shop: all of it was seen"}
+    for (name, line), seen in wanted.items():
+        (row,) = (row for row in rows.splitlines() if row.startswith(provision.row(name, line)))
+        assert row.removeprefix(provision.row(name, line)).count(seen) == 2, row

@@ -62,8 +62,8 @@ def quiet_neighbour(mesh: Mesh, budgets: str, memory_max: int = MEMORY_MAX) -> I
         mesh.delete("IdentityBudget", "noisy")
 
 
-def noise(mesh: Mesh, kind: str, host: str, port: int, count: int) -> dict[str, int]:
-    flood = mesh.program("intruder", "noisy.py", kind, host, port, count)
+def noise(mesh: Mesh, kind: str, host: str, port: int, count: int, seconds: float = 5.0) -> dict[str, int]:
+    flood = mesh.program("intruder", "noisy.py", kind, host, port, count, seconds)
     assert flood.first_line() == "started\n"
     return flood.report(timeout_s=30)
 

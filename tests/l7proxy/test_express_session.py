@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Callable, Iterator
 
@@ -10,6 +9,7 @@ import pytest
 
 from l7proxy import express_session
 from l7proxy.express import ANSWER_BYTES_MAX, FUTILE_MAX, REQUEST_BODY, RESPONSE_BODY, View
+from l7proxy.transport import SocketTransport
 from mesh import link
 from tests.l7proxy.express_rig import ARM, HOLD, TAKE, Dialogue, Express, Op, express_world, get
 from tests.l7proxy.rig import Mesh, Rig, Server, ok, read_all, read_head, read_response, wait_for
@@ -49,22 +49,30 @@ def test_the_first_exchange_over_the_session_is_paired_and_armed(express: Expres
 
 def test_it_is_armed_before_the_last_bytes_leave(express: Express, talk: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client asks again as soon as it has them."""
-    answered: list[bool] = []
-    say = express.kernel.express_op
+    order: list[str] = []
+    say, write = express.kernel.express_op, SocketTransport.write
 
     def listen(sock: object, op: int, *values: int) -> bool:
         if op == ARM:
-            answered.append(bool(select.select([talk.sock], [], [], 0)[0]))
+            order.append("armed")
         return say(sock, op, *values)
 
+    def send(transport: SocketTransport, data: bytes) -> None:
+        if data == ok(b"one"):
+            order.append("written")
+        write(transport, data)
+
     monkeypatch.setattr(express.rig.worker, "flow_budget", 0)  # of none is told: the short way
+    before = len(express.kernel.of(ARM))
     for _ in range(3):
         talk.exchange()  # heads are known after the first
+    wait_for(lambda: len(express.kernel.of(ARM)) == before + 3, "the pair to be armed after each")
     monkeypatch.setattr(express.kernel, "express_op", listen)
+    monkeypatch.setattr(SocketTransport, "write", send)
     before = len(express.kernel.ops)
     talk.exchange()
-    wait_for(lambda: answered, "the pair to be armed")
-    assert answered == [False]
+    wait_for(lambda: len(order) > 1, "the pair to be armed")
+    assert order == ["armed", "written"]
     (last,) = express.kernel.ops[before:]
     first = express.kernel.ops[before - 1]
     size = last.sent - first.sent

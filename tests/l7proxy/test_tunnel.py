@@ -176,6 +176,29 @@ async def test_what_ended_before_a_fault_in_the_same_read_is_told(nodes: TwoNode
     assert isinstance(client.lost[0], ConnectionResetError)
 
 
+async def test_of_streams_that_come_at_once_only_those_over_the_limit_are_refused(nodes: TwoNodes) -> None:
+    budget = IdentityBudget("client", "shop", BudgetChange(streams=10), (CLIENT.removeprefix("spiffe://"),))
+    nodes.items[key_of(budget)] = budget
+    nodes.destination.reconfigure(nodes.items)
+    first = nodes.dial()
+    await until(lambda: first.answered)
+    clients = [nodes.dial() for _ in range(30)]  # all heads leave in one record
+    await until(lambda: all(client.answered for client in clients))
+    assert [client.failure is None for client in clients] == [True] * 9 + [False] * 21
+    assert nodes.destination.metrics.denials == {"budget_streams": 21}
+    served = [first, *clients[:9]]
+    for number, client in enumerate(served):
+        client.transport.write(b"%d" % number)
+    await until(lambda: all(client.data == b"%d" % number for number, client in enumerate(served)))
+    for client in served:
+        client.transport.close()
+    (tunnel,) = nodes.inbound.tunnels
+    await until(lambda: not tunnel.core.streams)
+    again = [nodes.dial() for _ in range(10)]
+    await until(lambda: all(client.answered for client in again))
+    assert not [client.failure for client in again if client.failure]
+
+
 async def test_a_stream_over_the_budget_counts_though_it_was_reset_at_once(nodes: TwoNodes) -> None:
     budget = IdentityBudget("client", "shop", BudgetChange(requests_per_s=1), (CLIENT.removeprefix("spiffe://"),))
     nodes.items[key_of(budget)] = budget

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from lab import LabError
-from lab.vm import VmLab, guest, machines, results
+from lab.vm import VmLab, guest, machines, one_of_each, results
 from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
 from lab.vm.channel import ending
 from lab.vm.initrd import archive
 from lab.vm.kernels import Kernel, kernel, pick
-from lab.vm.matrix import files
+from lab.vm.matrix import Report, files, observe
 from lab.vm.plan import Kind, Vm
 from lab.vm.precompiled import bcc as stand_in
 from lab.vm.qemu import command_line, mount_of
+from lab.vm.rest import joined, rest
 from lab.vm.stage import PROJECT
 from lab.vm.switch import LENGTH, Switch
 from nodeagent import express_count
@@ -234,6 +235,47 @@ def test_what_is_not_run_again_is_remembered(tmp_path: Path) -> None:
     assert results.with_earlier(Seen("6.12", "6.12.1-stock", {"kernel": second}), tmp_path).runs == {"kernel": second}
 
 
+def test_a_run_that_was_cut_goes_on_with_the_file_it_was_in() -> None:
+    failed, fine, last = Outcome("tests/a.py", "test_1", "red"), Outcome("tests/a.py", "test_2"), Outcome("tests/b.py", "test_3")
+    paths = ["tests/a.py", "tests/b.py", "tests/c.py::test_4", "-m", "attack"]
+    assert rest(paths, Run()) == (paths, [])
+    cut = Run([failed, fine, last], error="not done")
+    assert rest(paths, cut) == (["tests/a.py::test_1", "tests/b.py", "tests/c.py::test_4", "-m", "attack"], [failed, fine])
+    whole = Run([failed, fine, last, Outcome("tests/c.py", "test_4")])
+    assert rest(paths, whole) == (["tests/a.py::test_1", "-m", "attack"], whole.outcomes)
+    again = joined([failed, fine], [Outcome("tests/a.py", "test_1"), last])
+    assert [(each.name, each.message, each.again) for each in again] == [
+        ("test_1", "", True),
+        ("test_2", "", False),
+        ("test_3", "", False),
+    ]
+
+
+def test_what_is_gone_on_with_keeps_its_seconds_and_what_passed() -> None:
+    first, *others = files("attacks")[:3]
+    seen, asked = Seen("6.1", "6.1.0-stock"), []
+    earlier = Run([Outcome(first, "test_1"), Outcome(others[0], "test_2")], 100.0, "1 May 2026", "not done within 9 s")
+
+    def pytest_there(arguments: object, _limit_s: float) -> Report:
+        asked.append(arguments)
+        return Report(0, [Outcome(others[0], "test_2"), Outcome(others[1], "test_3")])
+
+    observe(seen, ["attacks"], pytest_there, lambda: None, earlier={"attacks": earlier})
+    run = seen.runs["attacks"]
+    assert asked == [files("attacks")[1:]] and run.seconds >= 100.0 and not run.error and run.day != "1 May 2026"
+    assert [each.id for each in run.outcomes] == [f"{first}::test_1", f"{others[0]}::test_2", f"{others[1]}::test_3"]
+    observe(seen, ["attacks"], lambda *_: Report(5), lambda: None, earlier={"attacks": run})  # nothing of it is left
+    assert len(seen.runs["attacks"].outcomes) == 3 and not seen.runs["attacks"].error
+
+
+def test_who_is_stopped_keeps_what_was_seen() -> None:
+    seen, noted = Seen("running", "here"), []
+    report = Report(-9, [Outcome("tests/a.py", "test_1")], "stopped", asked=True)
+    with pytest.raises(KeyboardInterrupt):
+        observe(seen, ["probes", "kernel"], lambda *_: report, lambda: noted.append(len(seen.outcomes)))
+    assert noted == [1] and seen.runs["probes"].error == "stopped" and "kernel" not in seen.runs
+
+
 MACHINES = """<testsuites><testsuite>
 <testcase classname="tests.kernels.test_two_hosts" name="test_install"><properties>
  <property name="fact: machines" value="n1 on 6.1, n2 on 6.12"/></properties></testcase>
@@ -262,6 +304,22 @@ def test_every_kernel_test_is_of_some_capability() -> None:
     chosen = {*files("kernel"), *files("express")}
     assert all(any(each.startswith(one.tests) for one in CAPABILITIES) for each in chosen)
     assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests" / "bpf").glob("test_*.py")} <= chosen
+
+
+def test_the_short_attacks_and_the_others_are_all_attacks() -> None:
+    suites = ("short-attacks", "other-attacks", "attacks")
+    short, others, everything = ({each for each in files(suite) if each.endswith(".py")} for suite in suites)
+    unmarked = {f"tests/attacks/test_{each}.py" for each in ("documented", "mutants")}
+    assert not short & others and everything - short - others == unmarked
+
+
+def test_of_each_test_one_variant_is_left() -> None:
+    items = [SimpleNamespace(nodeid=f"a.py::{name}") for name in ("test_b[v4]", "test_b[v6]", "test_c", "test_bc[v4]")]
+    told: list[object] = []
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: told.extend(items)))
+    left_out = items[1]
+    one_of_each.pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]  # what it uses of them
+    assert [each.nodeid for each in items] == ["a.py::test_b[v4]", "a.py::test_c", "a.py::test_bc[v4]"] and told == [left_out]
 
 
 TYPE = ["pl_a", [["n", "unsigned int"], ["b", ["pl_b", [["c", "unsigned char", [5]]], "struct"]], ["l", "unsigned long long"]]]

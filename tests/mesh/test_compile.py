@@ -33,6 +33,24 @@ def test_a_service_knows_its_endpoints_and_they_their_ports():
     assert STATE["Workload/evil/intruder"].ports == ()
 
 
+GUARDED = """
+---
+apiVersion: v1
+kind: Service
+metadata: {name: guarded, namespace: shop}
+spec: {selector: {app: web}, serviceAccounts: [%s], ports: [{port: 80, targetPort: 9090}]}
+"""
+
+
+def test_a_service_may_say_whose_workloads_are_behind_it():
+    """By labels alone a node that was taken over puts its own there: it says them, and is granted accounts."""
+    state = compiled(SHOP + GUARDED % "redis, web")
+    assert state["Service/shop/guarded"].endpoints == ("Workload/shop/web-1", "Workload/shop/web-2")
+    state = compiled(SHOP + GUARDED % "redis")
+    assert state["Service/shop/guarded"].endpoints == ()
+    assert 9090 not in state["Workload/shop/web-1"].ports
+
+
 def test_every_workload_has_its_identity():
     web = STATE["Workload/shop/web-1"]
     assert STATE[f"Identity//{web.spiffe}"].id == web.identity

@@ -47,6 +47,9 @@ def test_the_evidence_is_told():
     [
         (("shop/wep-1", "shop/redis"), "did you mean shop/web-1"),
         (("shop/web-1", "shop/redi"), "did you mean shop/redis"),
+        (("jobs/web-1", "shop/redis"), "did you mean shop/web-1"),
+        (("shop/nothing-of-the-kind", "shop/redis"), r"no workload 'shop/nothing-of-the-kind'; none of the \d+ that are there"),
+        (("shop/web-1", "shop/q"), r"no service or workload 'shop/q'; none of the \d+ that are there"),
         (("shop/web-1", "shop/redis", None, "", 80), "it has 6379, 8125"),
         (("shop/web-1", "Workload/shop/redis-1", None, "", 80), "it has 6379, 8125"),
         (("spiffe://mesh.local/ns/shop/sa/nobody", "shop/redis"), "no workload runs as"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 
 PROGRAM = """
 import logging, sys
@@ -32,8 +33,9 @@ def test_every_line_is_json_and_none_tells_a_variable():
         ("failed", "error"),
         ("in a library", "error"),
     ]
-    assert lines[0]["node"] == "n1" and lines[0]["timestamp"].endswith("Z")
-    assert lines[2]["logger"] == "asyncio"
+    assert lines[0]["node"] == "n1" and lines[2]["logger"] == "asyncio"
+    times = [datetime.fromisoformat(line["timestamp"]) for line in lines]
+    assert times == sorted(times) and all(line["timestamp"].endswith("Z") for line in lines)
     assert all("ValueError: refused" in line["exception"] for line in lines[1:])
     assert "hush" not in done.stderr, "a variable may be a key or a token"
 

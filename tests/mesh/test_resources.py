@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh import resources, yamltree
-from mesh.resources import ResourceErrors, dump, dump_yaml, from_dict, granted, load, make_workload
+from mesh.resources import ResourceErrors, dump, dump_yaml, from_dict, load, make_workload
 
 SERVICE = """\
 apiVersion: v1
@@ -316,15 +316,6 @@ def test_no_text_does_anything_but_refuse(text):
 def test_no_data_does_anything_but_refuse(data):
     with pytest.raises(ResourceErrors):
         from_dict(data)
-
-
-def test_grants():
-    grants = load(GRANT)
-    assert granted(grants, "n1", "shop", "web")
-    assert granted(grants, "n1", "jobs", "any")
-    assert not granted(grants, "n1", "shop", "db")
-    assert not granted(grants, "n2", "shop", "web")
-    assert not granted([], "n1", "shop", "web")
 
 
 def test_a_workload_as_an_agent_registers_it():

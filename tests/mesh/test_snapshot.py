@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mesh import snapshot
 from mesh.model import key_of
-from mesh.snapshot import Ack, Delta, Nack, Ping, Pong, Ready, SnapshotError, Versioned, apply_delta, digest, make_delta
+from mesh.snapshot import Ack, Delta, Nack, Ping, Pong, Ready, SnapshotError, Versioned, digest, make_delta
 from tests.mesh.build import identity, service, state, workload
 
 item = st.one_of(
@@ -32,7 +32,7 @@ def test_the_digest_tells_states_apart(old, new):
 def test_a_delta_leads_from_one_state_to_the_other(old, new):
     before = dict(old)
     delta = make_delta(old, new, 3, 4)
-    assert apply_delta(old, delta, 3) == new
+    assert Versioned.of(old, 3).apply(delta) == Versioned.of(new, 4)
     assert old == before
 
 
@@ -79,7 +79,7 @@ GOOD = make_delta(OLD, NEW, 1, 2)
 def test_a_delta_that_does_not_follow_changes_nothing(change, told):
     before = dict(OLD)
     with pytest.raises(SnapshotError, match=told):
-        apply_delta(OLD, msgspec.structs.replace(GOOD, **change), 1)
+        Versioned.of(OLD, 1).apply(msgspec.structs.replace(GOOD, **change))
     assert before == OLD
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from mesh import link, snapshot
 from mesh.model import Action, Config, Policy
-from nodeagent import api
+from nodeagent import api, flows, workloads
 from nodeagent.agent import Agent
 from nodeagent.api import serve
 from nodeagent.datapath_fake import FakeDatapath
@@ -190,7 +191,7 @@ async def test_a_worker_that_dies_is_dialled_again_and_given_everything(serving:
 async def test_a_lying_worker_makes_the_node_unready(serving: Node) -> None:
     serving.worker.lies = True
     await serving.controller.change(**{"Policy/shop/no": DENY})
-    await until(lambda: serving.agent.core.workers.lagging or serving.agent.core.workers.counts["resent"] > 1)
+    await until(lambda: serving.agent.core.workers.lagging or serving.agent.core.workers.counts["wrong_state"] > 1)
     await until(lambda: not serving.agent.core.readiness.ready)  # judged once a turn's events are dealt with
     assert not await serving.ready()
     serving.worker.lies = False
@@ -303,6 +304,53 @@ async def test_flows_of_kernel_and_proxy_come_together(serving: Node) -> None:
         assert json.loads(line)["reason"] == "shop/web#0" and b"\x1b" not in line
     code, text = await serving.call("GET", "/v1/flows?limit=1")
     assert code == 200 and len(text.splitlines()) == 1
+
+
+async def test_one_reader_of_flows_too_many_is_told(serving: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an answer of its own, or `pillion flows` would show the refusal as a flow."""
+    monkeypatch.setattr(flows, "FOLLOWERS_MAX", 0)
+    code, answer = await serving.call("GET", "/v1/flows?follow=1")
+    assert (code, answer["reason"]) == (503, "too_many_followers")
+
+
+async def test_a_worker_that_invents_verdicts_is_hung_up_on(serving: Node) -> None:
+    """Or each would be a counter of its own, for ever."""
+    before = serving.agent.fleet.counts["protocol_errors"]
+    serving.worker.say(link.Flow(time=2.0, verdict="verdict number 4711", reason="x"))
+    await until(lambda: serving.agent.fleet.counts["protocol_errors"] == before + 1)
+    assert not any("4711" in verdict for verdict in serving.agent.ring.seen)
+
+
+async def test_metrics_that_wait_for_the_kernel_hold_up_nobody(serving: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data path's lock is held while it compiles."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def text() -> str:
+        asked.set()
+        assert answer.wait(3), "nobody else was served meanwhile"
+        return ""
+
+    monkeypatch.setattr(serving.datapath, "metrics_text", text)
+    metrics = asyncio.create_task(serving.call("GET", "/metrics"))
+    await until(asked.is_set)
+    assert await serving.ready()
+    answer.set()
+    assert (await metrics)[0] == 200
+
+
+async def test_a_workloads_file_is_read_beside_the_loop(serving: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one takes seconds."""
+    readers = set()
+
+    def read(*given: Any, **named: Any) -> Any:
+        readers.add(threading.current_thread())
+        return parse(*given, **named)
+
+    parse = workloads.parse
+    monkeypatch.setattr(workloads, "parse", read)
+    serving.write("web-2", "web")
+    await until(lambda: readers)
+    assert threading.main_thread() not in readers
 
 
 async def test_the_local_api_waits_for_nobody_long(serving: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,14 @@
-"""What the agent keeps on disk: the state, its book of workloads, and files that are whole or not there."""
+"""What the agent keeps on disk: the state, and its book of workloads. How it writes: tests/test_whole_files.py."""
 
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
 
 from mesh.model import CONFIG_KEY, Config, State
 from mesh.snapshot import Versioned
-from nodeagent.files import private_directory, write_atomically
 from nodeagent.state_store import StateCorrupt, StateStore, pack, unpack
 from nodeagent.workloads import Book, Spec
 
@@ -62,33 +60,6 @@ def test_items_that_do_not_match_their_digest_are_refused(tmp_path: Path) -> Non
     store.path.write_bytes(pack(type(saved)(saved.node, saved.revision, "0" * 64, saved.generation, saved.items)))
     with pytest.raises(StateCorrupt, match="digest"):
         store.restore("n1")
-
-
-def test_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    threads = [threading.Thread(target=write_atomically, args=(path, bytes([65 + n]) * 10_000)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(path.read_bytes())) == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.mkdir()
-    with pytest.raises(OSError, match="directory"):
-        write_atomically(path, b"new")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_private_directory_has_no_leftovers(tmp_path: Path) -> None:
-    (tmp_path / ".state.1.2.tmp").write_text("half")
-    (tmp_path / "kept").write_text("whole")
-    private_directory(tmp_path)
-    assert tmp_path.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_the_book_survives_and_a_damaged_one_is_empty(tmp_path: Path) -> None:

@@ -97,12 +97,14 @@ def test_endpoints_keep_their_place_while_others_come_and_go() -> None:
     assert found is not None
     places = {end: found.place(end) for end in ((WEB, 8080), (WEB2, 8080))}
     assert sorted(places.values()) == [0, 1]
+    assert kernel.programs[found.index]["chooses"]  # by load, which is counted where it decides
     made.move(view(world(second, endpoints=(WEB2,)), 2, **{WEB2: 73}))
     assert found.place((WEB2, 8080)) == places[WEB2, 8080] and found.place((WEB, 8080)) == -1
     ids = kernel.programs[found.index]["endpoints"]
     assert ids[places[WEB2, 8080]] == 301 and ids[places[WEB, 8080]] == 0
     mask = {group[1] for verdict in kernel.verdicts[found.index].values() for group in verdict.groups}
     assert mask == {1 << places[WEB2, 8080]}
+    assert not kernel.programs[found.index]["chooses"]
 
 
 def test_places_are_given_again_only_after_the_pairs_were_let_go() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.link import Flow
 from nodeagent.exposition import merge
-from nodeagent.flows import FOLLOWER_FLOWS_MAX, FOLLOWERS_MAX, FlowRing, TooManyFollowers
+from nodeagent.flows import FOLLOWER_FLOWS_MAX, FOLLOWERS_MAX, TEXT_CHARS_MAX, FlowRing, TooManyFollowers, of_worker
 from nodeagent.readiness import Facts, assess
 
 
@@ -46,6 +47,18 @@ async def test_a_slow_follower_loses_and_is_counted() -> None:
     for number in range(FOLLOWER_FLOWS_MAX + 7):
         ring.add(flow(number))
     assert ring.missed == 7
+
+
+@pytest.mark.parametrize("when", [0.0, math.nan, math.inf, 1e300, 2e9])
+def test_a_workers_flow_is_short_of_this_node_and_of_now(when: float) -> None:
+    long = "x" * 100_000
+    told = of_worker(Flow(time=when, verdict="denied", reason=long, source=long, path=long, rule=long, node="another"), "n1", 1e9)
+    assert {len(told.reason), len(told.source), len(told.path), len(told.rule)} == {TEXT_CHARS_MAX}
+    assert (told.node, told.verdict, told.time) == ("n1", "denied", 1e9)
+
+
+def test_a_workers_flow_keeps_its_moment() -> None:
+    assert of_worker(Flow(time=1e9 - 1, verdict="allowed", reason="shop/web#0"), "n1", 1e9).time == 1e9 - 1
 
 
 async def test_followers_are_limited() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,9 @@ def test_a_restart_ends_no_connection_through_the_proxy(life: Life, family: int)
     first.enrol(cookies[0])
     opened = first.open_listeners(cookies[0], life.world.a.addresses)
     at = ("127.0.0.1", "::1")[family]
-    with held(next(fd for frame, fd in opened if (frame.kind, frame.address) == ("dns-tcp", at))) as listener:
+    with ExitStack() as proxy:
+        kept = {(frame.kind, frame.address): proxy.enter_context(held(fd)) for frame, fd in opened if frame.kind != "dns-udp"}
+        listener = kept["dns-tcp", at]
         client = life.world.a.start(CLIENT.format(to=RESOLVER[family]))
         accepted = [listener.accept()[0]]
         first.close()

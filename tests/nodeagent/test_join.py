@@ -211,6 +211,18 @@ async def test_renewal_makes_a_new_key(member: NodeIdentity, tmp_path: Path) -> 
         await client.close()
 
 
+async def test_a_renewal_brings_no_old_roots_back(member: NodeIdentity, controller: FakeController, tmp_path: Path) -> None:
+    """Its answer may have been under way when the stream told the mesh's new ones, and the stream tells them once."""
+    roots = controller.authority.root + Authority().root
+    member.trust((controller.authority.root, roots.removeprefix(controller.authority.root)))
+    client = ControllerClient(list(member.controllers), member.context)
+    try:
+        await member.renew(client)
+    finally:
+        await client.close()
+    assert (tmp_path / "state/bundle.pem").read_text() == roots
+
+
 async def test_roots_that_cannot_be_read_are_refused(member: NodeIdentity, tmp_path: Path) -> None:
     before = (tmp_path / "state/bundle.pem").read_text()
     member.trust(("nonsense",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from nodeagent import optional
 from nodeagent import reconcile_events as ev
-from nodeagent.datapath_api import DatapathError
+from nodeagent.datapath_api import DatapathError, OpenListener
 from nodeagent.datapath_fake import FakeDatapath
 from nodeagent.express import Express
 from nodeagent.express_path import ExpressPath
@@ -20,8 +21,10 @@ from nodeagent.optional import ENDING, EXPRESS, INSTEAD, PODS
 from nodeagent.proxy_link import ProxyFleet
 from nodeagent.readiness import Facts, assess
 from nodeagent.reconcile import Reconciler
+from nodeagent.roster import KEPT_OUT, PODS_OFF
 from nodeagent.sockdiag import Sock, SockDiag
 from nodeagent.workloads import Spec
+from pillion import nodes
 from tests.mesh.build import identity, state, workload
 from tests.nodeagent.fakes import until
 from tests.nodeagent.test_agent import Node, node
@@ -81,18 +84,35 @@ def test_without_their_filter_pods_are_nobodys_and_the_others_go_on(tmp_path: Pa
     datapath.close()
 
 
-def test_such_a_pod_is_told_and_holds_up_nobody() -> None:
+@pytest.mark.parametrize("why", [f"{PODS_OFF}: no clsact", f"{KEPT_OUT}: port 15001 of ::1: it is taken"])
+def test_such_a_pod_is_told_and_holds_up_nobody(why: str) -> None:
     facts = Facts(programs={"connect4": True}, revision=7, applied=True, workers={"0": True})
     core = Reconciler("n1")
     spec = Spec("pod", "shop", "pod", "/cg", ("10.9.0.9",), veth="ve1", netns="/ns")
     core.roster.placed = {spec.key: ev.Placed(spec, 301, 301)}
     core._by_key = {spec.key: ev.Enrolled(spec, 301, 301, workload("pod", account="pod"))}
     core.roster.lacks = lambda *_: ""  # type: ignore[method-assign]  # registered, in the state
-    core._listener_errors = {spec.key: "pods are off on this node: no clsact"}
+    core._listener_errors = {spec.key: why}
     waiting, refused = core.unserved()
     assert not waiting and set(refused) == {spec.key}
     found = assess(replace(facts, waiting=waiting, refused=refused))
-    assert found.ready and "pods are off on this node: no clsact" in found.detail
+    assert found.ready and why in found.detail
+
+
+def test_a_pod_whose_own_program_has_our_port_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a host's workload, beside whom all of that host's go unserved."""
+
+    def taken(*_: object) -> list[OpenListener]:
+        raise OSError(errno.EADDRINUSE, "port 15001 of ::1: it is taken")
+
+    datapath = FakeDatapath()
+    monkeypatch.setattr(datapath, "open_listeners", taken)
+    pod, host = enrolled("pod", 301, tmp_path, "ve1"), enrolled("host", 302, tmp_path, None)
+    known = state(pod.item, host.item, identity("shop", "pod", 301), identity("shop", "host", 302))
+    result = KernelWork(datapath, "n1", tmp_path / "cg").apply(ev.ApplyKernel(1, 7, known, (pod, host), 1))
+    assert not result.serving
+    assert {key: text.startswith(KEPT_OUT) for key, text in result.errors.items()} == {pod.spec.key: True, host.spec.key: False}
+    datapath.close()
 
 
 # ---- express
@@ -141,6 +161,35 @@ async def test_one_probe_that_fails_turns_express_off(tmp_path: Path, probe: str
 
 
 # ---- what an operator sees
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Of the node that is made next."""
+    made = Kernel({"fionread"})
+    monkeypatch.setattr("tests.nodeagent.test_agent.FakeDatapath", lambda: made)
+    return made
+
+
+async def test_a_node_whose_kernel_fails_a_probe_goes_on(kernel: Kernel, node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of them in turn."""
+    await until(node.ready, "never ready")
+    for probe in PROBES:
+        kernel.failing = {probe}
+        await node.agent.express.start()
+        status: dict[str, Any] = (await node.call("GET", "/v1/status"))[1]
+        assert status["ready"] and {name for name, part in status["optional"].items() if not part["on"]} == {EXPRESS}
+        assert status["optional"][EXPRESS]["why"].endswith(f"needs: {probe}: did otherwise")
+        capsys.readouterr()
+        nodes._show_status({"origin": "here", "ready": True, "controller": None, "agents": {"n1": status}}, {"nodes": []})
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("n1") and "did otherwise" in line)
+        assert EXPRESS in line and probe in line and INSTEAD[EXPRESS] in line
+        values = {}
+        for line in (await node.call("GET", "/metrics"))[1].splitlines():
+            if line.startswith(("pillion_express_probe{", "pillion_agent_optional_on{")):
+                name, _, value = line.rpartition(" ")
+                values[name.split('"')[1]] = float(value)
+        assert values == {**dict.fromkeys((*PROBES, *INSTEAD), 1.0), probe: 0.0, EXPRESS: 0.0}
 
 
 @pytest.mark.parametrize("part", [PODS, ENDING, EXPRESS])

@@ -209,7 +209,7 @@ def test_a_worker_with_another_digest_is_sent_everything_then_dropped(play: Play
     assert update.update.full
     play(ev.WorkerAcked("w0", 7, "0" * 64))
     assert "DropWorker" in play.kinds()
-    assert play.core.workers.counts["resent"] == 2
+    assert play.core.workers.counts["wrong_state"] == 2
 
 
 def test_what_arrives_meanwhile_waits_and_only_the_newest_counts(play: Play) -> None:

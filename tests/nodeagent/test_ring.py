@@ -11,7 +11,7 @@ from mesh.link import Flow
 from nodeagent.datapath_api import DatapathApi, MapFull
 from nodeagent.datapath_fake import FakeDatapath
 from nodeagent.layouts import address
-from nodeagent.ring import Names, flow_of
+from nodeagent.ring import Names, boot_offset_s, flow_of
 from tests.nodeagent.compiled import compiled_layouts
 
 
@@ -34,6 +34,19 @@ def test_numbers_become_names() -> None:
         time=12.0, verdict="denied", reason="first", source="spiffe://m/ns/n/sa/a", destination="Workload/n/b",
         source_address="10.0.0.1:1000", destination_address="[fd77::2]:80", protocol="tcp", revision=7, node="n1",
     )  # fmt: skip
+
+
+def test_who_loses_the_cpu_between_two_clocks_reads_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lost = 100.0, iter([0.5, 0.0, 0.3, *[0.001] * 100])
+
+    def booted(_: int) -> float:
+        nonlocal clock
+        clock += next(lost)
+        return clock
+
+    monkeypatch.setattr("nodeagent.ring.time.clock_gettime", booted)
+    monkeypatch.setattr("nodeagent.ring.time.time", lambda: 1_000_000 + clock)
+    assert boot_offset_s() == pytest.approx(1_000_000, abs=0.001)
 
 
 def told(names: Names = NAMES, **changes: object) -> Flow:

@@ -76,6 +76,17 @@ async def test_a_restart_uses_what_is_on_disk(world: World) -> None:
     assert world.serial() == serial
 
 
+def test_keys_that_are_good_for_nothing_are_swept_at_the_start(tmp_path: Path) -> None:
+    """Of identities that left while no agent was there; nobody else would ever take them away."""
+    directory = SvidDirectory(tmp_path / "svids")
+    key = make_key()
+    for ttl_s, spiffe in ((3600.0, WEB), (0.0, DB)):
+        directory.save(Held(spiffe, Authority(ttl_s).sign(make_csr(key, spiffe), spiffe), key, now=0.0))
+    (tmp_path / "svids" / "junk").write_bytes(b"{")
+    again = SvidDirectory(tmp_path / "svids")
+    assert again.load(WEB) is not None and len(list((tmp_path / "svids").iterdir())) == 1
+
+
 async def test_rotation_keeps_the_old_until_the_new_is_there(world: World) -> None:
     world.svids.want(frozenset({WEB}))
     await until(world.serial)

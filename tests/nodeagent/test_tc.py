@@ -230,10 +230,62 @@ def test_permissive_answers_outside(rig: Rig) -> None:
         rig.node.run(lambda: rig.guard.guard("eth0", (A4, A6), rig.cookie, 0))
 
 
+def test_lost_filters_are_found_by_one_question_for_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each look, and a node may have thousands of pods."""
+    sent: list[int] = []
+
+    class Counted(socket.socket):
+        def send(self, data: bytes, flags: int = 0) -> int:  # type: ignore[override]  # as it is called
+            sent.append(len(data))
+            return super().send(data, flags)
+
+    names = [f"d{number}" for number in range(4)]
+    node = ("ip", "netns", "exec", rig.world.b.name)
+    try:
+        for number, name in enumerate(names):
+            sh(*node, "ip", "link", "add", name, "type", "bridge")
+            rig.node.run(lambda name=name, number=number: rig.guard.guard(name, (f"10.99.7.{50 + number}",), rig.cookie, 0))
+        sh(*node, "tc", "qdisc", "del", "dev", "d1", "clsact")
+        sh(*node, "tc", "filter", "del", "dev", "d2", "ingress")
+        monkeypatch.setattr("nodeagent.tc.IPRoute", None)
+        monkeypatch.setattr("nodeagent.tc.socket.socket", Counted)
+        assert rig.node.run(lambda: rig.guard.bare([*names, "eth0", "gone"])) == ["d1", "d2"]
+        assert len(sent) == 1
+        assert rig.node.run(lambda: rig.guard.bare([])) == []
+    finally:
+        monkeypatch.undo()
+        for name in names:
+            sh(*node, "ip", "link", "del", name)
+        rig.node.run(rig.guard.sweep)
+
+
 def test_an_interface_that_is_not_there(rig: Rig) -> None:
     with pytest.raises(DatapathError, match="nothere"):
         rig.node.run(lambda: rig.guard.guard("nothere", (A4,), rig.cookie, 0))
     rig.node.run(lambda: rig.guard.unguard("nothere"))
+
+
+def test_an_interface_that_went_leaves_no_addresses(rig: Rig) -> None:
+    """A workload's namespace is gone before the agent hears of it, as a rule; the map would fill up."""
+    before = set(rig.guard._map)
+
+    def cable(*command: str) -> None:
+        sh("ip", "-n", rig.world.b.name, "link", *command)
+
+    def guard(*addresses: str) -> None:
+        rig.node.run(lambda: rig.guard.guard("gone", addresses, rig.cookie, 0))
+
+    made = ("add", "gone", "type", "veth", "peer", "name", "gone-too")
+    cable(*made)
+    guard("10.99.7.50", "fd99:7::50")
+    assert len(set(rig.guard._map) - before) == 4
+    cable("delete", "gone")
+    cable(*made)  # another one, under its name
+    guard("10.99.7.50")
+    assert len(set(rig.guard._map) - before) == 2
+    cable("delete", "gone")
+    rig.node.run(lambda: rig.guard.unguard("gone"))
+    assert set(rig.guard._map) == before
 
 
 def test_unguarded_again_all_passes(rig: Rig) -> None:

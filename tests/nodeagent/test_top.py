@@ -33,3 +33,19 @@ def test_workers_are_added_up_and_the_busiest_comes_first() -> None:
         "seconds": 1.0,
         "refused": {"budget_bytes": 4},
     }
+
+
+def test_what_a_worker_makes_up_spoils_no_other_account() -> None:
+    junk = (
+        "{",
+        'pillion_budget_used{what="connections"} 3\n',
+        'pillion_budget_used{identity="shop/web"} 3\n',
+        'pillion_budget_used{identity="shop/web",what="connections"} Inf\n',
+        'pillion_budget_seconds_total{identity="shop/web"} NaN\n',
+        'pillion_budget_used{identity="shop/web",what="connections"} 1..2\n',
+        'pillion_budget_used{identity="shop/web\n',
+        "# TYPE pillion_budget_used nonsense\n",
+    )
+    for text in junk:
+        busy, web = top("n1", {"0": text, "1": WORKER})["identities"]
+        assert (busy["seconds"], web["seconds"], web["used"]["connections"]) == (2.5, 0.5, 3)

@@ -164,6 +164,8 @@ def test_get_of_what_is_not_there(cli: Cli, controller: Fake) -> None:
     assert cli("--controller", controller.url, "get", "svc").code == 0
     done = cli("--controller", controller.url, "get", "svc", "web", "-n", "shop")
     assert done.code == 1 and "there is no Service 'web' in namespace shop" in done.err
+    done = cli("--controller", controller.url, "get", "all", "web")
+    assert done.code == 1 and "there is no resource 'web'" in done.err and "pillion get all" in done.err
     done = cli("--controller", controller.url, "get", "nonsense")
     assert done.code == 2 and "AuthorizationPolicy" in done.err
 
@@ -176,6 +178,19 @@ def test_delete_by_name_and_by_file(cli: Cli, controller: Fake, tmp_path: Path) 
     (tmp_path / "a.yaml").write_text(SERVICE)
     assert "Service shop/web deleted" in cli("--controller", controller.url, "delete", "-f", tmp_path / "a.yaml").out
     assert cli("--controller", controller.url, "delete", "svc").code == 2
+
+
+def test_delete_by_file_goes_on_past_what_is_gone(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    controller.on("DELETE /v1/resources/Service/shop/web", {"revision": 8})
+    controller.on("GET /v1/status", STATUS)
+    (tmp_path / "a.yaml").write_text(f"{SERVICE}---{SERVICE.replace('name: web', 'name: gone')}")
+    done = cli("--controller", controller.url, "delete", "-f", tmp_path / "a.yaml")
+    assert done.code == 0, done
+    assert done.out.splitlines() == ["Service shop/gone was not there", "Service shop/web deleted", "revision 8"]
+    controller.on("DELETE /v1/resources/Service/shop/web", {"error": "gone too"}, 404)
+    again = cli("--controller", controller.url, "delete", "-f", tmp_path / "a.yaml", "-o", "json")
+    assert again.json == {"revision": 7, "deleted": []}
+    assert cli("--controller", controller.url, "delete", "svc", "web", "-n", "shop").code == 1
 
 
 def test_refusals_carry_the_servers_remedy(cli: Cli, controller: Fake) -> None:

@@ -60,10 +60,10 @@ def test_labs_without_mesh_half_built_or_damaged_are_none(tmp_path: Path) -> Non
         discover(None, None, "plain", {}, tmp_path)
 
 
-@pytest.mark.parametrize("url", ["http://c:1", "/run/c.sock", "unix://relative", ""])
+@pytest.mark.parametrize(
+    "url", ["http://c:1", "/run/c.sock", "unix://relative", "https://", "https://c:port", "https://c:99999", "https://[c"]
+)
 def test_addresses_that_are_none(url: str, tmp_path: Path) -> None:
-    if not url:
-        return
     with pytest.raises(CliError, match="no address"):
         discover(url, None, None, {}, tmp_path)
 
@@ -74,7 +74,11 @@ def test_a_node_must_be_named_where_there_are_two() -> None:
         two.agent_of(None)
     with pytest.raises(CliError, match="'n3'"):
         two.agent_of("n3")
-    assert Endpoints(None, {"": "unix:///1"}).agent_of(None) == "unix:///1"
+    one = Endpoints(None, {"": "unix:///1"})
+    assert one.agent_of(None) == "unix:///1"
+    with pytest.raises(CliError) as told:
+        one.agent_of("n1")
+    assert told.value.remedy == "leave --node out: the one agent here is the node's own"
 
 
 @pytest.mark.parametrize("option", ["--controller", "--agent"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lab import Lab
 from mesh.resources import load
@@ -148,6 +149,28 @@ def test_exit_codes_and_missing_programs(lab: Lab) -> None:
     done = run(lab, "n1", "walker", "no-such-program")
     assert done.returncode == 1 and "error: no-such-program: No such file" in done.stderr
     assert groups(lab, "n1") == []
+
+
+def test_what_another_workload_lacks_holds_up_nothing(lab: Lab) -> None:
+    file = lab.paths.workloads_file("n1")
+    before = file.read_text()
+    nowhere = {
+        "name": "nowhere",
+        "namespace": "shop",
+        "serviceAccount": "nowhere",
+        "cgroup": str(lab.cgroup / "n1/workloads/none"),
+    }
+    try:
+        file.write_text(yaml.safe_dump({"workloads": [*(yaml.safe_load(before)["workloads"] or ()), nowhere]}))
+        until(lambda: "nowhere" in workloads(lab, "n1"))
+        assert not lab.answers("n1", "/v1/ready")
+        began = time.monotonic()
+        done = run(lab, "n1", "walker", "true")
+        assert done.returncode == 0, done
+        assert time.monotonic() - began < 15
+    finally:
+        file.write_text(before)
+        until(lambda: lab.answers("n1", "/v1/ready"))
 
 
 def test_outside_the_grant_nothing_runs(lab: Lab) -> None:

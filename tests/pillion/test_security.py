@@ -39,6 +39,7 @@ STATUS: dict[str, Any] = {
     "programs": {"connect4": True},
     "controller": {"connected": True},
     "optional": {part: {"on": part != "express", "why": "", "instead": ""} for part in ("pods", "ending", "express")},
+    "moves": {"process_moved_out": 0, "process_moved_between": 0, "strays": []},
     "policy_age_s": 1.0,
     "policy_lease_s": 60.0,
     "workloads": [
@@ -111,6 +112,44 @@ def test_root_that_can_not_leave(change: dict[str, Any]) -> None:
     assert (
         found(replace(FACTS, workloads={"shop/web": [replace(WEB, **change)]}))["workloads confined"].verdict is Verdict.ENFORCED
     )
+
+
+def test_a_workload_that_reaches_a_service_manager() -> None:
+    """As one does that was enrolled with --allow-dbus."""
+    web = replace(WEB, managers=("/run/dbus/system_bus_socket",))
+    told = fails("service managers", found(replace(FACTS, workloads={"shop/web": [web]})))
+    assert told == "shop/web (pid 30) reaches /run/dbus/system_bus_socket"
+
+
+def test_who_reaches_a_service_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the socket itself, as the process sees it: not where something lies over it, nor in a container's root."""
+    private, bus = tmp_path / "private", tmp_path / "bus"
+    for path in (private, bus):
+        path.touch()
+    monkeypatch.setattr(node_facts, "MANAGERS", (str(private), str(bus)))
+    base = tmp_path / "proc/30"
+    base.mkdir(parents=True)
+    (base / "root").symlink_to("/")
+    assert node_facts._managers(base, 0) == (str(private), str(bus))
+    assert node_facts._managers(base, 1000) == (str(bus),)
+    (base / "root").unlink()
+    there = base / "root" / str(tmp_path).lstrip("/")
+    there.mkdir(parents=True)
+    assert node_facts._managers(base, 0) == ()
+    (there / "private").hardlink_to(private)
+    (there / "bus").touch()
+    assert node_facts._managers(base, 0) == (str(private),)
+
+
+def test_a_process_that_left_its_workload() -> None:
+    stray = {"pid": 30, "workload": "shop/web", "into": "/user.slice/session-1.scope"}
+    moves = {"process_moved_out": 1, "process_moved_between": 0, "strays": [stray]}
+    told = fails("processes in place", found(status=STATUS | {"moves": moves}))
+    assert told == "shop/web: pid 30 left it and is in /user.slice/session-1.scope"
+    home = found(status=STATUS | {"moves": moves | {"strays": []}})["processes in place"]
+    assert home.verdict is Verdict.ENFORCED and "1 moves" in home.seen
+    old = {name: value for name, value in STATUS.items() if name != "moves"}
+    assert found(status=old)["processes in place"].verdict is Verdict.UNKNOWN
 
 
 def test_two_identities_under_one_user() -> None:
@@ -205,6 +244,7 @@ def test_what_can_not_be_seen_is_not_called_enforced() -> None:
         "certificates",
         "pods' cables",
         "parts of the kernel",
+        "processes in place",
     }  # of these the agent is the witness
 
 

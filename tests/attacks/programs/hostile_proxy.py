@@ -24,6 +24,7 @@ from l7proxy.confine import confine
 from mesh import link, snapshot
 from mesh.model import Workload
 
+SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # as in lab/pace.py, which is not of the product
 LATE_S = 0.3  # what the agent does comes within a few ms; after so long of silence nothing more does
 HANGS_UP_S = 1.0
 
@@ -53,11 +54,11 @@ def send(message: link.Message) -> None:
 
 
 def hear(seconds: float, done: Callable[[], object] = lambda: False, silence_s: float = float("inf")) -> None:
-    """What the agent says for so long; until `done`, or until it has said nothing for a while."""
+    """What the agent says for so long (of a machine that is not slow); until `done`, or until it has said nothing for a while."""
     global ended, local
-    until = time.monotonic() + seconds
+    until = time.monotonic() + seconds * SLOW
     while not ended and not done() and (left := until - time.monotonic()) > 0:
-        agent.settimeout(min(left, silence_s))
+        agent.settimeout(min(left, silence_s * SLOW))
         try:
             data, fds, _, _ = socket.recv_fds(agent, 1 << 18, 128)
         except TimeoutError:
@@ -124,7 +125,7 @@ def sockets(host: str, port: str, caller: str) -> dict[str, str]:
 
     def dial(to: str, number: int) -> None:
         sock = fresh.pop()
-        sock.settimeout(1)
+        sock.settimeout(SLOW)
         name_for(sock, caller)
         sock.connect((to, number))
 
@@ -155,11 +156,11 @@ def pairings(host: str, port: int, caller: str, own: str) -> dict[str, str]:
     server = here.rpartition("/")[2]
     hear(5.0, lambda: place_of(own) in doors)
     with socket.socket(fileno=doors[place_of(own)]) as door_of_own:
-        door_of_own.settimeout(5)
+        door_of_own.settimeout(5 * SLOW)
         accepted = door_of_own.accept()[0]
     fresh = [socket.socket(fileno=fd) for fd in stock[place_of(server), socket.AF_INET][:2]]
     for sock in fresh:
-        sock.settimeout(2)
+        sock.settimeout(2 * SLOW)
         name_for(sock, caller)
         sock.connect((host, port))
     ends = (link.PairEnd(here, port),)
@@ -215,9 +216,9 @@ def hung_up(words: str) -> bool:
 link_up()
 said: object
 if way == "lie":
-    until = time.monotonic() + float(rest[0])
+    until = time.monotonic() + float(rest[0]) * SLOW
     while time.monotonic() < until:
-        hear(until - time.monotonic())
+        hear((until - time.monotonic()) / SLOW)
         if ended:  # hung up on: it is there again at once
             link_up()
     said = {"ended": ended}

@@ -1,4 +1,4 @@
-"""NAT rules over netlink, by hand: no tool for it is needed."""
+"""Rules of nftables over netlink, by hand: no tool for it is needed."""
 
 import socket
 import struct
@@ -66,6 +66,13 @@ def add_nat(table: str, hook: int, priority: int, *expressions: bytes, family: i
         (NEW_RULE, attribute(1, table) + attribute(2, "chain") + nest(4, *expressions)),
         family=family,
     )
+
+
+def add_closed(table: str, hook: int) -> None:
+    """A table with one chain, which lets nothing pass. Raises OSError."""
+    where, drop = nest(4, attribute(1, hook), attribute(2, 0)), attribute(5, 0)
+    chain = attribute(1, table) + attribute(3, "chain") + where + drop + attribute(7, "filter")
+    send((NEW_TABLE, attribute(1, table)), (NEW_CHAIN, chain), family=INET)
 
 
 def delete(table: str, family: int = INET) -> None:

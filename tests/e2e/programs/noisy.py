@@ -8,6 +8,7 @@ import collections
 import contextlib
 import http.client
 import json
+import os
 import select
 import selectors
 import socket
@@ -17,6 +18,7 @@ import time
 
 kind, host, port, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 seconds = float(sys.argv[5]) if len(sys.argv) > 5 else 5.0
+SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # lab/pace.py
 HEAD = b"GET / HTTP/1.1\r\nHost: noisy\r\n\r\n"
 
 
@@ -71,7 +73,7 @@ def sleepers() -> dict[str, int]:
         sock.setblocking(False)
         selector.register(sock, selectors.EVENT_WRITE)
     end, moved = time.monotonic() + seconds, time.monotonic()
-    while time.monotonic() < end and time.monotonic() - moved < 1.0:
+    while time.monotonic() < end and time.monotonic() - moved < SLOW:
         for key, _ in selector.select(0.2):
             try:
                 key.fileobj.send(b"x" * 65536)
@@ -95,7 +97,7 @@ def heads() -> dict[str, int]:
         sock.sendall(HEAD[:-2] + b"X: ".ljust(30_000 - len(HEAD) + 2, b"a"))
         poll.register(sock, 0)  # errors and hang-ups alone
     cut = 0
-    while ended := poll.poll(700):  # until none is cut any more
+    while ended := poll.poll(700 * SLOW):  # until none is cut any more
         for fd, _ in ended:
             poll.unregister(fd)
         cut += len(ended)

@@ -1,7 +1,8 @@
 """A peer of the mesh with a certificate that makes noise on HBONE. argv: kind state who host sni authority forwarded count
 seconds (how long it waits to be hung up on). handshakes: so many TCP connections that never speak; resets: so many streams,
-each reset at once; streams: so many open at once; continuations: a head that never ends. Prints JSON {"made": n, "ended": bool}:
-how many of them were made (of streams: served), and whether the proxy hung up."""
+each reset at once; streams: so many open at once, asked for one after the other; burst: the same in one write; continuations:
+a head that never ends. Prints JSON {"made": n, "ended": bool}: how many of them were made (of streams: served), and whether
+the proxy hung up."""
 
 import json
 import socket
@@ -89,6 +90,22 @@ def streams() -> tuple[int, bool]:
     return served, False
 
 
+def burst() -> tuple[int, bool]:
+    sock, own = tls(), peer.http2()
+    for index in range(count):
+        own.send_headers(2 * index + 1, peer.tunnel(authority, forwarded))
+    sock.sendall(own.data_to_send())
+    served = answered = 0
+    while answered < count:
+        if not (data := sock.recv(65536)):
+            return served, True
+        for event in own.receive_data(data):
+            if isinstance(event, h2.events.ResponseReceived):
+                answered += 1
+                served += dict(event.headers)[":status"] == "200"
+    return served, False
+
+
 def continuations() -> tuple[int, bool]:
     sock, (begin, more) = tls(), peer.endless_head()
     sock.sendall(begin)
@@ -102,5 +119,6 @@ def continuations() -> tuple[int, bool]:
     return made, gone(sock)
 
 
-made, ended = {"handshakes": handshakes, "resets": resets, "streams": streams, "continuations": continuations}[kind]()
+kinds = {"handshakes": handshakes, "resets": resets, "streams": streams, "burst": burst, "continuations": continuations}
+made, ended = kinds[kind]()
 print(json.dumps({"made": made, "ended": ended}))

@@ -302,7 +302,10 @@ def test_a_refused_websocket_stays_http() -> None:
     play = Playbook(auto=True)
     play.client(UPGRADE + GET) >> ["decide GET /ws", "upstream " + t(UPGRADE)]
     refusal = b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n"
-    play.upstream(refusal) >> ["client " + t(refusal), "release close", "finished 426", "end client"]
+    play.upstream(refusal) >> ["client " + t(refusal), "release close", "finished 426 behind_upgrade", "end client"]
+    play = Playbook(auto=True)
+    play.client(UPGRADE) >> ["decide GET /ws", "upstream " + t(UPGRADE)]
+    play.upstream(refusal) >> ["client " + t(refusal), "release close", "finished 426", "close client"]
 
 
 def test_a_stale_connection_is_tried_once_more() -> None:

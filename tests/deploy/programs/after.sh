@@ -1,0 +1,36 @@
+#!/bin/sh
+# after.sh carried|left, on a machine of the Vagrant lab: says in its last line what was seen, exits 0 only if it should be so.
+#   carried   on n1: the kernel carries requests of one connection, from a client to a service of this host
+#   left      after install.sh ROLE --remove: nothing of it, but what an operator (or deploy/shop.sh) put there
+set -eu
+
+carried() {
+    # shellcheck disable=SC2046 # words
+    pillion run --service client --namespace shop -- curl -sS $(yes http://catalog-v1.shop.mesh/items | head -n 400) >/dev/null
+    pillion express status -o json | python3 -c '
+import json, sys
+told = next(iter(json.load(sys.stdin).values()))
+print("express:", "on" if told["on"] and told["carried"]["requests"] else told)
+sys.exit(not told["carried"]["requests"])'
+}
+
+left() {
+    stamp=/etc/machine-id # written at boot
+    { # files that are newer than that, or ours by their name; users, groups; units; cgroups; mounts; filters of traffic
+        find /etc /opt /usr /var -xdev ! -type d -cnewer $stamp ! -path '*shop*' \
+            ! -path '/var/log/*' ! -path '/var/cache/*' ! -path '/var/lib/systemd/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/apt/*' \
+            ! -path '/etc/rc?.d/*' ! -path /etc/ld.so.cache ! -path /etc/mtab ! -name .updated ! -path $stamp ! -regex '/etc/\(\.pwd\.lock\|passwd\|g?shadow\|group\|sub[ug]id\)-?'
+        find /etc /opt /usr /var /run /dev /tmp /sys/fs/bpf /sys/fs/cgroup -iname '*pillion*' -cnewer $stamp ! -name '*pillion-lab-tokens*' \
+            ! -path '/var/log/*' ! -path '/var/cache/*'
+        getent passwd | grep pillion || :
+        getent group | grep pillion || :
+        systemctl list-units --all --plain --no-legend '*pillion*' | grep -v pillion-lab-tokens || :
+        systemctl list-unit-files --plain --no-legend '*pillion*' | grep -v pillion-lab-tokens || :
+        awk '$5 ~ /pillion/' /proc/self/mountinfo
+        for each in /sys/class/net/*; do tc filter show dev "${each##*/}" ingress; done | grep pillion || :
+    } >/tmp/left 2>&1
+    [ ! -s /tmp/left ] || { cat /tmp/left; exit 1; }
+    echo "nothing is left"
+}
+
+$1
