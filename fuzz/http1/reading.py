@@ -53,7 +53,7 @@ class Requests(Cycle):
         pass
 
     def finished(self, status: int, why: str) -> None:
-        if why:
+        if why and why != "behind_upgrade":  # that is said of an exchange which was whole
             self.reply = (status, why)
         else:
             self.done += 1
