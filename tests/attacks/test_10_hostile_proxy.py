@@ -335,7 +335,7 @@ def test_its_word_is_taken_without(broken: Mesh) -> None:
 
 
 def test_what_it_tells_is_shown_and_no_more(mesh: Mesh) -> None:
-    """It may lie in the log of flows. Its text is bounded by the frame, goes out as JSON, and `pillion flows` escapes it
+    """It may lie in the log of flows. A field has 512 characters at most, goes out as JSON, and `pillion flows` escapes it
     (tests/pillion)."""
     text = "\x1b]0;owned\x07\x1b[2J\r\nallowed"
     flow = {"time": 0.0, "verdict": "denied", "reason": text, "source": text, "destination": text, "path": text}
