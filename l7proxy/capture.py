@@ -14,7 +14,7 @@ from l7proxy.learn import Learner
 from l7proxy.opaque import Relay
 from l7proxy.session import HttpRefusal, HttpSession
 from l7proxy.target import Caller
-from l7proxy.transport import SocketTransport
+from l7proxy.transport import SocketTransport, bound
 from l7proxy.upstream import RESET
 from mesh.link import Listener
 from mesh.model import Protocol
@@ -33,6 +33,7 @@ class Capture:
     def __init__(self, worker: Worker, listener: Listener, sock: socket.socket) -> None:
         self.worker, self.listener = worker, listener
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted has it too
+        bound(sock)
         self._acceptor = Acceptor(worker, sock, listener.id, self._begin)
 
     def close(self) -> None:

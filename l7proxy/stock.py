@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
+from l7proxy.transport import bound
+
 SHELF_MIN = 64
 SHELF_MAX = 4096
 LAST_S = 120.0  # the stock should outlive the agent by this, less a quarter, at the rate sockets are taken
@@ -66,6 +68,7 @@ class Stock:
         for fd in fds:
             sock = socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)
             sock.setblocking(False)
+            bound(sock)
             if shelf.waiting:
                 shelf.taken += 1
                 shelf.waiting.popleft()[1](sock)

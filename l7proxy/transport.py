@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
-from socket import SHUT_WR, socket
+from socket import SHUT_WR, SO_RCVBUF, SOL_SOCKET, socket
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ READ_FIRST_BYTES = 16_384  # what is asked for at first: most messages are small
 READ_BYTES = 256_000  # once that was not enough
 HIGH_BYTES, LOW_BYTES = 65_536, 16_384  # kept for a peer that does not read: pause_writing above, resume_writing at the low mark
 PIECES_MAX = 256  # for one system call
+RECEIVED_BYTES_MAX = 4 << 20  # in the kernel for one socket, where the node's `rmem_max` allows so much
 _NOBODY = asyncio.Protocol()
 
 
@@ -28,6 +29,12 @@ def drop(rest: deque[bytes | memoryview], sent: int) -> None:
             rest.appendleft(memoryview(first)[sent:])
             break
         sent -= len(first)
+
+
+def bound(sock: socket) -> None:
+    """What a workload sends waits in the workload, past RECEIVED_BYTES_MAX: by itself TCP would keep up to `tcp_rmem` (32 MiB on
+    new kernels) for each socket of a proxy that is late, in nobody's account. Connections that ``sock`` accepts have it, too."""
+    sock.setsockopt(SOL_SOCKET, SO_RCVBUF, RECEIVED_BYTES_MAX // 2)  # the kernel doubles it
 
 
 class SocketTransport(asyncio.Transport):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lab.pace import SLOW
+from mesh.ports import OUTBOUND_PORT
 from tests.e2e import express
 from tests.e2e.express import NAME, PORT, clean, event, load, stopped
 from tests.e2e.mesh import Background, Mesh, until
@@ -25,7 +26,9 @@ KB, MB, GB = 1000, 1_000_000, 1 << 30
 # A client that closes with bytes unread says FIN, not RST, when they wait where redirected ones do: what is to be written to
 # it ends when the kernel forgets it (60 s) and asks again (51 s at most), longer than a test may take
 GREW_MB_MAX = 64  # the worker's memory, whatever its clients do
-QUEUED_MB_MAX = 24  # by TCP, at the four ends of the way: windows of a few connections
+SENT_MB, RECEIVED_MB = 4.2, 4.2  # `tcp_wmem`, and transport.RECEIVED_BYTES_MAX
+QUEUED_MB_MAX = 24  # by TCP, at the four ends of the way, but for the client's own window
+OVER_MB = 0.7  # the last that was let in, which may be all of one read's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,14 +57,21 @@ def resident_mb(mesh: Mesh) -> float:
     return sum(pages) * os.sysconf("SC_PAGE_SIZE") / MB
 
 
-def queued_mb(mesh: Mesh) -> float:
-    """What TCP holds for its sockets beside the client and the server, the proxy's among them."""
-    total = 0
+def queued_mb(mesh: Mesh) -> tuple[float, float, float]:
+    """What TCP holds: the most that one socket of the proxy's has received and sent, and all beside the client and the server
+    but what waits for the client to read it, which is as much with a mesh as without."""
+    received_max = sent_max = total = 0
     for name in ("client", NAME):
         argv = ["ip", "netns", "exec", mesh.w[name].pod.netns, "ss", "-tmnHO"]
-        for received, sent in re.findall(r"skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f\d+,w(\d+)", mesh.lab.nodes["n1"].run(argv).stdout):
-            total += int(received) + int(sent)
-    return total / MB
+        for line in mesh.lab.nodes["n1"].run(argv).stdout.splitlines():
+            here, there = line.split()[3:5]
+            found = re.search(r"skmem:\(r(\d+),rb\d+,t\d+,tb\d+,f\d+,w(\d+)", line)
+            assert found, line
+            received, sent = map(int, found.groups())
+            if here.endswith(f":{OUTBOUND_PORT}") or there.endswith(f":{PORT}"):
+                received_max, sent_max = max(received_max, received), max(sent_max, sent)
+            total += sent + (0 if there.endswith(f":{OUTBOUND_PORT}") else received)
+    return received_max / MB, sent_max / MB, total / MB
 
 
 @contextmanager
@@ -128,13 +138,16 @@ def test_an_answer_of_a_gigabyte(mesh: Mesh) -> None:
     size = GB if SLOW == 1 else GB // 8
     with bounded(mesh):
         running = odd(mesh, "huge", size=size)
-        highest = 0.0
+        received = sent = highest = 0.0
         while not select.select([running.popen.stdout], [], [], 0.1)[0]:
-            highest = max(highest, queued_mb(mesh))
+            now = queued_mb(mesh)
+            received, sent, highest = max(received, now[0]), max(sent, now[1]), max(highest, now[2])
         report = running.report(180 * SLOW)
     right(report)
     assert report["ok"] == WARM + 2
-    assert 0 < highest < QUEUED_MB_MAX, f"{highest:.0f} MB in TCP's queues"
+    assert 0 < received < RECEIVED_MB + OVER_MB, f"{received:.1f} MB received for the proxy"
+    assert 0 < sent < SENT_MB + OVER_MB, f"{sent:.1f} MB sent by the proxy"
+    assert highest < QUEUED_MB_MAX, f"{highest:.0f} MB in TCP's queues"
 
 
 def test_ten_thousand_short_connections(mesh: Mesh) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 from l7proxy.stock import SHELF_MAX, SHELF_MIN, Stock
+from l7proxy.transport import RECEIVED_BYTES_MAX
 
 
 def fds(count: int) -> list[int]:
@@ -57,3 +59,14 @@ def test_the_stock_follows_the_rate() -> None:
     shelf.taken, shelf.since = 50, shelf.since - 1.0
     stock.sweep(frozenset((7,)))
     assert shelf.want > 2500  # 50 a second for a minute without an agent
+
+
+def test_what_waits_in_the_kernel_for_them_is_bounded() -> None:
+    stock = Stock(lambda *_: None)
+    stock.add(7, socket.AF_INET, fds(1))
+    sock = stock.take(7, socket.AF_INET)
+    assert sock is not None
+    rmem_max = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == min(RECEIVED_BYTES_MAX, 2 * rmem_max)
+    sock.close()
+    stock.sweep(frozenset())

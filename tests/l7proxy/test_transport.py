@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import gc
 import inspect
 import socket
 import struct
+import termios
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvloop
 
 from l7proxy.budget import Account, Budgets
-from l7proxy.transport import HIGH_BYTES, READ_BYTES, READ_FIRST_BYTES, SocketTransport
+from l7proxy.transport import HIGH_BYTES, READ_BYTES, READ_FIRST_BYTES, RECEIVED_BYTES_MAX, SocketTransport, bound
 from tests.l7proxy.two_nodes import until
 
 RESET = struct.pack("ii", 1, 0)
@@ -327,3 +331,23 @@ async def test_many_that_speak_at_once_are_no_long_turn() -> None:
         for pair in pairs:
             for sock in pair:
                 sock.close()
+
+
+def test_what_waits_in_the_kernel_is_bounded_however_fast_it_was_read() -> None:
+    """TCP's own limit follows the reader's speed, and stays when the reader gets slow."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        bound(server)
+        with socket.create_connection(server.getsockname()) as client:
+            reader = server.accept()[0]
+            with reader:
+                for _ in range(256):
+                    left = client.send(bytes(1 << 20))
+                    while left:
+                        left -= len(reader.recv(1 << 20))
+                client.settimeout(0.2)
+                with suppress(TimeoutError):
+                    while client.send(bytes(1 << 20)):
+                        pass
+                waiting = array.array("i", [0])
+                fcntl.ioctl(reader, termios.FIONREAD, waiting)
+                assert 0 < waiting[0] <= RECEIVED_BYTES_MAX
