@@ -28,7 +28,7 @@ from typing import Protocol
 from l7proxy.budget import Account
 from l7proxy.handshakes import handshakes
 from l7proxy.seal import CHUNK_BYTES, seal
-from l7proxy.transport import drop
+from l7proxy.transport import drop, unwatched
 
 READ_BYTES = 256 << 10
 RECORD_BYTES_MAX = 16 << 10  # TLS plaintext record
@@ -175,6 +175,8 @@ class TlsChannel:
         if size == 0:
             self._lose(None if self.open else ConnectionResetError("the peer closed during the TLS handshake"))
             return
+        if unwatched(self._sock):
+            self._loop.call_soon(self._readable)
         self._unfed = self._cipher[:size]
         if self.open:
             self._decrypt()

@@ -14,6 +14,7 @@ from l7proxy.http1.exchange import NEVER
 from l7proxy.metrics import TcpSeries
 from l7proxy.scope import Scope
 from l7proxy.target import Caller, DialError
+from l7proxy.transport import SocketTransport
 from l7proxy.upstream import Dial, Health, reset
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Relay(Budgeted, asyncio.Protocol):
         self.deadline = self.clock.now + self.scope.config.mesh.idle_timeout_s
         self.series.sent += len(data)  # type: ignore[union-attr]  # set with far
         far.transport.write(data)
+        if isinstance(self.near, SocketTransport):
+            self.near.more()
         if self.metered:
             self.spend(perf_counter() - started)
 
@@ -292,6 +295,8 @@ class Far(asyncio.Protocol):
         relay.series.received += len(data)  # type: ignore[union-attr]  # set with far
         started = perf_counter()
         relay.near.write(data)
+        if isinstance(self.transport, SocketTransport):
+            self.transport.more()
         if relay.metered:
             relay.spend(perf_counter() - started)
 

@@ -13,7 +13,7 @@ from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
 from l7proxy.express import ANSWER_BYTES_MAX
 from l7proxy.http1.added import with_headers
-from l7proxy.http1.exchange import CLOSED, IDLE, RAW
+from l7proxy.http1.exchange import BODY, CLOSED, IDLE, RAW
 from l7proxy.http1.head import RequestHead
 from l7proxy.http1.request_side import RequestSide
 from l7proxy.quick import Quick
@@ -32,28 +32,9 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
     """One client connection that carries HTTP. ``source_netns``: see `Target`."""
 
     __slots__ = (
-        "account",
-        "caller",
-        "candidate",
-        "exchanges",
-        "heard",
-        "holds",
-        "late",
-        "late_eof",
-        "lost",
-        "metered",
-        "pair",
-        "plan",
-        "scope",
-        "since",
-        "sockets",
-        "source_netns",
-        "started",
-        "transport",
-        "tried",
-        "upstream",
-        "worker",
-    )
+        "account", "caller", "candidate", "exchanges", "heard", "holds", "late", "late_eof", "lost", "metered", "pair",
+        "plan", "scope", "since", "sockets", "source_netns", "started", "transport", "tried", "upstream", "worker",
+    )  # fmt: skip
 
     def __init__(self, worker: Worker, scope: Scope, caller: Caller, source_netns: int) -> None:
         super().__init__(worker.heads, scope.config.limits, worker.clock)
@@ -95,6 +76,8 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         else:
             self.heard = perf_counter()
             self.client_data(data)
+        if self.rq in (BODY, RAW) and self.metered:
+            self.transport.more()  # type: ignore[attr-defined]  # a SocketTransport
         if self.pending or self.holds:
             self._count_held()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
-from socket import SHUT_WR, SO_RCVBUF, SOL_SOCKET, socket
+from socket import IPPROTO_TCP, SHUT_WR, SO_RCVBUF, SOL_SOCKET, TCP_INFO, socket
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ HIGH_BYTES, LOW_BYTES = 65_536, 16_384  # kept for a peer that does not read: pa
 PIECES_MAX = 256  # for one system call
 RECEIVED_BYTES_MAX = 4 << 20  # in the kernel for one socket, where the node's `rmem_max` allows so much
 _NOBODY = asyncio.Protocol()
+_TCP_CLOSE = b"\x07"
 
 
 def drop(rest: deque[bytes | memoryview], sent: int) -> None:
@@ -35,6 +36,15 @@ def bound(sock: socket) -> None:
     """What a workload sends waits in the workload, past RECEIVED_BYTES_MAX: by itself TCP would keep up to `tcp_rmem` (32 MiB on
     new kernels) for each socket of a proxy that is late, in nobody's account. Connections that ``sock`` accepts have it, too."""
     sock.setsockopt(SOL_SOCKET, SO_RCVBUF, RECEIVED_BYTES_MAX // 2)  # the kernel doubles it
+
+
+def unwatched(sock: socket) -> bool:
+    """Whether it has ended by RST, with bytes before it that may have been read by now: libuv tells of an error once, along
+    with those, and watches no more. So whoever read some and needs more to go on asks, or would wait for ever."""
+    try:
+        return sock.getsockopt(IPPROTO_TCP, TCP_INFO, 1) == _TCP_CLOSE
+    except OSError:  # closed here, or not TCP
+        return False
 
 
 class SocketTransport(asyncio.Transport):
@@ -104,6 +114,11 @@ class SocketTransport(asyncio.Transport):
                     self.close()
         except Exception as error:
             self._broken(error)
+
+    def more(self) -> None:
+        """What was read is not all that its protocol needs: see `unwatched`."""
+        if self._reading and not self._closing and unwatched(self._sock):
+            self._loop.call_soon(self._readable)
 
     def proceed(self) -> None:
         """Its identity's next turn. What reading costs counts, too."""

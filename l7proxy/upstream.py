@@ -169,6 +169,8 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             started = self.heard = perf_counter()
             sink.upstream_data(data)
+            if self.sink is not None and self.tunnel is None:
+                self.transport.more()  # type: ignore[attr-defined]  # a SocketTransport
             account.spent += perf_counter() - started
         else:  # nobody asked: whatever it means, it must not become the next answer
             self.upstreams.worker.metrics.count("unsolicited_response")

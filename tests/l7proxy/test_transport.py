@@ -209,6 +209,22 @@ async def test_a_reset_is_told_as_one(ends: Ends, writing: bool) -> None:
 
 
 @on_both_loops
+async def test_a_reset_that_came_along_with_bytes_is_told_when_more_is_needed(ends: Ends) -> None:
+    class Hungry(Ear):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            transport.more()
+
+    ends[1].sendall(bytes(READ_FIRST_BYTES + 1))
+    ends[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    ends[1].close()
+    ear = Hungry()
+    transport, _ = made(ends, ear)
+    await until(lambda: ear.heard[-1] is ConnectionResetError)
+    assert len(ear.data) == READ_FIRST_BYTES + 1
+
+
+@on_both_loops
 async def test_aborted_it_drops_what_waits(ends: Ends) -> None:
     transport, ear = made(ends)
     transport.write(bytes(10_000_000))

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -31,6 +32,7 @@ from tests.l7proxy.rig import (
     wait_for,
 )
 
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 Start = Callable[[Mesh], Rig]
 Serve = Callable[[Server], Server]
 
@@ -191,6 +193,28 @@ def test_a_slow_reader_stops_the_server_not_the_memory(mesh: Mesh, start: Start,
         wait_for(still, "the server to be stopped")
         # the socket buffers of three hops, each up to some MB, and the transports' marks
         assert sent < 48 << 20
+
+
+def test_a_server_that_resets_behind_half_an_answer(mesh: Mesh, start: Start, serve: Serve) -> None:
+    """The end may come along with the bytes before it, and is passed on all the same."""
+
+    def handle(connection: socket.socket) -> None:
+        read_head(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(50_000))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        connection.close()
+
+    server = serve(Server(handle))
+    client, web = mesh.workload("client-1", "client"), mesh.service("web", [server.port])
+    mesh.allow("web", "client")
+    rig = start(mesh)
+    for _ in range(20):
+        with rig.connect(client, web) as sock:
+            sock.settimeout(5)
+            sock.sendall(get())
+            with suppress(ConnectionResetError):
+                while sock.recv(65536):
+                    pass
 
 
 def test_a_client_that_never_reads_costs_no_memory(mesh: Mesh, start: Start, serve: Serve) -> None:
