@@ -163,6 +163,7 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
+        telemetry.sparing.close()
 
 
 async def _alive(notify: Notify, store: SqliteStore) -> None:

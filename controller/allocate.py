@@ -7,7 +7,8 @@ address starts from a hash of the service's key, so that a service deleted and m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import msgspec
@@ -36,6 +37,29 @@ class Ledger:
     def numbers(self, kind: str) -> dict[str, int]:
         return {"identity": self.identity, "workload": self.workload, "service": self.service}[kind]
 
+    def take(self, plan: Plan) -> None:
+        """What was planned has been stored."""
+        for kind in KINDS:
+            held = self.numbers(kind)
+            held.update(plan.numbers[kind])
+            for name in plan.gone[kind]:
+                held.pop(name, None)
+        self.vips.update(plan.vips)
+        for name in plan.gone["service"]:
+            self.vips.pop(name, None)
+        self.next.update(plan.next)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of the ledger, and what to write for it. By kind: the numbers it gives, what has none afterwards."""
+
+    numbers: Mapping[str, Mapping[str, int]]
+    vips: Mapping[str, tuple[str, str]]
+    gone: Mapping[str, AbstractSet[str]]
+    next: Mapping[str, int]  # of the kinds that gave numbers
+    ops: Sequence[Op]
+
 
 def load(entries: Iterable[Entry]) -> Ledger:
     """From the store's ``alloc/`` entries."""
@@ -51,46 +75,41 @@ def load(entries: Iterable[Entry]) -> Ledger:
     return ledger
 
 
-def plan(ledger: Ledger, identities: set[str], workloads: set[str], services: set[str]) -> tuple[Ledger, Sequence[Op]]:
-    """The ledger in which exactly these have numbers (and services addresses), and what to write. Raises Exhausted."""
+def plan(ledger: Ledger, new: Mapping[str, AbstractSet[str]], gone: Mapping[str, AbstractSet[str]]) -> Plan:
+    """What gives numbers (to services addresses too) to ``new`` and takes them from ``gone``, both by kind; at the price of
+    these, and of the services' addresses where a service is new. Raises Exhausted."""
     ops: list[Op] = []
-    following = dict(ledger.next)
+    following: dict[str, int] = {}
     numbers: dict[str, dict[str, int]] = {}
-    for kind, wanted in zip(KINDS, (identities, workloads, services), strict=True):
-        have = ledger.numbers(kind)
-        gone, new = have.keys() - wanted, wanted - have.keys()
-        numbers[kind] = have
-        if not gone and not new:
-            continue
-        numbers[kind] = {name: number for name, number in have.items() if name not in gone}
-        ops += [Delete(f"alloc/{kind}/{name}") for name in sorted(gone)]
-        for name in sorted(new):
-            number = following[kind]
+    for kind in KINDS:
+        ops += [Delete(f"alloc/{kind}/{name}") for name in sorted(gone[kind])]
+        numbers[kind] = {}
+        at = ledger.next[kind]
+        for number, name in enumerate(sorted(new[kind]), at):
             if number > NUMBER_MAX[kind]:
                 raise Exhausted(f"every {kind} number has been given out")
-            following[kind] = number + 1
             numbers[kind][name] = number
             ops.append(Put(f"alloc/{kind}/{name}", msgspec.json.encode(number)))
-        if new:
+        if new[kind]:
+            following[kind] = at + len(new[kind])
             ops.append(Put(f"alloc/next/{kind}", msgspec.json.encode(following[kind])))
-    vips, vip_ops = _plan_vips(ledger.vips, services)
-    return Ledger(numbers["identity"], numbers["workload"], numbers["service"], vips, following), ops + vip_ops
+    vips = _vips(ledger.vips, new["service"], gone["service"])
+    ops += [Delete(f"alloc/vip/{name}") for name in sorted(gone["service"])]
+    ops += [Put(f"alloc/vip/{name}", msgspec.json.encode(pair)) for name, pair in vips.items()]
+    return Plan(numbers, vips, gone, following, ops)
 
 
-def _plan_vips(have: dict[str, tuple[str, str]], wanted: set[str]) -> tuple[dict[str, tuple[str, str]], list[Op]]:
-    gone, new = have.keys() - wanted, wanted - have.keys()
-    if not gone and not new:
-        return have, []
-    vips = {name: pair for name, pair in have.items() if name not in gone}
-    ops: list[Op] = [Delete(f"alloc/vip/{name}") for name in sorted(gone)]
-    taken = {address for pair in vips.values() for address in pair}
+def _vips(have: Mapping[str, tuple[str, str]], new: AbstractSet[str], gone: AbstractSet[str]) -> dict[str, tuple[str, str]]:
+    if not new:
+        return {}
+    taken = {address for name, pair in have.items() if name not in gone for address in pair}
+    vips: dict[str, tuple[str, str]] = {}
     for name in sorted(new):
         seed = hashlib.sha256(name.encode()).digest()
         pair = (_free(_vip4, int.from_bytes(seed[:4], "big"), taken), _free(_vip6, int.from_bytes(seed[4:12], "big"), taken))
         vips[name] = pair
         taken.update(pair)
-        ops.append(Put(f"alloc/vip/{name}", msgspec.json.encode(pair)))
-    return vips, ops
+    return vips
 
 
 def _free(address: Callable[[int], str | None], start: int, taken: set[str]) -> str:

@@ -66,6 +66,7 @@ class OperatorApi:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/v1/apply", self.apply),
+            web.post("/v1/apply/dry-run", self.dry_run),  # no parameter of apply: who does not know one would apply
             web.get("/v1/resources", self.resources),
             web.delete("/v1/resources/{kind}/{namespace}/{name}", self.delete),
             web.get("/v1/status", self.status),
@@ -85,10 +86,17 @@ class OperatorApi:
         ]
 
     async def apply(self, request: web.Request) -> web.Response:
+        return await self._apply(request, dry_run=False)
+
+    async def dry_run(self, request: web.Request) -> web.Response:
+        """What `apply` would answer, at the revision that stays."""
+        return await self._apply(request, dry_run=True)
+
+    async def _apply(self, request: web.Request, *, dry_run: bool) -> web.Response:
         filename = request.query.get("filename", "<text>")[:FILENAME_CHARS_MAX]
         try:
             text = (await body_of(request)).decode()
-            revision, results = await self._registry.apply(text, filename)
+            revision, results = await self._registry.apply(text, filename, dry_run=dry_run)
         except UnicodeDecodeError as error:
             return _errors(
                 [{"file": filename, "line": 1, "field": "", "message": f"not UTF-8: {error}", "remedy": "save it as UTF-8"}]
@@ -194,7 +202,7 @@ class OperatorApi:
         ]
 
     async def state(self, _: web.Request) -> web.Response:
-        revision, state = self._publisher.revision, self._publisher.state
+        revision, state = await asyncio.to_thread(self._publisher.whole)
         items = await asyncio.to_thread(encode_state, state)
         return answer({"revision": revision, "items": msgspec.Raw(items)})
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
+from controller.allocate import KINDS
 from controller.references import Fault, Granted, Key
 from mesh import yamltree
+from mesh.compile import needs
 from mesh.resources import NodeGrant, Resource, ResourceError, ResourceErrors, Workload, dump
 
 ERRORS_MAX = 100  # reported at once
+
+T = TypeVar("T")
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -38,23 +44,116 @@ class Result:
 
 
 class Index:
-    """What is asked of the resources on every request."""
+    """What is asked of the resources on every request, kept as they change, at the price of what changes."""
 
-    def __init__(self, stored: Iterable[Stored]) -> None:
-        stored = list(stored)
-        self.granted = grants_of(stored)
+    def __init__(self, stored: Iterable[Stored], trust_domain: str) -> None:
+        self._trust_domain = trust_domain
+        self._grants: dict[Key, Stored] = {}
+        self._users = {kind: Counter[str]() for kind in KINDS}  # resources that want the number of a name
+        self.granted = Granted([])
         self.grant_made: dict[str, int] = {}  # by node: the revision of its oldest grant
-        self.scheduled: set[tuple[str, str, str]] = set()  # (node, namespace, service account)
+        self.scheduled = Counter[tuple[str, str, str]]()  # workloads of (node, namespace, service account)
         self.by_node: dict[str, set[Key]] = {}  # workloads
-        for item in stored:
-            resource = item.resource
-            if isinstance(resource, NodeGrant):
-                node = resource.spec.node
-                self.grant_made[node] = min(self.grant_made.get(node, item.created), item.created)
-            elif isinstance(resource, Workload):
-                self.scheduled.add((resource.spec.node, resource.namespace, resource.spec.service_account))
-                self.by_node.setdefault(resource.spec.node, set()).add(resource.key)
-        self.addresses = addresses_of(stored)
+        self.addresses: dict[str, set[tuple[Key, str]]] = {}  # workloads with their nodes
+        self.change((None, item) for item in stored)
+
+    def change(self, moved: Iterable[tuple[Stored | None, Stored | None]]) -> None:
+        """Takes pairs of what was and what is now."""
+        granting = False
+        for old, new in moved:
+            for stored, by in ((old, -1), (new, 1)):
+                if stored is None:
+                    continue
+                self._count(stored, by)
+                if isinstance(stored.resource, Workload):
+                    self._place(stored.resource, by)
+                elif isinstance(stored.resource, NodeGrant):
+                    granting = True
+                    if by > 0:
+                        self._grants[stored.resource.key] = stored
+                    else:
+                        del self._grants[stored.resource.key]
+        if granting:
+            self.granted = grants_of(self._grants.values())
+            self.grant_made = {}
+            for stored in self._grants.values():
+                if isinstance(stored.resource, NodeGrant):
+                    node = stored.resource.spec.node
+                    self.grant_made[node] = min(self.grant_made.get(node, stored.created), stored.created)
+
+    def _count(self, stored: Stored, by: int) -> None:
+        for kind, names in _wanted(stored, self._trust_domain):
+            users = self._users[kind]
+            for name in names:
+                users[name] += by
+                if not users[name]:
+                    del users[name]
+
+    def _place(self, workload: Workload, by: int) -> None:
+        spec, key = workload.spec, workload.key
+        place = (spec.node, workload.namespace, spec.service_account)
+        self.scheduled[place] += by
+        if not self.scheduled[place]:
+            del self.scheduled[place]
+        _hold(self.by_node, spec.node, key, by)
+        for address in spec.addresses:
+            _hold(self.addresses, address, (key, spec.node), by)
+
+    def grants_after(self, delta: Mapping[Key, Stored | None]) -> Granted:
+        """What is granted once ``delta`` is in; the very object of now if no grant changes."""
+        if not any(kind == "NodeGrant" for kind, _, _ in delta):
+            return self.granted
+        return grants_of(stored for stored in ({**self._grants, **delta}).values() if stored is not None)
+
+    def addresses_after(self, delta: Mapping[Key, Stored | None]) -> dict[str, set[tuple[Key, str]]]:
+        """Who has the addresses of the workloads in ``delta``, once it is in."""
+        found: dict[str, set[tuple[Key, str]]] = {}
+        for stored in delta.values():
+            if stored is not None and isinstance(stored.resource, Workload):
+                own = stored.resource.key, stored.resource.spec.node
+                for address in stored.resource.spec.addresses:
+                    if address not in found:
+                        found[address] = {owner for owner in self.addresses.get(address, ()) if owner[0] not in delta}
+                    found[address].add(own)
+        return found
+
+    def demand(
+        self, delta: Mapping[Key, Stored | None], present: Mapping[Key, Stored]
+    ) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+        """The names that get a number by ``delta`` on ``present``, which is what is indexed, and those that lose theirs;
+        by kind."""
+        moved = {kind: Counter[str]() for kind in KINDS}
+        for key, stored in delta.items():
+            for side, by in ((present.get(key), -1), (stored, 1)):
+                if side is not None:
+                    for kind, names in _wanted(side, self._trust_domain):
+                        for name in names:
+                            moved[kind][name] += by
+        new: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        gone: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        for kind in KINDS:
+            for name, by in moved[kind].items():
+                before = self._users[kind][name]
+                if not before and by > 0:
+                    new[kind].add(name)
+                elif before and before + by <= 0:
+                    gone[kind].add(name)
+        return new, gone
+
+
+def _wanted(stored: Stored, trust_domain: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    want = needs([stored.resource], trust_domain)
+    return zip(KINDS, (want.identities, want.workloads, want.services), strict=True)
+
+
+def _hold(index: dict[str, set[T]], at: str, what: T, by: int) -> None:
+    if by > 0:
+        index.setdefault(at, set()).add(what)
+        return
+    held = index[at]
+    held.discard(what)
+    if not held:
+        del index[at]
 
 
 def grants_of(stored: Iterable[Stored]) -> Granted:
@@ -64,15 +163,6 @@ def grants_of(stored: Iterable[Stored]) -> Granted:
         if isinstance(item.resource, NodeGrant)
         for grant in item.resource.spec.service_accounts
     )
-
-
-def addresses_of(stored: Iterable[Stored]) -> dict[str, frozenset[tuple[Key, str]]]:
-    found: dict[str, set[tuple[Key, str]]] = {}
-    for item in stored:
-        if isinstance(item.resource, Workload):
-            for address in item.resource.spec.addresses:
-                found.setdefault(address, set()).add((item.resource.key, item.resource.spec.node))
-    return {address: frozenset(owners) for address, owners in found.items()}
 
 
 def plain(stored: Mapping[Key, Stored]) -> dict[Key, Resource]:

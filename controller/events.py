@@ -8,6 +8,7 @@ from collections import deque
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from controller.sparing import WINDOW_S, Sparing
 from mesh.link import Flow
 
 EVENTS_MAX = 1_000  # older ones are forgotten
@@ -43,6 +44,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.events: deque[Flow] = deque(maxlen=EVENTS_MAX)
+        self.sparing = Sparing(_sum_up)
         self.refusals = Counter(
             "pillion_controller_refusals_total", "Requests refused, by reason.", ["reason"], registry=self.registry
         )
@@ -61,6 +63,12 @@ class Telemetry:
             "Connections closed because there was no room for one more, in all or of their source.",
             registry=self.registry,
         )
+        self.numbers = Gauge(
+            "pillion_controller_numbers_given",
+            "Numbers given out since the mesh began, by kind; they never come back.",
+            ["kind"],
+            registry=self.registry,
+        )
         self.revision = Gauge("pillion_controller_revision", "The published revision.", registry=self.registry)
         self.resources = Gauge("pillion_controller_resources", "Resources in the registry.", registry=self.registry)
         self.compile_seconds = Histogram(
@@ -70,8 +78,9 @@ class Telemetry:
             buckets=(0.001, 0.01, 0.05, 0.1, 0.5, 1, 5),
         )
 
-    def refused(self, refusal: Refused, revision: int) -> None:
-        """Counts and logs one refusal."""
+    def refused(self, refusal: Refused, revision: int, known: str = "") -> None:
+        """Counts one refusal, and logs it unless there are too many. ``known``: the role and name of a caller who has a
+        certificate of ours; no stranger's flood hides what is refused to one."""
         self.refusals.labels(refusal.reason).inc()
         self.events.append(
             Flow(
@@ -85,4 +94,10 @@ class Telemetry:
                 node=refusal.node,
             )
         )
-        log.warning("refused", reason=refusal.reason, detail=str(refusal), node=refusal.node, source=refusal.source)
+        if self.sparing.passes("refused", refusal.reason, known or "nobody"):
+            log.warning("refused", reason=refusal.reason, detail=str(refusal), node=refusal.node, source=refusal.source)
+
+
+def _sum_up(kind: tuple[str, ...], more: int) -> None:
+    event, reason, caller = kind if len(kind) == 3 else ("refused", "any", "any")
+    log.warning(f"{event}, and more of these", reason=reason, caller=caller, more=more, in_s=WINDOW_S)

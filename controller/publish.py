@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 
 from controller.events import Telemetry
+from controller.inputs import Inputs
 from controller.registry import Registry
-from mesh.compile import Allocations, Reach, compile_state
+from mesh.compile import Compilation, Reach
 from mesh.model import State
-from mesh.resources import Resource
-from mesh.snapshot import Versioned, item_digest, summed
+from mesh.snapshot import Versioned
 
 DEBOUNCE_S = 0.02
 RETRY_S = 1.0
@@ -84,11 +84,11 @@ class Publisher:
     def __init__(self, registry: Registry, telemetry: Telemetry) -> None:
         self._registry, self._telemetry = registry, telemetry
         self.revision = 0
-        self.state: State = {}
+        self.state: State = {}  # changed in a thread: ask it for single keys, or `whole`
         self.nodes: dict[str, NodeView] = {}
+        self._compilation: Compilation | None = None  # none: the next one begins with all there is
         self._reach = Reach({})
-        self._reach_lock = threading.Lock()  # it fills caches; frames are made in threads
-        self._digests: dict[str, int] = {}  # of every item of the published state; replaced, never changed
+        self._lock = threading.Lock()  # of all of the above: frames are made in threads
         self._changed = asyncio.Condition()
         self.error = ""
 
@@ -108,6 +108,7 @@ class Publisher:
         try:
             await self.compile()
         except Exception as error:
+            self._compilation = None  # what was new may be lost half way: the next one begins with all there is
             self.error = f"revision {self._registry.revision} cannot be compiled: {error!r}"
             log.exception("compile failed", revision=self._registry.revision)
             await self.wake()
@@ -115,28 +116,34 @@ class Publisher:
         return True
 
     async def compile(self) -> None:
-        """Compiles the registry as it is now and publishes the result."""
-        revision, resources, allocations = self._registry.inputs()
+        """Compiles what is new in the registry and publishes the result."""
+        inputs = self._registry.inputs(whole=self._compilation is None)
         started = time.perf_counter()
-        state, digests, reach = await asyncio.to_thread(self._compile, resources, allocations)
+        await asyncio.to_thread(self._compile, inputs)
         self._telemetry.compile_seconds.observe(time.perf_counter() - started)
-        self._telemetry.revision.set(revision)
-        self._telemetry.resources.set(len(resources))
-        self.state, self._digests, self._reach, self.revision, self.error = state, digests, reach, revision, ""
+        self._telemetry.revision.set(inputs.revision)
+        self._telemetry.resources.set(inputs.resources)
+        for kind, given in self._registry.given().items():
+            self._telemetry.numbers.labels(kind).set(given)
+        self.error = ""
         await self.wake()
 
-    def _compile(self, resources: Sequence[Resource], allocations: Allocations) -> tuple[State, dict[str, int], Reach]:
-        old, known = self.state, self._digests
-        state: State = {}
-        digests: dict[str, int] = {}
-        for key, item in compile_state(resources, allocations).items():
-            before = old.get(key)
-            # An item that did not change keeps its identity: later comparisons are a pointer's, digests are kept.
-            if before is not None and before == item:
-                state[key], digests[key] = before, known[key]
+    def _compile(self, inputs: Inputs) -> None:
+        with self._lock:
+            known, self._compilation = self._compilation, None  # one that failed half way is of no use
+            compilation = known or Compilation()
+            changed = compilation.change(inputs.changes, inputs.allocations)
+            if known is None:
+                compilation.take(changed)
+                self._reach = Reach(compilation.state)
             else:
-                state[key], digests[key] = item, item_digest(key, item)
-        return state, digests, Reach(state)
+                try:
+                    self._reach.change(changed.put, changed.gone)
+                except BaseException:
+                    self._reach = Reach(self.state)  # the last good one
+                    raise
+                compilation.take(changed)
+            self._compilation, self.state, self.revision = compilation, compilation.state, inputs.revision
 
     async def wake(self) -> None:
         async with self._changed:
@@ -149,8 +156,10 @@ class Publisher:
 
     def for_node(self, name: str) -> Versioned:
         """The published state as ``name`` may see it, with its digest. Computes; call it in a thread."""
-        with self._reach_lock:
-            revision, state, digests, reach = self.revision, self.state, self._digests, self._reach
-            seen = reach.of(name)
-        shares = (digests[key] if state.get(key) is item else item_digest(key, item) for key, item in seen.items())
-        return Versioned(revision, seen, summed(shares))
+        with self._lock:
+            return Versioned(self.revision, *self._reach.part(name))
+
+    def whole(self) -> tuple[int, State]:
+        """The published revision and state, for one who takes his time. Copies; call it in a thread."""
+        with self._lock:
+            return self.revision, dict(self.state)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from mesh.model import EGRESS_PORTS_MAX, VIP4, VIP6
@@ -118,10 +119,10 @@ def _workload(resource: Workload, granted: Granted) -> Iterator[Fault]:
             )
 
 
-def address_owner(workload: Workload, addresses: Mapping[str, frozenset[tuple[Key, str]]]) -> tuple[str, Key] | None:
+def address_owner(workload: Workload, addresses: Mapping[str, AbstractSet[tuple[Key, str]]]) -> tuple[str, Key] | None:
     """An address of ``workload`` that a workload of another node has, with that workload; None: there is none."""
     for address in workload.spec.addresses:
-        for key, node in addresses.get(address, frozenset()):
+        for key, node in addresses.get(address, ()):
             if key != workload.key and node != workload.spec.node:
                 return address, key
     return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -16,18 +17,22 @@ import structlog
 
 from controller import contents, expiry, references, revocation
 from controller.allocate import Exhausted
+from controller.allowance import Allowance
 from controller.ca import Authority
-from controller.catalog import Index, Result, Stored, encode, errors_of, grants_of, keeping, owner_of, plain, store_key
+from controller.catalog import Index, Result, Stored, encode, errors_of, keeping, owner_of, plain, store_key
 from controller.contents import Contents
 from controller.events import Refused, not_granted
+from controller.inputs import Inputs, gather
 from controller.references import Fault, Granted, Key
-from controller.rehearsal import Standing, effective
+from controller.rehearsal import Standing, runs
 from controller.revocation import Revocation, live
 from controller.store import Check, Delete, Op, Put, Store
-from mesh.compile import Allocations, CompileError
+from mesh.compile import service_key, workload_key
 from mesh.identity import SpiffeId
 from mesh.kinds import MeshConfigSpec
-from mesh.resources import MeshConfig, Resource, ResourceErrors, Workload, load, make_workload
+from mesh.model import FIRST_USER_ID
+from mesh.resources import MeshConfig, NodeGrant, Resource, ResourceErrors, Service, Workload, load, make_workload
+from mesh.selection import Selection
 
 RESOURCES_MAX = 200_000
 NODE_WORKLOADS_MAX = 1_000
@@ -43,7 +48,11 @@ class Registry:
         self.revision = held.revision
         self.revoked, self.nodes = held.revoked, held.nodes
         self._cut, self._resources, self._ledger = held.cut, held.resources, held.ledger
-        self._index = Index(self._resources.values())
+        self._index = Index(self._resources.values(), trust_domain)
+        self._selection = Selection()  # of what is granted, of cut nodes too: who has which port of which address
+        self._fresh: set[Key] = set()  # what the compiler has not been told of
+        self._touch(self._resources)
+        self._allowance = Allowance(time.monotonic)
         self._advanced = asyncio.Condition()
         self._background: set[asyncio.Task[object]] = set()
 
@@ -59,13 +68,11 @@ class Registry:
         """Whether a node may run a service account."""
         return self._index.granted
 
-    def inputs(self) -> tuple[int, list[Resource], Allocations]:
-        """What the compiler works from, with its revision. Workloads of cut nodes and without a grant are left out."""
-        return (
-            self.revision,
-            effective(self._resources, self.granted, self._cut),
-            self._standing.allocations(self._resources, self._ledger),
-        )
+    def inputs(self, *, whole: bool) -> Inputs:
+        """What the compiler works from: all there is, or what is new since it was asked last."""
+        keys = self._resources.keys() if whole else self._fresh
+        self._fresh = set()
+        return gather(self._standing, self.revision, keys, self.granted, self._cut)
 
     async def newer_than(self, revision: int) -> None:
         async with self._advanced:
@@ -75,7 +82,7 @@ class Registry:
         """The resources that match, by key; an empty argument matches all."""
         return [
             stored
-            for key, stored in sorted(self._resources.items())
+            for key, stored in sorted(self._resources.copy().items())  # at once: others ask in threads
             if all(not wanted or wanted == part for wanted, part in zip((kind, namespace, name), key, strict=True))
         ]
 
@@ -102,17 +109,22 @@ class Registry:
 
     def identities(self) -> dict[str, int]:
         """Numbers by SPIFFE URI."""
-        return dict(self._ledger.identity)
+        return self._ledger.identity.copy()
+
+    def given(self) -> dict[str, int]:
+        """How many numbers were given out since the mesh began, by kind."""
+        return {kind: following - FIRST_USER_ID for kind, following in self._ledger.next.items()}
 
     # ---- changes by operators
 
-    async def apply(self, text: str, filename: str) -> tuple[int, list[Result]]:
-        """All resources of the text or none. Raises ResourceErrors (the operator's) and Exhausted."""
+    async def apply(self, text: str, filename: str, *, dry_run: bool = False) -> tuple[int, list[Result]]:
+        """All of the text or none; a dry run does all but write. Raises ResourceErrors (the operator's) and Exhausted."""
         loaded = await asyncio.to_thread(load, text, filename)
-        return await self._alone(lambda: self._apply(loaded, text, filename))
+        return await self._alone(lambda: self._apply(loaded, text, filename, dry_run))
 
-    async def _apply(self, loaded: list[Resource], text: str, filename: str) -> tuple[int, list[Result]]:
-        results, changed, wanted = [], [], dict(self._resources)
+    async def _apply(self, loaded: list[Resource], text: str, filename: str, dry_run: bool) -> tuple[int, list[Result]]:
+        results: list[Result] = []
+        delta: dict[Key, Stored | None] = {}
         for resource in loaded:
             kind, namespace, name = resource.key
             old = self._resources.get(resource.key)
@@ -121,19 +133,21 @@ class Registry:
             unchanged = old is not None and old.value == value
             results.append(Result(kind, namespace, name, "unchanged" if unchanged else "configured" if old else "created"))
             if not unchanged:
-                wanted[resource.key] = Stored(resource, value, old.created if old else 0, owner)
-                changed.append(resource.key)
-        if not changed:
+                delta[resource.key] = Stored(resource, value, old.created if old else 0, owner)
+        if not delta:
             return self.revision, results
-        if len(wanted) > RESOURCES_MAX:
-            fault = Fault(changed[0], (), f"more than {RESOURCES_MAX} resources", "delete some, or make another mesh")
+        if len(self._resources.keys() | delta.keys()) > RESOURCES_MAX:
+            fault = Fault(next(iter(delta)), (), f"more than {RESOURCES_MAX} resources", "delete some, or make another mesh")
             raise errors_of([fault], loaded, text, filename)
-        grants = grants_of(wanted.values()) if any(kind == "NodeGrant" for kind, _, _ in changed) else self.granted
-        proposed = [wanted[key].resource for key in changed]
-        found = await asyncio.to_thread(self._standing.faults, proposed, wanted, self._resources, grants)
+        grants = self._index.grants_after(delta)
+        found = await asyncio.to_thread(self._standing.faults, delta, grants)
         if found:
             raise errors_of(found, loaded, text, filename)
-        return await self._commit(wanted, await self._narrowing(wanted, grants)), results
+        revoked = await self._narrowing(delta, grants)
+        if dry_run:
+            self._standing.plan(delta)  # as _commit does; raises Exhausted
+            return self.revision, results
+        return await self._commit(delta, revoked), results
 
     async def delete(self, kind: str, namespace: str, name: str) -> int:
         """Removes one resource; Refused with 404 when it is not there, 409 while others refer to it."""
@@ -146,9 +160,8 @@ class Registry:
         if key[0] == "Service" and (users := references.referrers(key, plain(self._resources))):
             named = ", ".join("/".join(part for part in user if part) for user in users[:5])
             raise Refused("referenced", f"{shown} is named by {named}; delete or change those first", 409)
-        wanted = {other: stored for other, stored in self._resources.items() if other != key}
-        grants = grants_of(wanted.values()) if key[0] == "NodeGrant" else self.granted
-        return await self._commit(wanted, await self._narrowing(wanted, grants))
+        delta: dict[Key, Stored | None] = {key: None}
+        return await self._commit(delta, await self._narrowing(delta, self._index.grants_after(delta)))
 
     async def cut(self, node: str) -> int:
         """Refuses a node and revokes every certificate it was issued."""
@@ -161,6 +174,7 @@ class Registry:
         ops: list[Op] = [Put(f"cut/{node}", msgspec.json.encode(time.time())), *revocation.writes(revoked)]
         revision = await self._store.transaction([], ops)
         self._cut.add(node)
+        self._fresh |= self._index.by_node.get(node, set())
         self.revoked.update(revoked)
         return await self._seen(revision)
 
@@ -191,6 +205,7 @@ class Registry:
             self.nodes[node] = now
             if node in self._cut:
                 self._cut.discard(node)
+                self._fresh |= self._index.by_node.get(node, set())
                 await self._seen(revision)
 
         await self._alone(work)
@@ -237,23 +252,26 @@ class Registry:
             raise refuse("workload_taken", f"workload {shown} runs on node {old.resource.spec.node}; give this one another name")
         if old is None and len(self._index.by_node.get(node, ())) >= NODE_WORKLOADS_MAX:
             raise refuse("too_many_workloads", f"node {node} has {NODE_WORKLOADS_MAX} workloads already; remove some", 429)
+        if old is None and len(self._resources) >= RESOURCES_MAX:
+            raise refuse("too_many_resources", f"the mesh has {RESOURCES_MAX} resources already; an operator removes some", 429)
         stored = Stored(workload, encode(workload, node), old.created if old else 0, node)
         if old is not None and old.value == stored.value:
             return self.revision
-        wanted = {**self._resources, workload.key: stored}
-        found = list(references.faults([workload], plain(wanted), self.trust_domain, self.granted))
+        found = list(references.faults([workload], {workload.key: workload}, self.trust_domain, self.granted))
         if found:
             raise refuse("bad_request", f"workload {shown}: {found[0].message}; {found[0].remedy}", 400)
-        taken = references.address_owner(workload, self._index.addresses)
+        delta: dict[Key, Stored | None] = {workload.key: stored}
+        taken = references.address_owner(workload, self._index.addresses_after(delta))
         if taken is not None:
             raise refuse("address_taken", f"{taken[0]} belongs to workload {'/'.join(taken[1][1:])} of another node")
-        if any(len(self._index.addresses.get(address, frozenset())) > 0 for address in workload.spec.addresses):
-            # Workloads may share a host's address but not a port of it; only the compiler knows the ports.
-            try:
-                await asyncio.to_thread(self._standing.compile, wanted, self.granted)
-            except CompileError as error:
-                raise refuse("port_taken", str(error)) from error
-        return await self._commit(wanted, [])
+        # Workloads may share a host's address but not a port of it
+        if conflict := self._selection.conflict(workload):
+            raise refuse("port_taken", conflict)
+        new, _ = self._index.demand(delta, self._resources)
+        if late_s := self._allowance.take(node, sum(map(len, new.values()))):
+            why = f"node {node} takes numbers for new workloads and identities too fast, and numbers never come back"
+            raise refuse("too_many_numbers", f"{why}; try again in {late_s:.0f} s, or find out what it starts so often", 429)
+        return await self._commit(delta, [])
 
     async def unregister(self, node: str, namespace: str, name: str) -> int:
         """Removes a workload of ``node``; the revision now if there is none of that name."""
@@ -265,7 +283,7 @@ class Registry:
                 return self.revision
             if not isinstance(old.resource, Workload) or old.resource.spec.node != node:
                 raise Refused("workload_taken", f"workload {namespace}/{name} is not of node {node}", 403, node=node)
-            return await self._commit({other: stored for other, stored in self._resources.items() if other != key}, [])
+            return await self._commit({key: None}, [])
 
         return await self._alone(work)
 
@@ -311,44 +329,56 @@ class Registry:
     @property
     def _standing(self) -> Standing:
         revoked = (*self.revoked, *(f"node:{node}" for node in self._cut))
-        return Standing(self.trust_domain, self._ledger, self._authority.bundle, revoked)
+        return Standing(self.trust_domain, self._resources, self._index, self._ledger, self._authority.bundle, revoked)
 
-    async def _narrowing(self, wanted: dict[Key, Stored], grants: Granted) -> list[tuple[str, Revocation]]:
-        """What lost its grant: registered workloads are taken out of ``wanted``, their certificates returned to revoke."""
+    async def _narrowing(self, delta: dict[Key, Stored | None], grants: Granted) -> list[tuple[str, Revocation]]:
+        """What lost its grant: registered workloads are to go with ``delta``, their certificates returned to revoke."""
         if grants is self.granted:
             return []
-        for key, stored in list(wanted.items()):
-            if stored.owner and isinstance(stored.resource, Workload):
+        for key, present in self._resources.items():
+            stored = delta.get(key, present)
+            if stored is not None and stored.owner and isinstance(stored.resource, Workload):
                 spec = stored.resource.spec
                 if not grants(spec.node, stored.resource.namespace, spec.service_account):
-                    del wanted[key]
+                    delta[key] = None
 
         revoked: dict[str, Revocation] = {}
         for node in self.granted.nodes():
             revoked.update(await live(self._store, "node", node, self.revoked, revocation.outside(node, grants)))
         return list(revoked.items())
 
-    async def _commit(self, wanted: dict[Key, Stored], revoked: list[tuple[str, Revocation]]) -> int:
-        ledger, ops = self._standing.numbers(wanted)
-        writes: list[Op] = [*ops, *revocation.writes(dict(revoked))]
-        new: list[Key] = []
-        for key in wanted.keys() | self._resources.keys():
-            stored, old = wanted.get(key), self._resources.get(key)
-            if stored is old:
-                continue
-            if stored is None:
-                writes.append(Delete(store_key(key)))
-            else:
-                writes.append(Put(store_key(key), stored.value))
-                if old is None:
-                    new.append(key)
+    async def _commit(self, delta: Mapping[Key, Stored | None], revoked: list[tuple[str, Revocation]]) -> int:
+        plan = self._standing.plan(delta)
+        writes: list[Op] = [*plan.ops, *revocation.writes(dict(revoked))]
+        for key, stored in delta.items():
+            writes.append(Delete(store_key(key)) if stored is None else Put(store_key(key), stored.value))
         revision = await self._store.transaction([], writes)
-        for key in new:
-            wanted[key] = Stored(wanted[key].resource, wanted[key].value, revision, wanted[key].owner)
-        self._resources, self._ledger = wanted, ledger
+        moved: list[tuple[Stored | None, Stored | None]] = []
+        for key, stored in delta.items():
+            old = self._resources.pop(key, None)
+            if stored is not None:
+                stored = replace(stored, created=old.created if old else revision)
+                self._resources[key] = stored
+            moved.append((old, stored))
+        self._ledger.take(plan)
+        self._index.change(moved)
+        self._touch(delta)
+        for stored in (side for sides in moved for side in sides if side is not None):
+            if isinstance(stored.resource, NodeGrant):
+                self._touch(self._index.by_node.get(stored.resource.spec.node, ()))
         self.revoked.update(revoked)
-        self._index = Index(wanted.values())
         return await self._seen(revision)
+
+    def _touch(self, keys: Iterable[Key]) -> None:
+        """These are others now, or may run now, or may not."""
+        for key in keys:
+            self._fresh.add(key)
+            stored = self._resources.get(key)
+            resource = stored.resource if stored is not None and runs(stored, self.granted, frozenset()) else None
+            if key[0] == "Workload" and (resource is None or isinstance(resource, Workload)):
+                self._selection.workload(workload_key(*key[1:]), resource)
+            elif key[0] == "Service" and (resource is None or isinstance(resource, Service)):
+                self._selection.service(service_key(*key[1:]), resource)
 
     async def _seen(self, revision: int) -> int:
         self.revision = revision

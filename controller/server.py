@@ -135,9 +135,11 @@ class Gate:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "none"
+        known = ""
         try:
             caller = await self._identify(request)
             request[CALLER] = caller
+            known = f"{caller.role} {caller.name}" if caller.name else ""
             _allow(route, caller)
             if route in UNTIMED:
                 response = await handler(request)
@@ -145,7 +147,7 @@ class Gate:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     response = await handler(request)
         except Refused as refusal:
-            self._telemetry.refused(refusal, self._registry.revision)
+            self._telemetry.refused(refusal, self._registry.revision, known)
             response = answer({"error": str(refusal), "reason": refusal.reason}, refusal.status)
         except web.HTTPException as error:
             if error.status < 400:
@@ -154,10 +156,12 @@ class Gate:
         except TimeoutError:
             response = answer({"error": f"not done within {REQUEST_TIMEOUT_S:g} s; look at the controller's log"}, 504)
         except StoreError as error:
-            log.error("store failed", route=route, error=str(error))
+            if self._telemetry.sparing.passes("store failed", route, known or "nobody"):
+                log.error("store failed", route=route, error=str(error))
             response = answer({"error": str(error)}, 503)
         except Exception:
-            log.exception("request failed", route=route)
+            if self._telemetry.sparing.passes("request failed", route, known or "nobody"):
+                log.exception("request failed", route=route)
             response = answer({"error": "the controller failed on this request; its log has the trace"}, 500)
         self._telemetry.requests.labels(route, str(response.status)).inc()
         return response

@@ -80,7 +80,8 @@ class NodeStream:
             self._telemetry.streams.dec()
             if reason != "left":
                 self._telemetry.stream_cuts.labels(reason).inc()
-            log.info("stream ended", node=view.name, reason=reason)
+            if self._telemetry.sparing.passes("stream ended", reason, f"node {view.name}"):
+                log.info("stream ended", node=view.name, reason=reason)
             await self._publisher.wake()
         await self._shut(socket, request, reason)
         return socket
@@ -162,7 +163,8 @@ class NodeStream:
                 case Ack(revision, digest):
                     view.acknowledge(revision, digest)
                 case Nack(revision, error_text):
-                    log.warning("nack", node=view.name, revision=revision, error=error_text[:1000])
+                    if self._telemetry.sparing.passes("nack", "nack", f"node {view.name}"):
+                        log.warning("nack", node=view.name, revision=revision, error=error_text[:1000])
                     view.refuse(revision, error_text)
                 case Ready(ready, detail):
                     view.ready, view.detail = ready, detail[:1000]

@@ -19,6 +19,7 @@ from l7proxy.http1.request_side import RequestSide
 from l7proxy.quick import Quick
 from l7proxy.scope import Candidate, Plan, Scope
 from l7proxy.target import Caller, DialError
+from l7proxy.transport import SocketTransport
 from l7proxy.upstream import UpstreamConnection, reset
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         else:
             self.heard = perf_counter()
             self.client_data(data)
-        if self.rq in (BODY, RAW) and self.metered:
-            self.transport.more()  # type: ignore[attr-defined]  # a SocketTransport
+        if self.rq in (BODY, RAW) and isinstance(self.transport, SocketTransport):
+            self.transport.more()
         if self.pending or self.holds:
             self._count_held()
 

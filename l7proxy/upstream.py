@@ -19,6 +19,7 @@ from l7proxy.budgeted import put_off
 from l7proxy.config import Endpoint
 from l7proxy.local_dial import LocalDial
 from l7proxy.target import Caller, DialError, Target
+from l7proxy.transport import SocketTransport
 
 if TYPE_CHECKING:
     from l7proxy.streams import Tunnel
@@ -169,8 +170,8 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             started = self.heard = perf_counter()
             sink.upstream_data(data)
-            if self.sink is not None and self.tunnel is None:
-                self.transport.more()  # type: ignore[attr-defined]  # a SocketTransport
+            if self.sink is not None and isinstance(self.transport, SocketTransport):
+                self.transport.more()
             account.spent += perf_counter() - started
         else:  # nobody asked: whatever it means, it must not become the next answer
             self.upstreams.worker.metrics.count("unsolicited_response")

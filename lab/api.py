@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from lab.pace import SLOW
+from lab.pace import PATIENCE
 from lab.state import LabError
 
 BODY_BYTES_MAX = 256 << 20
@@ -34,7 +34,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def request(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0 * SLOW) -> tuple[int, str]:
+def request(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0 * PATIENCE) -> tuple[int, str]:
     """One exchange; `body` is text as it is, or a value sent as JSON. Raises OSError if nobody answers."""
     headers = {}
     data: bytes | None = None
@@ -53,7 +53,7 @@ def request(path: Path, method: str, target: str, body: Any = None, timeout_s: f
         connection.close()
 
 
-def call(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0 * SLOW) -> Any:
+def call(path: Path, method: str, target: str, body: Any = None, timeout_s: float = 30.0 * PATIENCE) -> Any:
     """The decoded JSON (or the text, if it is none) of a 2xx answer. Raises ApiError otherwise, LabError if nobody answers."""
     try:
         status, text = request(path, method, target, body, timeout_s)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.pace import SLOW
+from lab.pace import PATIENCE
 from lab.state import LabError
 
-KILL_TIMEOUT_S = 10.0 * SLOW
+KILL_TIMEOUT_S = 10.0 * PATIENCE
 
 
 def mount_point(mountinfo: str | None = None) -> Path:

@@ -17,7 +17,7 @@ import yaml
 from lab import api, cgroups, cleanup, netns, services, state
 from lab.capture import Capture
 from lab.members import Node, Workload
-from lab.pace import SLOW
+from lab.pace import PATIENCE
 from lab.state import LabError, LabState, NodeState, WorkloadState
 from lab.topology import (
     SYSCTLS_ROUTER,
@@ -31,7 +31,7 @@ from lab.topology import (
 )
 
 Progress = Callable[[str], None]
-ENROL_TIMEOUT_S = 30.0 * SLOW
+ENROL_TIMEOUT_S = 30.0 * PATIENCE
 FIRST_NAMESPACES = ("default", "shop")  # granted to every node from the start; others with their first workload
 
 
@@ -307,7 +307,7 @@ class Lab:
         """Apply resources (YAML, several documents). Returns the revision to `wait` for."""
         return int(self.controller_api("POST", "/v1/apply", text)["revision"])
 
-    def wait(self, revision: int, timeout_s: float = 30.0 * SLOW) -> None:
+    def wait(self, revision: int, timeout_s: float = 30.0 * PATIENCE) -> None:
         """Until every connected node has the revision in force. Raises LabError naming the laggards."""
         self.controller_api("GET", f"/v1/wait?revision={revision}&timeout={timeout_s:g}", timeout_s=timeout_s + 10.0)
 

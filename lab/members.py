@@ -33,7 +33,7 @@ class Runner:
         argv: Sequence[str],
         *,
         input: str | bytes | None = None,
-        timeout: float | None = 30.0,
+        timeout: float | None = 90.0,
         user: str | None = None,
         env: Mapping[str, str] | None = None,
         check: bool = False,

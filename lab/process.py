@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import cgroups
-from lab.pace import SLOW
+from lab.pace import PATIENCE, SLOW
 from lab.state import LabError
 
 _JOIN = 'echo $$ >"$1/cgroup.procs" || exit 125; shift; exec "$@"'
@@ -62,7 +62,7 @@ def run(
     command: Sequence[str],
     *,
     input: str | bytes | None = None,
-    timeout: float | None = 30.0,
+    timeout: float | None = 90.0,
     user: str | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = False,
@@ -122,7 +122,7 @@ class Process:
     def kill(self) -> None:
         """SIGKILL, and wait. Children of the process live on; see Workload.kill for all of them."""
         self.signal(signal.SIGKILL)
-        self.wait(STOP_TIMEOUT_S)
+        self.wait(STOP_TIMEOUT_S * PATIENCE)
 
     def stop(self) -> int:
         """SIGTERM, then SIGKILL. Returns the exit code."""
@@ -161,7 +161,7 @@ def start(
     return Process(name, command, popen, log, begins)
 
 
-def wait_joined(popen: subprocess.Popen[bytes], place: Place, log: Path, timeout_s: float = 5.0 * SLOW) -> None:
+def wait_joined(popen: subprocess.Popen[bytes], place: Place, log: Path, timeout_s: float = 5.0 * PATIENCE) -> None:
     """Until the new process is in its cgroup, so that a caller who kills the cgroup gets it too."""
     deadline = time.monotonic() + timeout_s
     while popen.pid not in cgroups.pids(place.cgroup):

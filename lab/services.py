@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import api, process
-from lab.pace import SLOW
+from lab.pace import PATIENCE
 from lab.process import Place
 from lab.state import LabError
 from lab.topology import CONTROLLER_ADDRESSES, NETNS_ROOT, LabPlan, NodePlan, Paths
@@ -23,8 +23,8 @@ from mesh.ports import CONTROLLER_PORT
 TRUST_DOMAIN = "mesh.local"
 PROXY_USER = "pillion-proxy"
 PROXY_UID = 64077  # where the package made no user
-READY_TIMEOUT_S = 60.0 * SLOW
-START_TIMEOUT_S = 10.0 * SLOW  # of a process, until it has a number
+READY_TIMEOUT_S = 60.0 * PATIENCE
+START_TIMEOUT_S = 10.0 * PATIENCE  # of a process, until it has a number
 LOG_TAIL_LINES = 12
 
 

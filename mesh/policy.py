@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from mesh import matching
 from mesh.identity import SCHEME, IdentityError, SpiffeId
-from mesh.model import CONFIG_KEY, Action, Config, Policy, Service, State, Workload
+from mesh.model import CONFIG_KEY, Action, Config, Item, Policy, Service, State, Workload
 from mesh.rules import Clause, Index, View
 from mesh.verdict import DEFAULT_RULE, NO_ALLOW_RULE, L7Fields, Peer, Request, Verdict
 
@@ -45,7 +45,8 @@ _DEFAULT = {
 
 
 class PolicySet:
-    """The policies of a State by destination workload. Immutable to its users; builds its indexes when first asked."""
+    """The policies of a State by destination workload. Immutable to its users, but for `move`; builds its indexes when first
+    asked."""
 
     def __init__(self, state: State) -> None:
         config = state.get(CONFIG_KEY)
@@ -74,6 +75,30 @@ class PolicySet:
         self._indexes: dict[tuple[int, ...], Index] = {}
         self._index_of: dict[str, Index] = {}
         self._views: dict[tuple[str, str | None, int], View] = {}
+
+    def move(self, key: str, old: Item | None, new: Item | None) -> None:
+        """Takes a workload or service for what was under ``key``, None for nothing; policies and Config stay. For who follows
+        a State; not while another thread asks."""
+        if isinstance(old, Workload):
+            del self._workloads[key]
+        if isinstance(new, Workload):
+            self._workloads[key] = new
+        before = frozenset(old.endpoints) if isinstance(old, Service) else frozenset()
+        after = frozenset(new.endpoints) if isinstance(new, Service) else frozenset()
+        for endpoint in before - after:
+            self._behind[endpoint].remove(key)
+            if not self._behind[endpoint]:
+                del self._behind[endpoint]
+        for endpoint in after - before:
+            self._behind.setdefault(endpoint, []).append(key)
+        for workload in {key, *(before ^ after)}:
+            self._index_of.pop(workload, None)
+        self._views.clear()
+
+    @property
+    def indexes(self) -> int:
+        """Sets of policies that select together, those of workloads that went too."""
+        return len(self._indexes)
 
     def index(self, workload_key: str) -> Index | None:
         """The compiled policies that select a workload; None if the State has no such workload."""

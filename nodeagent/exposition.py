@@ -10,12 +10,14 @@ _SAMPLE = re.compile(
     r'(\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\]|\\.)*",?)*)\})?'
     r"[ \t]+([+-]?(?:[0-9][0-9.eE+-]*|Inf|NaN)(?:[ \t]+-?[0-9]+)?)\Z"
 )
+_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="(?:[^"\\]|\\.)*"')
 _SUFFIXES = ("_bucket", "_count", "_sum", "_total", "_created")
 _LABEL_VALUE = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def merge(sources: Iterable[tuple[Mapping[str, str], str]]) -> str:
-    """``(labels to add, text)`` for each source -> one text. Lines that are not of the format are left out."""
+    """``(labels to add, text)`` for each source -> one text. Lines that are not of the format are left out, and those that would
+    have a label twice: a reader refuses the whole text for one of them."""
     heads: dict[str, list[str]] = {}  # family -> HELP and TYPE
     samples: dict[str, list[str]] = {}
     for labels, text in sources:
@@ -34,6 +36,9 @@ def merge(sources: Iterable[tuple[Mapping[str, str], str]]) -> str:
             if match is None:
                 continue
             name, _, own, value = match.groups()
+            names = _LABEL.findall(own or "")
+            if len({*names, *labels}) < len(names) + len(labels):
+                continue
             both = ",".join(part for part in (own.rstrip(",") if own else "", extra) if part)
             family = _family(name, declared)
             samples.setdefault(family, []).append(f"{name}{{{both}}} {value}" if both else f"{name} {value}")

@@ -148,9 +148,7 @@ class KernelWork:
                 opened = self._datapath.open_listeners(netns, wanted)
             except (OSError, KeyError) as error:
                 there = [entry for entry in enrolled if entry.netns == netns]
-                own = isinstance(error, OSError) and error.errno == errno.EADDRINUSE and all(entry.spec.veth for entry in there)
-                text = KEPT_OUT if own else "its listeners cannot be opened"
-                result.errors.update({entry.spec.key: f"{text}: {error}" for entry in there})
+                result.errors.update(dict.fromkeys((entry.spec.key for entry in there), _unheard(error, there)))
                 continue
             self._open.add(netns)
             result.listeners.update({listener.frame.id: listener for listener in opened})
@@ -259,3 +257,14 @@ class KernelWork:
 def _member(entry: ev.Enrolled) -> Member:
     permissive = entry.item.tls is TlsMode.PERMISSIVE
     return Member(entry.cgroup, Role.WORKLOAD, entry.item.id, entry.item.identity, entry.netns, permissive)
+
+
+def _unheard(error: OSError | KeyError, there: list[ev.Enrolled]) -> str:
+    """Why the workloads of a netns have no listeners, and what to do."""
+    what = (error.strerror if isinstance(error, OSError) else "") or str(error)
+    if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+        return f"its listeners cannot be opened: {what}"
+    netns = next((entry.spec.netns for entry in there if entry.spec.netns), None)
+    find = f"nsenter --net={netns} ss -lntup" if netns else "ss -lntup"
+    text = KEPT_OUT if all(entry.spec.veth for entry in there) else "its listeners cannot be opened"
+    return f"{text}: {what} (`{find}` shows which, end it: the workload is then served by itself)"

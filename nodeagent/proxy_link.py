@@ -168,7 +168,10 @@ class ProxyFleet:
     def _message(self, worker: WorkerLink, message: link.Message, fds: list[int]) -> None:
         match message:
             case link.Ready(index, pid, generation):
-                if not worker.pid and pid > 0:
+                if worker.name != f"worker-{index}":  # or it would stand for another one, in metrics and status
+                    self.counts["protocol_errors"] += 1
+                    worker.close("says it is another worker")
+                elif not worker.pid and pid > 0:
                     worker.pid, worker.index, worker.generation = pid, index, generation
                     worker.ready.set_result(None)
                     self.links[worker.name] = worker

@@ -99,7 +99,7 @@ COMMANDS: dict[str, Command] = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_name, epilog=epilog(_name))(_command)
-app.command("run", epilog=epilog("run"), context_settings={"ignore_unknown_options": False})(run.run)
+app.command("run", epilog=epilog("run"), context_settings={"allow_interspersed_args": False})(run.run)
 app.add_typer(nodes.node_app, name="node")
 app.add_typer(nodes.identity_app, name="identity")
 app.add_typer(operators.app, name="operator")

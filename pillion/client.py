@@ -18,6 +18,7 @@ ANSWER_BYTES_MAX = 512 << 20
 LINE_BYTES_MAX = 1 << 20
 TIMEOUT_S = 60.0  # of an answer, and of a stream's beginning
 ROOTS, CERTIFICATE, KEY = "PILLION_CA", "PILLION_CERT", "PILLION_KEY"  # files, by variables of the environment
+OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, …_IP_ADDRESS_MISMATCH
 CREDENTIALS_REMEDY = f"`pillion operator add NAME`, as root on the controller's machine, makes {CERTIFICATE}, {KEY} and {ROOTS}"
 
 
@@ -28,6 +29,8 @@ class Refused(CliError):
         text = body.get("error") if isinstance(body, dict) else None
         text = str(text or (body if isinstance(body, str) else json.dumps(body))).strip()
         what, _, remedy = text.partition("; ")  # servers of ours put it there
+        if isinstance(body, dict) and str(body.get("reason")).startswith("certificate_"):
+            remedy = CREDENTIALS_REMEDY  # theirs is for a node, which joins again
         super().__init__(f"refused ({status}): {what}", remedy or _remedy(status))
         self.status, self.body = status, body
 
@@ -47,6 +50,8 @@ def _context() -> ssl.SSLContext:
     roots, certificate, key = (os.environ.get(name) or None for name in (ROOTS, CERTIFICATE, KEY))
     if roots is None:
         raise CliError(f"{ROOTS} is not set, so nobody is believed to be the controller", CREDENTIALS_REMEDY)
+    if key is not None and certificate is None:
+        raise CliError(f"{KEY} is set and {CERTIFICATE} is not set: a key says nobody's name", CREDENTIALS_REMEDY)
     for name, path in ((ROOTS, roots), (CERTIFICATE, certificate), (KEY, key)):
         try:
             if path is not None:
@@ -61,8 +66,28 @@ def _context() -> ssl.SSLContext:
         if certificate is not None:
             context.load_cert_chain(certificate, key)
     except OSError as error:
-        raise CliError(f"{CERTIFICATE}={certificate} and {KEY} do not belong together: {error}", CREDENTIALS_REMEDY) from error
+        lacks = f"{CERTIFICATE}={certificate} holds no key, and {KEY} is not set"
+        what = f"{CERTIFICATE}={certificate} and {KEY} do not belong together" if key else lacks
+        raise CliError(what, CREDENTIALS_REMEDY) from error
     return context
+
+
+def _tls_remedy(error: ssl.SSLError) -> str:
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return f"name this mesh's roots ({ROOTS}) and an operator certificate ({CERTIFICATE}, {KEY})"
+    if error.verify_code in OTHER_NAME:
+        return "name the controller by an address of its certificate, as `pillion operator add` prints it"
+    return f"{ROOTS} must be this mesh's roots of today: `pillion operator add` writes them, as ca.crt"
+
+
+def _silent(url: str, error: Exception, reason: str) -> tuple[str, str]:
+    """What is wrong with one that takes no connection or gives no answer, and the remedy."""
+    if url.startswith("unix:"):
+        return f"{url} does not answer: {reason}", "is it running? see: pillion check, pillion lab status"
+    if isinstance(error, ConnectionResetError | BrokenPipeError) and os.environ.get(CERTIFICATE):
+        what = f"{url} hung up without an answer, as a controller does on a certificate that is over or another mesh's"
+        return what, f"make another ({CERTIFICATE}) with `pillion operator add NAME`; if it is good, see the controller's log"
+    return f"{url} does not answer: {reason}", "is the address right, and the controller up? on its machine: pillion check"
 
 
 class _Unix(http.client.HTTPConnection):
@@ -107,13 +132,10 @@ class Client:
             raise CliError(f"{self.url}: {error.strerror}", "run this as root") from error
         except ssl.SSLError as error:
             reason = getattr(error, "verify_message", "") or error.reason
-            remedy = f"name this mesh's roots ({ROOTS}) and an operator certificate ({CERTIFICATE}, {KEY})"
-            raise CliError(f"{self.url}: no TLS: {reason}", remedy) from error
+            raise CliError(f"{self.url}: no TLS: {reason}", _tls_remedy(error)) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise CliError(
-                f"{self.url} does not answer: {reason}", "is it running? see: pillion check, pillion lab status"
-            ) from error
+            raise CliError(*_silent(self.url, error, reason)) from error
 
     def call(self, method: str, target: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> Any:
         """The decoded answer of a 2xx; text if it is not JSON. Raises Refused or CliError."""

@@ -27,14 +27,15 @@ class Endpoints:
         if self.controller is None:
             raise CliError(
                 "no controller is known",
-                "start a lab (pillion lab up) or name one: --controller unix:///run/pillion/controller.sock",
+                "run this on the controller's machine, or name it (--controller https://HOST:15443); a lab: pillion lab up",
             )
         return self.controller
 
     def need_agents(self) -> Mapping[str, str]:
         if not self.agents:
             raise CliError(
-                "no agent is known", "start a lab (pillion lab up) or name one: --agent unix:///run/pillion/agent.sock"
+                "no agent is known here",
+                "run this on a node, or name its socket (--agent unix:///path/agent.sock); a lab: pillion lab up",
             )
         return self.agents
 

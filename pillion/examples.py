@@ -4,7 +4,11 @@ from __future__ import annotations
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "": ("pillion lab up", "pillion apply -f shop.yaml --wait", "pillion status"),
-    "apply": ("pillion apply -f shop.yaml --wait", "pillion apply -f services/ -f policies.yaml"),
+    "apply": (
+        "pillion apply -f shop.yaml --wait",
+        "pillion apply -f services/ -f policies.yaml",
+        "pillion apply -f shop.yaml --dry-run",
+    ),
     "get": ("pillion get services -n shop", "pillion get policy web -n shop -o yaml", "pillion get all"),
     "delete": ("pillion delete svc web -n shop", "pillion delete -f shop.yaml"),
     "wait": ("pillion wait 0", "pillion wait 42 --timeout 5"),
@@ -25,7 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "node cut": ("pillion node cut n3",),
     "identity list": ("pillion identity list -o json",),
     "identity show": ("pillion identity show shop/web",),
-    "identity revoke": ("pillion identity revoke 3fa29c --wait",),
+    "identity revoke": ("pillion identity revoke 38c6ac1a4b0d21b0a0eb6c7123c0b89528040cd3 --wait",),
     "operator add": ("pillion operator add ann --out ~/.pillion",),
     "operator list": ("pillion operator list",),
     "operator remove": ("pillion operator remove ann",),

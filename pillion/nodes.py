@@ -67,6 +67,8 @@ def _show_status(report: dict[str, Any], controller: dict[str, Any]) -> None:
             state = "cut" if node["cut"] else "ready" if node["ready"] else "connected" if node["connected"] else "away"
             nodes.append((node["name"], state, node["acked"], node.get("workloads"), node["digest_ok"], node.get("error")))
         output.table(("NODE", "STATE", "REVISION", "WORKLOADS", "SAME STATE", "ERROR"), nodes)
+        if not nodes:
+            print("no node has joined yet; a token for one: pillion node token NAME", file=sys.stderr)
     else:
         print()
     ages = [_policy_age(agent) for agent in report["agents"].values() if agent.get("revision")]
@@ -233,11 +235,23 @@ def identity_revoke(
     A node's own certificate can be meant too; that node is out until it joins again. For all of a node's: pillion node cut.
     """
     client = chosen.controller_client()
-    answers = [client.call("POST", f"/v1/certificates/{quote(serial, safe='')}/revoke") for serial in serials]
-    where = f" {wait_for(client, answers[-1]['revision'], 30.0)}" if wait else ""
+    answers: list[dict[str, Any]] = []
+    failed: CliError | None = None
+    for serial in serials:
+        try:
+            answers.append(client.call("POST", f"/v1/certificates/{quote(serial, safe='')}/revoke"))
+        except CliError as error:
+            failed = error
+            if isinstance(error, Refused) and error.status == 404:
+                remedy = "serials are given whole, as these show them: pillion identity show NAME, pillion operator list"
+                failed = CliError(error.what, remedy)
+            break
+    where = f" {wait_for(client, answers[-1]['revision'], 30.0)}" if wait and answers else ""
     if form is not Format.TABLE:
         output.machine(answers, form)
-        return
-    for answer in answers:
-        whose = f"certificate {answer['serial']} of {output.printable(answer['spiffe'])}"
-        print(f"{whose} is revoked, revision {answer['revision']}{where}")
+    else:
+        for answer in answers:
+            whose = f"certificate {answer['serial']} of {output.printable(answer['spiffe'])}"
+            print(f"{whose} is revoked, revision {answer['revision']}{where}")
+    if failed is not None:  # those before it are revoked, and were told
+        raise failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from mesh.identity import IdentityError, check_label
 from pillion import output
 from pillion.context import FormatOption, chosen
-from pillion.errors import CliError
+from pillion.errors import USAGE, CliError
 from pillion.examples import epilog
 from pillion.output import Format
 
@@ -28,28 +30,41 @@ app = typer.Typer(help="Operators: who may command the mesh from another machine
 def add(
     name: Annotated[str, typer.Argument(help="lower-case letters, digits, '-'")],
     out: Annotated[Path, typer.Option("--out", help="the folder for key and certificate", file_okay=False)] = Path(),
+    replace_roots: Annotated[
+        bool, typer.Option("--replace-roots", help="also where ca.crt holds other roots, as it does after they were rotated")
+    ] = False,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """A certificate for an operator: writes NAME.key (0600), NAME.crt and ca.crt, prints what to export.
 
-    It is good for 30 days, and until then for `pillion operator remove`. An operator may have several.
+    It is good for 30 days, and until then for `pillion operator remove`. An operator may have several. No file that is
+    there is written over, unless ca.crt with --replace-roots.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
-    paths = {what: out.expanduser() / what for what in (f"{name}.key", f"{name}.crt", "ca.crt")}
-    key_path, certificate_path, roots_path = paths.values()
-    if "/" in name or not name:
-        raise CliError(f"{name!r} is no name", "use lower-case letters, digits and '-'")
-    client = chosen.controller_client()
-    _write_key(key_path, key)
     try:
+        check_label(name, "operator")
+    except IdentityError as error:
+        raise CliError(str(error), "use lower-case letters, digits and '-', for example: ann", USAGE) from error
+    key = ec.generate_private_key(ec.SECP256R1())
+    key_path, certificate_path, roots_path = (out.expanduser() / what for what in (f"{name}.key", f"{name}.crt", "ca.crt"))
+    client = chosen.controller_client()
+    made: list[Path] = []
+    answer: dict[str, Any] = {}
+    try:
+        for path, mode in ((key_path, 0o600), (certificate_path, 0o644)):
+            _write_new(path, b"", mode)  # the places are ours before the controller is asked
+            made.append(path)
+        key_path.write_bytes(_pem(key))
         answer = client.call("POST", f"/v1/operators/{quote(name, safe='')}", {"csr": _request(key)})
         certificate_path.write_text(answer["chain"])
-        roots_path.write_text(answer["bundle"])
+        _write_roots(roots_path, answer["bundle"].encode(), replace_roots)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            key_path.unlink()  # a key without a certificate is of no use
+        with contextlib.suppress(OSError, CliError):
+            for path in made:
+                path.unlink()  # one without the other is of no use
+            if answer:
+                client.call("POST", f"/v1/certificates/{quote(answer['serial'], safe='')}/revoke")
         if isinstance(error, OSError):
-            raise CliError(f"{out}: {error.strerror}", "name a folder you may write to: --out") from error
+            raise CliError(f"{error.filename or out}: {error.strerror}", "name a folder you may write to: --out") from error
         raise
     environment = {
         "PILLION_CONTROLLER": next(iter(answer["controller"]), ""),
@@ -67,17 +82,32 @@ def add(
     print(f"operator {name}, {told}; export these, then: pillion status", file=sys.stderr)
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Raises CliError if there is anything of this name: its owner may need it, and a link may lead anywhere."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except FileExistsError as error:
         raise CliError(f"{path} is there already", "name another folder with --out, or take it away first") from error
-    except OSError as error:
-        raise CliError(f"{path}: {error.strerror}", "name a folder you may write to: --out") from error
     with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
+        file.write(content)
+
+
+def _write_roots(path: Path, bundle: bytes, replace: bool) -> None:
+    """Raises CliError where other ones are there and are to stay, OSError."""
+    if not os.path.lexists(path):
+        _write_new(path, bundle, 0o644)
+    elif path.read_bytes() != bundle:
+        if not replace:
+            what = f"{path} is there already, and holds other roots than this mesh's: another's, or its own before a rotation"
+            raise CliError(what, "name another folder with --out; or, to write over it: --replace-roots")
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        _write_new(fresh, bundle, 0o644)
+        fresh.replace(path)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _request(key: ec.EllipticCurvePrivateKey) -> str:

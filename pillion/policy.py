@@ -80,7 +80,8 @@ def _check_request(method: str | None, path: str) -> None:
 
 
 def _show(found: Explanation) -> None:
-    print(f"{found.outcome.upper()}: {output.printable(found.detail)}")
+    told = found.detail.removeprefix(found.outcome)  # "denied: because", "allowed by": the word is said once
+    print(f"{found.outcome.upper()}{'' if told != found.detail else ': '}{output.printable(told)}")
     lines: list[tuple[str, Any]] = [
         ("source", found.source.spiffe or "unknown"),
         *(("evidence", sentence) for sentence in found.source.proof),

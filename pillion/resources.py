@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,9 @@ def kind_of(text: str) -> str:
     for kind in KINDS:
         if wanted in (kind.lower(), f"{kind.lower()}s", f"{kind.lower().removesuffix('y')}ies"):
             return kind
-    raise CliError(f"{text!r} is no kind of resource", f"use one of: {', '.join(KINDS)}", USAGE)
+    near = difflib.get_close_matches(wanted, [*SHORT, *(kind.lower() for kind in KINDS)], 1)
+    meant = f"did you mean {kind_of(near[0])}? " if near else ""
+    raise CliError(f"{text!r} is no kind of resource", f"{meant}use one of: {', '.join(KINDS)}", USAGE)
 
 
 def _complete_kind(incomplete: str) -> list[str]:
@@ -89,9 +92,12 @@ def _show_errors(errors: list[dict[str, Any]], form: Format = Format.TABLE) -> N
 def apply(
     file: Annotated[list[str], typer.Option("-f", "--file", help="a file, a folder, or - for standard input; may repeat")],
     wait: Annotated[bool, typer.Option("--wait", help="until every node has it in force")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would do, or what is wrong, and do nothing")] = False,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Create or change resources: all of them, or none if one is wrong."""
+    if wait and dry_run:
+        raise CliError("--wait and --dry-run exclude each other", "leave one out: a dry run puts nothing in force", USAGE)
     texts = {"<stdin>" if name == "-" else name: _read(name) for name in _files(file)}
     if not texts:
         raise CliError("there is no file to apply", "name one that ends in .yaml, .yml or .json", USAGE)
@@ -101,8 +107,11 @@ def apply(
         raise typer.Exit(1)
     client = chosen.controller_client()
     try:
-        answer = apply_text(client, together.text, ", ".join(texts))
+        answer = apply_text(client, together.text, ", ".join(texts), dry_run)
     except Refused as error:
+        if dry_run and error.status == 404:
+            what = "this controller knows of no dry run; nothing was changed"
+            raise CliError(what, "upgrade the controller, or apply without --dry-run") from error
         if isinstance(error.body, dict) and error.body.get("errors"):
             _show_errors([together.placed(each) for each in error.body["errors"]], form)
             raise typer.Exit(1) from error
@@ -113,14 +122,17 @@ def apply(
         return
     for result in answer["results"]:
         name = "/".join(part for part in (result["namespace"], result["name"]) if part)
-        print(f"{result['kind']} {name} {result['result']}")
-    print(f"revision {answer['revision']}{where}")
+        would = "would be " if dry_run and result["result"] != "unchanged" else ""
+        print(f"{result['kind']} {name} {would}{result['result']}")
+    print(f"nothing was changed, revision {answer['revision']}" if dry_run else f"revision {answer['revision']}{where}")
 
 
-def apply_text(client: Client, text: str, filename: str) -> dict[str, Any]:
-    """``revision`` and ``results``; the file name is for messages."""
-    answer: dict[str, Any] = client.call("POST", f"/v1/apply?{urlencode({'filename': filename[:FILENAME_CHARS_MAX]})}", text)
-    return answer
+def apply_text(client: Client, text: str, filename: str, dry_run: bool = False) -> dict[str, Any]:
+    """``revision`` and ``results``; the file name is for messages. A dry run is asked for by its own path, so that a
+    controller which knows of none refuses it."""
+    query = urlencode({"filename": filename[:FILENAME_CHARS_MAX]})
+    answer: dict[str, Any] = client.call("POST", f"/v1/apply{'/dry-run' if dry_run else ''}?{query}", text)
+    return {"dry_run": True, **answer} if dry_run else answer
 
 
 def fetch(client: Client, kind: str | None, namespace: str | None, name: str | None) -> list[dict[str, Any]]:
@@ -131,7 +143,9 @@ def fetch(client: Client, kind: str | None, namespace: str | None, name: str | N
 
 
 def get(
-    kind: Annotated[str, typer.Argument(help="a kind, or all", autocompletion=_complete_kind)],
+    kind: Annotated[
+        str, typer.Argument(help="a kind, or short (svc, route, policy, grant …), or all", autocompletion=_complete_kind)
+    ],
     name: Annotated[str | None, typer.Argument(help="of one (default: every one of the kind)")] = None,
     namespace: NamespaceOption = None,
     form: FormatOption = Format.TABLE,
@@ -201,7 +215,9 @@ def _labels(labels: dict[str, str]) -> str:
 def delete(
     kind: Annotated[str | None, typer.Argument(help="a kind; without --file", autocompletion=_complete_kind)] = None,
     name: Annotated[str | None, typer.Argument(help="of the one that is meant")] = None,
-    namespace: Annotated[str, typer.Option("-n", "--namespace", help="of the resource; a file says its own")] = "default",
+    namespace: Annotated[
+        str | None, typer.Option("-n", "--namespace", help="of the resource (default: default); a file says its own")
+    ] = None,
     file: Annotated[list[str] | None, typer.Option("-f", "--file", help="delete what these files name")] = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -209,7 +225,7 @@ def delete(
     wanted: list[tuple[str, str, str]] = []
     if kind and name and not file:
         real = kind_of(kind)
-        wanted.append((real, "" if KINDS[real].cluster_wide else namespace, name))
+        wanted.append((real, "" if KINDS[real].cluster_wide else namespace or "default", name))
     elif file and not kind:
         for each in _files(file):
             try:
@@ -226,6 +242,9 @@ def delete(
             revision = client.call("DELETE", f"/v1/resources/{path}")["revision"]
             deleted.append(key)
         except Refused as error:
+            if error.status == 404 and not file and key[1] and namespace is None:
+                where = f"is it in another namespace? -n NAMESPACE; see: pillion get {key[0]}"
+                raise CliError(error.what, where) from error
             if error.status != 404 or not file:
                 raise
         if form is Format.TABLE:

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 import typer
 
 from mesh.identity import IdentityError, check_label
-from pillion.client import Client
+from pillion.client import Client, Refused
 from pillion.context import NodeOption, chosen, labels_of
 from pillion.errors import USAGE, CliError
 
@@ -106,7 +106,7 @@ def run(
         "cgroup": str(cgroup),
     }
     try:
-        client.call("POST", "/v1/workloads", body)  # answers when it is enforced and has its certificate
+        _join(client, body)
         print(f"pillion: {namespace}/{name} runs as service account {service}", file=sys.stderr, flush=True)
         if port and (hint := missing_service(namespace, labels, service, port[0])):
             print(hint, file=sys.stderr, flush=True)
@@ -114,6 +114,20 @@ def run(
     finally:
         leave(cgroup, client, namespace, name)
     raise typer.Exit(code)
+
+
+def _join(client: Client, body: dict[str, Any]) -> None:
+    """Answers when it is enforced and has its certificate. Raises CliError."""
+    try:
+        client.call("POST", "/v1/workloads", body)
+    except Refused as error:
+        if not isinstance(error.body, dict) or error.body.get("reason") != "identity_not_granted":
+            raise
+        node, namespace, account = client.get("/v1/status")["node"], body["namespace"], body["service_account"]
+        metadata = f"{{name: {f'{node}-{namespace}-{account}'[:63].rstrip('-')}}}"
+        spec = f"{{node: {node}, serviceAccounts: [{namespace}/{account}]}}"
+        grant = f"{{apiVersion: mesh.pillion.dev/v1alpha1, kind: NodeGrant, metadata: {metadata}, spec: {spec}}}"
+        raise CliError(error.what, f"an operator grants it: echo '{grant}' | pillion apply -f -") from error
 
 
 def missing_service(namespace: str, labels: dict[str, str], service: str, port: int) -> str:

@@ -14,13 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from lab import Lab, LabError, cgroups
+from lab.pace import PATIENCE
 from lab.vm.stage import PROJECT, STAND_IN
 from tests.trees import COMPILED, copied
 
-LEFTOVER_GRACE_S = 3.0
+LEFTOVER_GRACE_S = 3.0 * PATIENCE
 SESSION = f"t{os.getpid()}"  # labs of this worker are named so
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # "gw0", …, or there is but one
 MARK = "PILLION_TEST_RUN"  # in the environment of every process this run starts
@@ -31,6 +33,10 @@ ON_A_HOST = (f"{ATTACKS}test_05_hosts.py", f"{ATTACKS}test_11_leaving.py")  # on
 SHARED_ADDRESSES = ("tests/l7proxy/",)  # their servers listen on :15008 of the same loopback addresses
 
 LabFactory = Callable[..., Lab]
+
+# How long an example takes, or making one, is the machine's business: what claims a time says so itself
+hypothesis.settings.register_profile("pillion", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("pillion")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("README.md", "ARCHITECTURE.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 NAMED = re.compile(r"(?<![\w/.~*])((?:[\w-]+/)*[\w-]+\.(?:py|c|h|sh|md|yaml|lua|json|svg))\b(?!\()")
-OF_A_MACHINE = {"workloads.yaml"}  # what an install makes, or an operator writes
+OF_A_MACHINE = {"workloads.yaml", "web.yaml"}  # what an install makes, or an operator writes
 PROGRAMS_MAPS = re.compile(r"^(?:PL_MAP\(\"\w+\", |PL_SK_STORAGE\(|PL_RINGBUF\(|PL_SOCKHASH\()(\w+)", re.MULTILINE)
 COMMAND = re.compile(r"(?<![\w/-])pillion((?: +[^\s`|#;]+)*)")
 

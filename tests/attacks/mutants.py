@@ -95,5 +95,5 @@ class Counted:
 
         before = now()
         yield
-        until(lambda: now() >= before + times, f"{' or '.join(reasons)} was not counted {times} times on {node}", 5.0)
+        until(lambda: now() >= before + times, f"{' or '.join(reasons)} was not counted {times} times on {node}")
         self.reasons.update(reasons)

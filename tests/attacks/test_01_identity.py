@@ -65,7 +65,8 @@ CUT_UNTOLD = Mutant(
     "a cut is pushed to every node",
     (
         "controller/registry.py",
-        "        self._cut.add(node)\n        self.revoked.update(revoked)\n        return await self._seen(revision)\n",
+        "        self._cut.add(node)\n        self._fresh |= self._index.by_node.get(node, set())\n        self.revoked.update(revoked)\n"
+        "        return await self._seen(revision)\n",
         "        return revision\n",
     ),
 )
@@ -241,7 +242,7 @@ def held(mesh: Mesh) -> Iterator[None]:
     """A connection from n2 to the echo server on n1 stands, and n2's agent hears of nothing more."""
     mesh.apply(policy("far-client-echo", "echo", who="far-client"))
     until(lambda: answers(mesh), "far-client does not reach the echo server")
-    holder = mesh.program("far-client", "hold.py", mesh.w["echo"].address, ECHO_PORT, 25)
+    holder = mesh.program("far-client", "hold.py", mesh.w["echo"].address, ECHO_PORT, 60)
     assert holder.first_line().startswith("open")
     (agent,) = mesh.lab.pids("n2", "agent")
     os.kill(agent, signal.SIGSTOP)

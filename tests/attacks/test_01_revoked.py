@@ -37,7 +37,7 @@ PAIRED = Mutant(
     "a pair ends with the certificate of either side",
     ("nodeagent/express_pairs.py", "            if not pair.spiffes.isdisjoint(spiffes):\n", "            if False:\n"),
 )
-SECONDS = 2.5  # a load's; the revocation comes after the start of it
+SEEN_S = 1.5 * SLOW  # after the other node knew
 KINDS = {  # who calls whom; the account that loses its certificate lives on n2
     "far-client": ("far-client", (Kind("idle", "echo", ECHO_PORT), Kind("http", "web", HTTP_PORT))),
     "echo-far": ("client", (Kind("idle", "echo-far", ECHO_PORT),)),
@@ -89,13 +89,12 @@ def used_on(mesh: Mesh) -> Seen:
         taken = [serial(mesh, "n2", holder) for holder in KINDS]
         before = mesh.denied("n1", "cert_revoked")
         with frozen(mesh, "n2"):
-            running = {
-                holder: [kind.start(mesh, who, seconds=SECONDS) for kind in kinds] for holder, (who, kinds) in KINDS.items()
-            }
+            running = {holder: [kind.start(mesh, who) for kind in kinds] for holder, (who, kinds) in KINDS.items()}
             for each in [one for several in running.values() for one in several]:
                 assert each.first_line() == "started\n"
             known = heard(mesh, "n1", max([revoke(mesh, each) for each in taken]))
-            reports = {holder: [each.report(20) for each in several] for holder, several in running.items()}
+            until(lambda: time.monotonic() > known + SEEN_S, "")
+            reports = {holder: [each.stopped() for each in several] for holder, several in running.items()}
         seen = Seen(reports, known, mesh.denied("n1", "cert_revoked") - before)
         until(lambda: not {serial(mesh, "n2", holder) for holder in KINDS} & {"", *taken}, "no new certificates")
         return seen

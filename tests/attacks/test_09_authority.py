@@ -56,7 +56,7 @@ def taken_over(mesh: Mesh) -> Iterator[None]:
     """The agent puts the filter back by itself."""
     yield
     pod = mesh.w["far-client"].pod
-    until(lambda: "clsact" in mesh.lab.nodes["n2"].run(["tc", "qdisc", "show", "dev", pod.veth]).stdout, "the filter is off", 30)
+    until(lambda: "clsact" in mesh.lab.nodes["n2"].run(["tc", "qdisc", "show", "dev", pod.veth]).stdout, "the filter is off")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_bad_certificates_are_refused_each_for_its_own_reason(mesh: Mesh, counte
     before, since = {reason: mesh.denied("n1", reason) for reason in reasons}, time.time() - 1
     answers = knocked(mesh, tmp_path)
     assert not [name for name, answer in answers.items() if answer[:3].isdigit()], answers
-    until(lambda: {each: mesh.denied("n1", each) - before[each] for each in reasons} == reasons, "each is counted once", 5)
+    until(lambda: {each: mesh.denied("n1", each) - before[each] for each in reasons} == reasons, "each is counted once")
     for reason in reasons:
         told(mesh, "n1", reason, since)
     counted.reasons.update(reasons)
@@ -117,8 +117,12 @@ def test_bad_certificates_open_a_tunnel_without(broken: Mesh, tmp_path: Path) ->
 
 def past_its_end(mesh: Mesh, folder: Path) -> str:
     """What becomes of a tunnel that was opened shortly before."""
-    state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], ends_in_s=1.0 + LIFE_S))
-    return ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state, stay_s=LIFE_S + 2.5)
+    for life_s in (LIFE_S, 3 * LIFE_S, 9 * LIFE_S):  # on a busy machine it may be over before a tunnel is open
+        state = loot(mesh, folder, *authority_of(mesh).issue([FAR_CLIENT], ends_in_s=1.0 + life_s))
+        answer = ask(mesh, f"{mesh.w['web'].addresses[0]}:{HTTP_PORT}", state=state, stay_s=life_s + 2.5)
+        if answer.startswith("200 "):
+            break
+    return answer
 
 
 @pytest.mark.attack("a tunnel that outlives its certificate")

@@ -24,7 +24,7 @@ FOR_EVER = Mutant(
     ("l7proxy/worker.py", "            session.recheck()\n", "            pass\n"),
 )  # fmt: skip
 SERVERS = ("echo", "echo-far")  # native; through a tunnel
-HELD_S = 20.0 * SLOW
+HELD_S = 60.0 * SLOW
 IN_FORCE_S = 1.0 * SLOW
 DENY = "".join(policy(f"deny-{server}", server, action="DENY") for server in SERVERS)
 OTHERS = "".join(policy(f"others-{server}", server, who="intruder") for server in SERVERS)

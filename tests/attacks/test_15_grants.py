@@ -27,6 +27,7 @@ RIGHT6 = "2606:2800:21f:cb07::14"
 OTHER = "93.184.215.15"  # the server has it, and no name leads there
 ON_LOOPBACK = (f"{RIGHT}/32", f"{OTHER}/32", f"{RIGHT6}/128")
 OPEN, SHUT, DATAGRAMS = 443, 8443, 4433
+TRIES = 5
 METADATA = "169.254.169.254"
 
 FOR_ALL = Mutant(
@@ -75,8 +76,17 @@ spec:
 class Outside:
     mesh: Mesh
 
-    def ask(self, who: str, name: str, kind: str = "A") -> list[str]:
-        return look_up(self.mesh, who, name, kind=kind).answer
+    def ask(self, who: str, name: str, kind: str = "A", **how: str) -> list[str]:
+        return look_up(self.mesh, who, name, kind=kind, **how).answer
+
+    def opens(self, name: str = "api.partner.test.", kind: str = "A", **how: str) -> list[str]:
+        """What the client, who may, is answered. Anew where a busy agent was late: the answer went out and opened nothing."""
+        for _ in range(TRIES):
+            before = self.mesh.denied("n1", "grant_refused")
+            answer = self.ask("client", name, kind, **how)
+            if self.mesh.denied("n1", "grant_refused") == before:
+                break
+        return answer
 
     def reaches(self, who: str, to: str = RIGHT, port: int = OPEN) -> bool:
         """A whole exchange; what is not allowed is refused at connect()."""
@@ -142,8 +152,8 @@ def test_an_answer_opens_its_addresses_to_who_asked(outside: Outside, counted: C
     name = f"x{packed(RIGHT6)}.partner.test." if family == "v6" else "api.partner.test."
     with counted(mesh, "n1", "outbound_denied"):
         assert not outside.reaches("client", there)  # nobody has asked
-    found = look_up(mesh, "client", name, kind="AAAA" if family == "v6" else "A", family=family, by=by)
-    assert found.answer == [there.removeprefix("::ffff:")]
+    found = outside.opens(name, "AAAA" if family == "v6" else "A", family=family, by=by)
+    assert found == [there.removeprefix("::ffff:")]
     assert outside.reaches("client", there)
     with counted(mesh, "n1", "outbound_denied", times=3):
         assert not outside.reaches("client", there, SHUT)
@@ -162,7 +172,7 @@ def test_datagrams_too(outside: Outside, counted: Counted) -> None:
     def served(who: str) -> str:
         return str(run(mesh.w[who], "lookup.py", RIGHT, DATAGRAMS, "udp", "A", "a.test.")["error"])
 
-    assert outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert outside.opens() == [RIGHT]
     assert served("client") == ""
     with counted(mesh, "n1", "outbound_denied"):
         assert served("intruder") == "PermissionError"
@@ -194,8 +204,12 @@ def test_who_lives_beside_the_asker_has_no_part_in_it(outside: Outside, counted:
         with counted(mesh, "n1", "outbound_denied", times=2):
             assert not dial(good, RIGHT, OPEN).opened
             assert not dial(bad, RIGHT, OPEN).opened
-        assert ask(good, "www.known.test.") == RIGHT
-        assert dial(good, RIGHT, OPEN).answer.startswith("outside at")
+        for _ in range(TRIES):  # as in `opens`
+            assert ask(good, "www.known.test.") == RIGHT
+            found = dial(good, RIGHT, OPEN)
+            if found.opened:
+                break
+        assert found.answer.startswith("outside at")
         with counted(mesh, "n1", "outbound_denied"):
             assert not dial(bad, RIGHT, OPEN).opened
 
@@ -203,7 +217,7 @@ def test_who_lives_beside_the_asker_has_no_part_in_it(outside: Outside, counted:
 @pytest.mark.red("somebody else's answer", FOR_ALL)
 def test_an_answer_opens_its_addresses_to_all_without(broken_outside: Outside) -> None:
     assert not broken_outside.reaches("intruder")
-    assert broken_outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert broken_outside.opens() == [RIGHT]
     assert broken_outside.reaches("intruder")
 
 
@@ -307,7 +321,7 @@ class Kept:
 
 @pytest.fixture
 def kept(outside: Outside) -> Iterator[Kept]:
-    assert outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert outside.opens() == [RIGHT]
     made = Kept(outside.mesh, "client", RIGHT)
     yield made
     made.close()
@@ -322,13 +336,13 @@ def test_past_its_time_nothing_new_is_let_out(outside: Outside, counted: Counted
     assert kept.says() == f"outside at {RIGHT}"  # what is open goes on, also when all is judged anew
     mesh.apply(ENTRY.replace("hosts: [", 'hosts: ["more.test", '))
     assert kept.says() == f"outside at {RIGHT}"
-    assert outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert outside.opens() == [RIGHT]
     assert outside.reaches("client")
 
 
 @pytest.mark.red("an answer that is over", FOR_EVER)
 def test_past_its_time_all_is_let_out_without(broken_outside: Outside) -> None:
-    assert broken_outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert broken_outside.opens() == [RIGHT]
     Map(broken_outside.mesh).expire(RIGHT)
     assert broken_outside.reaches("client")
 
@@ -347,6 +361,6 @@ def test_what_no_entry_names_is_closed(outside: Outside, counted: Counted, kept:
 @pytest.mark.red("a right that was taken away", KEPT)
 def test_what_no_entry_names_stays_open_without(broken_outside: Outside) -> None:
     mesh = broken_outside.mesh
-    assert broken_outside.ask("client", "api.partner.test.") == [RIGHT]
+    assert broken_outside.opens() == [RIGHT]
     mesh.apply(ENTRY.replace("*.partner.test", "*.other.test"))
     assert broken_outside.reaches("client")

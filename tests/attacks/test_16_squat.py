@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from lab import Workload
+from lab.process import Process
 from nodeagent.roster import KEPT_OUT
 from tests.attacks.actions import FAMILIES, PASSED, PROGRAMS, Dialled, address, dial
 from tests.attacks.mutants import Counted, Mutant
@@ -136,7 +137,7 @@ def told(mesh: Mesh, late: Iterable[str]) -> bool:
 def test_nothing_connects_until_the_ports_are_ours(mesh: Mesh, counted: Counted) -> None:
     web = mesh.w["web"]
     with there_before(mesh, *TAKEN) as late, ThreadPoolExecutor(4) as pool:
-        until(lambda: told(mesh, late), "the agent does not say which port is taken", 20)
+        until(lambda: told(mesh, late), "the agent does not say which port is taken")
         asked = [(name, family) for name in late for family in (FAMILIES if name == "late" else FAMILIES[:1])]
         with counted(mesh, "n1", "no_listener", times=len(asked) + len(late)):
             found = list(pool.map(lambda each: dial(late[each[0]], address(web, each[1]), HTTP_PORT), asked))
@@ -153,8 +154,8 @@ def test_nothing_connects_until_the_ports_are_ours(mesh: Mesh, counted: Counted)
 def test_a_stranger_answers_without(broken: Mesh) -> None:
     with there_before(broken, "late", "late-dns") as late:
         to = broken.w["web"].addresses[0]
-        until(lambda: dial(late["late"], to, HTTP_PORT).answer == "SQUATTED", "the stranger is not reached", 20)
-        until(lambda: ask(late["late-dns"]) == "SQUATTED", "the stranger is not asked", 20)
+        until(lambda: dial(late["late"], to, HTTP_PORT).answer == "SQUATTED", "the stranger is not reached")
+        until(lambda: ask(late["late-dns"]) == "SQUATTED", "the stranger is not asked")
 
 
 def after_both(mesh: Mesh) -> str:
@@ -162,13 +163,20 @@ def after_both(mesh: Mesh) -> str:
     client, web = mesh.w["client"], mesh.w["web"].addresses[0]
     with mesh.lab.stopped("n1-agent", "n1-proxy"):
         argv = ["nsenter", f"--net={client.netns}", sys.executable, str(PROGRAMS / "squat.py"), "127.0.0.1", "15001", "stay"]
-        squatter = mesh.lab.nodes["n1"].start(argv, name="after-both")
+        squatters: list[Process] = []
+
+        def taken() -> bool:
+            """Those who were killed have the port until their last process is at its end."""
+            squatters.append(mesh.lab.nodes["n1"].start(argv, name="after-both"))
+            return PASSED in until(squatters[-1].output, "the stranger says nothing")
+
         try:
-            until(lambda: PASSED in squatter.output(), "the port is not free")
+            until(taken, "the port is not free")
             found = dial(client, web, HTTP_PORT)
         finally:
-            squatter.kill()
-    until(lambda: "web for" in dial(client, web, HTTP_PORT).answer, "the agent does not take the port again", 20)
+            for squatter in squatters:
+                squatter.kill()
+    until(lambda: "web for" in dial(client, web, HTTP_PORT).answer, "the agent does not take the port again")
     return found.answer or found.error
 
 

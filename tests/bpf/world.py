@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab.pace import SLOW
+from lab.pace import PATIENCE, SLOW
 from nodeagent import cgroups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def run(*argv: str) -> str:
     return done.stdout
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 5.0 * PATIENCE / SLOW) -> Any:
     """The condition's first true value."""
     end = time.monotonic() + seconds * SLOW
     while time.monotonic() < end:
@@ -111,7 +111,7 @@ class Actor:
         self.process = subprocess.Popen(argv, pass_fds=[theirs.fileno()])
         theirs.close()
         self.control = ours
-        self.control.settimeout(20 * SLOW)
+        self.control.settimeout(20 * PATIENCE)
 
     def __call__(self, code: str) -> Any:
         return self._ask(code, "", [])

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import ssl
@@ -22,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from lab.pace import PATIENCE
 from mesh.snapshot import Ack, Delta, Nack, Ready, ServerMessage, Snapshot, Versioned, decode_server, encode
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +46,12 @@ spec: {action: ALLOW, rules: [{}]}
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None that the kernel would give to a connection of another test, before the controller has it or while it is away."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def csr_for(key: ec.EllipticCurvePrivateKey) -> str:
@@ -98,7 +103,7 @@ class Stream:
         self.websocket = websocket
         self.has = Versioned.empty()
 
-    async def frame(self, timeout_s: float = 10.0) -> ServerMessage:
+    async def frame(self, timeout_s: float = 10.0 * PATIENCE) -> ServerMessage:
         """The next snapshot or delta."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -144,7 +149,7 @@ class Controller:
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(self.argv(), cwd=ROOT, stderr=log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         ready = self.run / "ready"
         while not (ready.exists() and ready.read_text().strip() == str(self.process.pid)):
             assert self.process.poll() is None, self.log()
@@ -165,7 +170,7 @@ class Controller:
             return 0
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(10)
+            return self.process.wait(10 * PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -212,7 +217,7 @@ class Controller:
             yield client
 
 
-async def eventually(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], Any], timeout_s: float = 10.0 * PATIENCE) -> None:
     """Waits on a coroutine function that returns something true."""
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110  # another process's condition

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import ipaddress
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from controller import allocate
-from controller.allocate import KINDS, Exhausted, Ledger, plan
-from controller.store import Delete, Entry, Put
+from controller.allocate import KINDS, Exhausted, Ledger
+from controller.store import Delete, Entry, Op, Put
 from mesh.model import VIP4, VIP6
+
+
+def plan(ledger: Ledger, *wanted: set[str]) -> tuple[Ledger, Sequence[Op]]:
+    """The ledger in which exactly these have numbers, kind by kind, and what to write."""
+    have = {kind: ledger.numbers(kind).keys() for kind in KINDS}
+    by_kind = dict(zip(KINDS, wanted, strict=True))
+    step = allocate.plan(
+        ledger, {kind: by_kind[kind] - have[kind] for kind in KINDS}, {kind: have[kind] - by_kind[kind] for kind in KINDS}
+    )
+    following = copy.deepcopy(ledger)
+    following.take(step)
+    return following, step.ops
+
 
 NAMES = st.sets(st.sampled_from([f"Service/shop/s{n}" for n in range(12)]))
 

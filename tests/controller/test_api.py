@@ -57,6 +57,24 @@ async def test_apply_says_what_it_did(controller: Controller) -> None:
         assert state["revision"] == changed["revision"]
 
 
+async def test_a_dry_run_says_the_same_and_writes_nothing(controller: Controller) -> None:
+    """On what is new, on what stands, and on a grant that would go; and a mistake is one in both."""
+    dry, narrower = "/v1/apply/dry-run", SHOP.replace(", shop/pay", "")
+    async with controller.operator() as operator:
+        for text in (SHOP, SHOP, SHOP.replace("8080", "8081"), narrower):
+            before = await everything(operator)
+            said = await operator.ok("POST", dry, text)
+            assert said["revision"] == before[0]["revision"] and await everything(operator) == before
+            done = await operator.ok("POST", "/v1/apply", text)
+            assert said["results"] == done["results"]
+            await operator.ok("GET", f"/v1/wait?revision={done['revision']}&timeout=5")
+        for wrong in (SHOP + "---" + ROUTE % ("gone", 80), SHOP.replace("kind: Service", "kind: Servce"), ""):
+            refused = await operator.call("POST", dry, wrong)
+            assert refused[0] == 400 and refused == await operator.call("POST", "/v1/apply", wrong)
+        both = "---".join([SHOP, WORKLOAD % ("a", "web", "10.0.0.9"), WORKLOAD % ("b", "web", "10.0.0.9")])
+        assert "10.0.0.9" in (await operator.call("POST", dry, both))[1]["errors"][0]["message"]
+
+
 MESH = """
 apiVersion: mesh.pillion.dev/v1alpha1
 kind: MeshConfig

@@ -148,17 +148,19 @@ async def test_a_node_cut_while_it_connects_gets_nothing(inside: Inside) -> None
 
 async def test_a_failed_compilation_keeps_the_last_good_state(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
     await inside.publisher.until(lambda: inside.publisher.revision > 0)
-    good = inside.publisher.state
+    good, seen = inside.publisher.state, inside.publisher.for_node("n1")
+    kept = dict(good)
     monkeypatch.setattr(publish, "RETRY_S", 0.05)
     with monkeypatch.context() as patch:
 
         def broken(*_: object) -> State:
             raise ValueError("boom")
 
-        patch.setattr(publish, "compile_state", broken)
+        patch.setattr(publish.Reach, "change", broken)
         revision, _ = await inside.registry.apply(SHOP, "shop")
         await inside.publisher.until(lambda: "boom" in inside.publisher.error)
-        assert inside.publisher.state is good
+        assert inside.publisher.state is good and good == kept
+        assert inside.publisher.for_node("n1") == seen
     async with asyncio.timeout(5):
         await inside.publisher.until(lambda: inside.publisher.revision >= revision)
     assert inside.publisher.error == "" and "Service/shop/web" in inside.publisher.state

@@ -44,9 +44,16 @@ class Certified:
 
 
 @pytest.fixture
-async def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TlsListener]:
+def hasty() -> None:
+    """What is not done in a moment is given up; elsewhere nothing is, or a slow machine's tests would be."""
+
+
+@pytest.fixture
+async def listener(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TlsListener]:
+    for name in ("HANDSHAKE_TIMEOUT_S", "IDLE_TIMEOUT_S", "BODY_TIMEOUT_S"):
+        monkeypatch.setattr(server, name, 0.3 if "hasty" in request.fixturenames else 60.0)
     for name, value in (
-        ("HANDSHAKE_TIMEOUT_S", 0.3), ("IDLE_TIMEOUT_S", 0.4), ("BODY_TIMEOUT_S", 0.3), ("LINGER_S", 0.1),
+        ("LINGER_S", 0.1),
         ("HANDSHAKES_MAX", 6), ("HANDSHAKES_PER_SOURCE_MAX", 4), ("CONNECTIONS_MAX", 5), ("CONNECTIONS_PER_SOURCE_MAX", 4),
     ):  # fmt: skip
         monkeypatch.setattr(server, name, value)
@@ -95,6 +102,7 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
+@pytest.mark.usefixtures("hasty")
 async def test_a_handshake_that_is_not_made_ends(listener: TlsListener) -> None:
     started = time.monotonic()
     reader, writer = await asyncio.open_connection(*listener.address)
@@ -170,6 +178,7 @@ async def test_no_source_may_hold_every_connection(listener: TlsListener, connec
     await eventually(again)
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("said", [b"", b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 async def test_a_head_that_does_not_end_is_not_waited_for(connect: Open, said: bytes) -> None:
     reader, writer = await connect()
@@ -180,6 +189,7 @@ async def test_a_head_that_does_not_end_is_not_waited_for(connect: Open, said: b
         dripping.cancel()
 
 
+@pytest.mark.usefixtures("hasty")
 async def test_a_body_that_does_not_end_is_answered(connect: Open) -> None:
     reader, writer = await connect()
     writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\nConnection: close\r\n\r\n")

@@ -219,7 +219,7 @@ class Twins:
         path = self.files / "seen.json"
         path.unlink(missing_ok=True)
         self.server.signal(signal.SIGUSR1)
-        until(path.exists, "the server does not report", 20.0, every_s=0.001)
+        until(path.exists, "the server does not report", every_s=0.001)
         report = json.loads(path.read_text())
         if not report["differing"]:
             return []

@@ -56,7 +56,7 @@ def warm(mesh: Mesh) -> None:
         assert not report["wrong"] and not report["errors"], report
         return event(mesh, "carried") > before + 10
 
-    until(carries, "the kernel carries nothing", 20)
+    until(carries, "the kernel carries nothing")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from lab import Lab, Workload
-from lab.pace import SLOW
+from lab.pace import PATIENCE, SLOW
 
 PROGRAMS = Path(__file__).with_name("programs")
 NS = "shop"
@@ -127,7 +127,7 @@ class Mesh:
     def curl(self, source: str, url: str, *options: str) -> tuple[int, str]:
         """Status (0: no answer) and body."""
         argv = ["curl", "-sS", "--max-time", "5", "-o", "-", "-w", "\n%{http_code}", *options, url]
-        out = self.w[source].run(argv, timeout=15 * SLOW)
+        out = self.w[source].run(argv, timeout=15 * PATIENCE)
         body, _, code = out.stdout.rpartition("\n")
         return int(code or 0), body or out.stderr
 
@@ -153,7 +153,7 @@ class Mesh:
         bare = f"while :; do tc qdisc del dev {workload.pod.veth} clsact 2>/dev/null; sleep 0.1; done"
         remover = node.start(["sh", "-c", bare], name=f"unhook-{name}")
         try:
-            out = node.run(["nsenter", f"--net={workload.netns}", *argv], timeout=30 * SLOW)
+            out = node.run(["nsenter", f"--net={workload.netns}", *argv], timeout=30 * PATIENCE)
         finally:
             remover.kill()
         assert out.stdout, out.stderr
@@ -224,14 +224,19 @@ class Background:
         assert self.popen.stdout is not None
         return self.popen.stdout.readline()
 
+    def stopped(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Its report, of a program that ends at SIGTERM."""
+        self.popen.terminate()
+        return self.report(timeout_s)
+
     def report(self, timeout_s: float) -> dict[str, Any]:
         out, err = self.popen.communicate(timeout=timeout_s * SLOW)
         assert out.strip(), f"the program said nothing: {err}"
         return dict(json.loads(out.splitlines()[-1]))
 
 
-def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0, *, every_s: float = 0.02) -> Any:
-    """Poll until truthy; fail with `what` past the deadline."""
+def until(done: Callable[[], Any], what: str, deadline_s: float = 10.0 * PATIENCE / SLOW, *, every_s: float = 0.02) -> Any:
+    """Poll until truthy; fail with `what` past the deadline. One that is given is a promise of the product, or is long."""
     end = time.monotonic() + deadline_s * SLOW
     while not (value := done()):
         assert time.monotonic() < end, f"{what} within {deadline_s:g} s"

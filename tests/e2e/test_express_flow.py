@@ -21,6 +21,7 @@ from tests.e2e.express import NAME, PORT, clean, event, load, stopped
 from tests.e2e.mesh import Background, Mesh, until
 
 pytestmark = pytest.mark.timeout(400)
+TRIES = 3
 WARM = 80  # exchanges of a client before it is odd: up to 48 until it is paired, up to 16 samples in a row
 KB, MB, GB = 1000, 1_000_000, 1 << 30
 # A client that closes with bytes unread says FIN, not RST, when they wait where redirected ones do: what is to be written to
@@ -96,6 +97,14 @@ def test_a_client_that_asks_again_before_it_has_read(mesh: Mesh, size: int) -> N
 @pytest.mark.parametrize("size", [100 * KB, 250 * KB, 300 * KB, 5 * MB])
 def test_a_reader_that_sleeps(mesh: Mesh, size: int) -> None:
     """Others notice nothing."""
+    slowest = [beside_sleepers(mesh, size)]
+    while slowest[-1] >= 1 * SLOW:  # other work makes it longer, and nothing shorter
+        assert len(slowest) < TRIES, slowest
+        slowest.append(beside_sleepers(mesh, size))
+
+
+def beside_sleepers(mesh: Mesh, size: int) -> float:
+    """Seconds of the others' slowest exchange."""
     with bounded(mesh):
         others = load(mesh, connections=2, seconds=60, rate=100)
         express.started(others)
@@ -106,7 +115,7 @@ def test_a_reader_that_sleeps(mesh: Mesh, size: int) -> None:
         right(report)
         assert report["ok"] == WARM + 2 * 2
     clean(beside)
-    assert beside["slowest_s"] < 1 * SLOW
+    return float(beside["slowest_s"])
 
 
 @pytest.mark.parametrize("size", [100 * KB, 250 * KB, 5 * MB])
@@ -119,7 +128,7 @@ def test_clients_that_vanish_while_they_are_answered(mesh: Mesh, size: int) -> N
         clean(stopped(others))
     express.warm(mesh)
     if size < 1 * MB:  # else a minute and more: see above
-        until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
+        until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay")
 
 
 def test_servers_that_reset(mesh: Mesh) -> None:
@@ -162,7 +171,7 @@ def test_ten_thousand_short_connections(mesh: Mesh) -> None:
     for report in reports:
         right(report)
     assert sum(report["statuses"]["200"] for report in reports) > 2 * 4 * 2500
-    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
+    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay")
 
 
 def test_many_short_lives_that_were_paired(mesh: Mesh) -> None:
@@ -171,4 +180,4 @@ def test_many_short_lives_that_were_paired(mesh: Mesh) -> None:
     with bounded(mesh):
         for _ in range(4):
             clean(load(mesh, connections=50, seconds=60, each=30, kind="mixed").report(60 * SLOW))
-    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay", 15)
+    until(lambda: mesh.metric("n1", "pillion_express_records") <= records, "their records stay")

@@ -101,13 +101,13 @@ def test_a_policy_past_its_lease_or_of_another_schema_denies(
 ) -> None:
     """Both what is native and what the proxy would serve; what is open goes on."""
     vip, before, since = kernel.vip("echo"), mesh.denied("n1", reason), time.time() - 1
-    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 2)
+    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 60)
     assert holder.first_line().startswith("open")
     with kernel.configured(**{field: value}):
         with pytest.raises(Refused):
             mesh.echo("client", vip)
         assert mesh.curl("client", f"http://{kernel.vip('web')}:{HTTP_PORT}/")[0] == 0
-    assert holder.report(timeout_s=10)["error"] == ""
+    assert holder.stopped()["error"] == ""
     assert mesh.denied("n1", reason) >= before + 2
     told(mesh, "n1", reason, since)
     assert passes(mesh, vip)
@@ -128,18 +128,18 @@ def test_without_a_word_of_the_agent_nothing_new_passes_past_the_lease(mesh: Mes
     before, since = mesh.denied("n1", "lease_expired"), time.time() - 1
     mesh.apply(LEASE)
     try:
-        holder = mesh.program("client", "hold.py", vip, ECHO_PORT, LEASE_S + 3)
+        holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 90)
         assert holder.first_line().startswith("open")
         with kernel.agent_paused():
             assert passes(mesh, vip)
             until(lambda: not passes(mesh, vip), "new connections still pass", LEASE_S + 2)
             assert mesh.curl("client", url)[0] in (0, 503)
             assert holder.popen.poll() is None
-        until(lambda: passes(mesh, vip), "the agent is back, and nothing passes", 3)
-        until(lambda: mesh.curl("client", url)[0] == 200, "the agent is back, and no request passes", 3)
+        until(lambda: passes(mesh, vip), "the agent is back, and nothing passes")
+        until(lambda: mesh.curl("client", url)[0] == 200, "the agent is back, and no request passes")
         assert mesh.denied("n1", "lease_expired") >= before + 2
         told(mesh, "n1", "lease_expired", since)
-        assert holder.report(timeout_s=20)["error"] == ""
+        assert holder.stopped()["error"] == ""
     finally:
         mesh.lab.wait(mesh.lab.delete("MeshConfig", "", "mesh"))
 
@@ -169,7 +169,7 @@ def passes(mesh: Mesh, host: str) -> bool:
 
 def test_a_full_map_denies_what_is_new_and_spares_what_is_open(mesh: Mesh, kernel: Kernel) -> None:
     vip, before, since = kernel.vip("echo"), mesh.denied("n1", "map_full"), time.time() - 1
-    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 5)
+    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 60)
     assert holder.first_line().startswith("open")
     with kernel.full("arriving"):
         with pytest.raises(Refused):
@@ -179,7 +179,7 @@ def test_a_full_map_denies_what_is_new_and_spares_what_is_open(mesh: Mesh, kerne
     assert holder.popen.poll() is None  # it was there all the time
     assert passes(mesh, vip)
     assert mesh.curl("client", f"http://{kernel.vip('web')}:{HTTP_PORT}/")[0] == 200
-    report = holder.report(timeout_s=15)
+    report = holder.stopped()
     assert report["error"] == ""
     assert report["rounds"] > 50
     told(mesh, "n1", "map_full", since)
@@ -191,7 +191,7 @@ def test_a_full_map_denies_what_is_new_and_spares_what_is_open(mesh: Mesh, kerne
 def test_a_corrupt_state_file_is_refused_and_the_kernel_polices_meanwhile(mesh: Mesh, kernel: Kernel) -> None:
     """The stream's snapshots are garbled in tests/nodeagent; here it is the agent's own file."""
     vip = kernel.vip("echo")
-    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 6)
+    holder = mesh.program("client", "hold.py", vip, ECHO_PORT, 90)
     assert holder.first_line().startswith("open")
     with mesh.lab.stopped("n1-agent"):
         path = mesh.lab.paths.agent_state("n1") / "state"
@@ -204,7 +204,7 @@ def test_a_corrupt_state_file_is_refused_and_the_kernel_polices_meanwhile(mesh: 
             mesh.echo("intruder", vip)
         assert mesh.curl("intruder", f"http://{kernel.vip('web')}:{HTTP_PORT}/")[0] == 403
     assert mesh.metric("n1", "pillion_agent_events_total", kind="state_corrupt") == 1
-    assert holder.report(timeout_s=15)["error"] == ""
+    assert holder.stopped()["error"] == ""
     assert passes(mesh, vip)
     with pytest.raises(Refused):
         mesh.echo("intruder", vip)
@@ -265,7 +265,7 @@ def filters_back(mesh: Mesh) -> Iterator[None]:
     """The agent puts the filter back by itself."""
     yield
     veth = mesh.w["far-client"].pod.veth
-    until(lambda: "clsact" in mesh.lab.nodes["n2"].run(["tc", "qdisc", "show", "dev", veth]).stdout, "the filter is off", 30)
+    until(lambda: "clsact" in mesh.lab.nodes["n2"].run(["tc", "qdisc", "show", "dev", veth]).stdout, "the filter is off")
 
 
 @pytest.mark.usefixtures("far_client_allowed")
@@ -317,7 +317,7 @@ def test_a_cut_node_is_dead_within_seconds_even_if_it_ignores_the_cut(mesh: Mesh
     assert knock(mesh, stolen) == "200"
     (agent,) = mesh.lab.pids("n2", "agent")
     revoked, since = mesh.denied("n1", "cert_revoked"), time.time() - 1
-    holder = mesh.program("far-client", "hold.py", "echo.shop.mesh", ECHO_PORT, 20)
+    holder = mesh.program("far-client", "hold.py", "echo.shop.mesh", ECHO_PORT, 90)
     assert holder.first_line().startswith("open")
     assert open_at_echo(mesh)
     try:
@@ -334,13 +334,13 @@ def test_a_cut_node_is_dead_within_seconds_even_if_it_ignores_the_cut(mesh: Mesh
         assert sum(mesh.denied("n1", reason) for reason in reasons) > before
         os.kill(agent, signal.SIGCONT)  # now it hears of the cut, and obeys
         until(lambda: not mesh.lab.answers("n2", "/v1/ready"), "n2 does not notice", 5)
-        assert holder.report(timeout_s=5)["error"]
+        assert holder.report(timeout_s=20)["error"]
     finally:
         os.kill(agent, signal.SIGCONT)
         # Only a new token brings it back; its agent reads it when it is turned away
         token = mesh.lab.controller_api("POST", "/v1/nodes/n2/token", {"ttl_s": 600, "readmit": True})["token"]
         mesh.lab.paths.join_token("n2").write_text(token)
-        until(lambda: member(mesh, "n2"), "n2 is not a member again", 20)
+        until(lambda: member(mesh, "n2"), "n2 is not a member again")
         mesh.lab.wait_enrolled(workload for workload in mesh.w.values() if workload.node == "n2")
     until(lambda: mesh.curl("client", f"http://far.shop.mesh:{HTTP_PORT}/")[0] == 200, "n2 does not serve again")
     until(lambda: mesh.curl("far-client", f"http://web.shop.mesh:{HTTP_PORT}/")[0] == 200, "n2's workloads are not served")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,11 +132,13 @@ def test_readers_that_sleep(noisy: Mesh) -> None:
 def test_a_flood_of_handshakes(noisy: Mesh) -> None:
     before = noisy.denied("n1", "budget_handshakes")
     with quiet_neighbour(noisy, "{handshakesPerSecond: 2}"):
+        began = time.monotonic()
         said = peer_noise(noisy, "handshakes", 60)
+        took = time.monotonic() - began
     # a second's worth and what has come since (a SYN that the cable's filter caught comes again after 1, 2 and 4 s); those that
     # were let in wait, and are limited by their source
     refused = noisy.denied("n1", "budget_handshakes") - before
-    assert said["made"] == 60 and 40 <= refused <= 58
+    assert said["made"] == 60 and min(40, 57 - 2 * took) <= refused <= 58
     assert noisy.metric("n1", "pillion_budget_refused_total", identity=f"{NS}/far-client", reason="budget_handshakes") >= refused
 
 

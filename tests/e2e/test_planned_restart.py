@@ -63,7 +63,7 @@ def test_what_has_no_boundary_lives_through_it(mesh: Mesh, node: str) -> None:
     stream.popen.terminate()
     report = stream.report(20)
     assert report["error"] == "" and report["bytes"] > 0, report
-    until(lambda: workers(mesh, node) == fresh, f"the former generation of {node} does not end", 20)
+    until(lambda: workers(mesh, node) == fresh, f"the former generation of {node} does not end")
 
 
 def test_several_generations_at_once(mesh: Mesh) -> None:

@@ -19,6 +19,7 @@ import uvloop
 from l7proxy.kernel import Kernel, Origin
 from l7proxy.target import Caller
 from l7proxy.worker import Worker
+from lab.pace import PATIENCE
 from mesh import link
 from mesh.link import LocalWorkload
 from mesh.model import (
@@ -40,7 +41,7 @@ from mesh.model import (
 
 NODE_NETNS = 77
 FIELDS_ORIGIN = ("dst", "client", "cgroup", "netns", "workload", "identity", "service", "dst_port", "client_port")
-DEADLINE_S = 5.0
+DEADLINE_S = 5.0 * PATIENCE
 
 
 def wait_for(condition: Callable[[], object], what: str = "condition", deadline_s: float = DEADLINE_S) -> None:

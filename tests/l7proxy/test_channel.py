@@ -72,10 +72,6 @@ async def test_a_read_is_handed_on_in_pieces_while_others_wait(
     loop = asyncio.get_running_loop()
     budgets = Budgets(loop.call_soon)
     loud, other = budgets.of(300, "spiffe://td/ns/a/sa/loud"), budgets.of(301, "spiffe://td/ns/a/sa/other")
-    other.spent, loud.spent = 1e-9, loud.quota * 2
-    assert loud.over()
-    loud.shut = False
-    loud.limit = loud.spent
     reader, sender = Reader(cost_s, other), Reader(0.0, other)
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
@@ -90,9 +86,13 @@ async def test_a_read_is_handed_on_in_pieces_while_others_wait(
 
     look()
     near = TlsChannel(loop, ours, contexts[0], reader, server_side=True)
-    near.meter = loud
     far = TlsChannel(loop, theirs, contexts[1], sender, server_side=False, server_name="x")
     await until(lambda: near.open and far.open)
+    other.spent, loud.spent = 1e-9, loud.quota * 2  # who was at work before a long handshake would count no more
+    assert loud.over()
+    loud.shut = False
+    loud.limit = loud.spent
+    near.meter = loud
     far.send([data])
     far.close()
     await until(lambda: reader.error)

@@ -16,6 +16,7 @@ import pytest
 
 from l7proxy import seccomp
 from l7proxy.confine import DEFAULT_UID, ConfineError, user_ids
+from lab.pace import PATIENCE
 from mesh import link
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +191,7 @@ def test_filter_names_are_all_numbered() -> None:
     assert len(seccomp.program()) // 8 <= 4096  # BPF_MAXINSNS
 
 
-def wait_for(condition: object, what: str, timeout_s: float = 10.0) -> None:
+def wait_for(condition: object, what: str, timeout_s: float = 10.0 * PATIENCE) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, what

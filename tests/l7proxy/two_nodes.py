@@ -17,6 +17,7 @@ from l7proxy.inbound import Inbound
 from l7proxy.target import Caller, DialError, Target
 from l7proxy.tls import Contexts
 from l7proxy.tunnel_pool import Pool
+from lab.pace import PATIENCE
 from mesh.link import Listener, LocalWorkload
 from mesh.model import CONFIG_KEY, Identity, Item, Service, ServicePort, Workload, key_of
 from mesh.model import Config as MeshConfig
@@ -209,7 +210,7 @@ class Collect(asyncio.Protocol):
         return self.transport is not None or self.failure is not None
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 5.0 * PATIENCE) -> None:
     deadline = time.perf_counter() + timeout_s
     while not condition():  # any condition, with a deadline
         assert time.perf_counter() < deadline, "the condition did not come true in time"

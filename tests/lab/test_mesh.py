@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, LabError, cgroups, services
+from lab.pace import PATIENCE
 from tests.conftest import LabFactory
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 30.0 * PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "not within time"

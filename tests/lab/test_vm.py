@@ -61,7 +61,7 @@ def test_commands_have_input_output_and_a_code(vm: VmHandle) -> None:
 def test_what_takes_too_long_dies_there(vm: VmHandle) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         vm.run(["sleep", "7654"], timeout=3)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while vm.run(["pgrep", "-f", "^sleep 7654"]).returncode == 0:
         assert time.monotonic() < deadline
     daemon = vm.run(["sh", "-c", "(sleep 30 >/dev/null 2>&1 &); echo left"])

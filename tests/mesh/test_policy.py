@@ -361,7 +361,7 @@ def test_the_order_of_items_does_not_matter(found, peer, request, default, rando
 
 
 def test_ten_thousand_policies_cost_a_request_what_ten_do():
-    def timed(count):
+    def asked(count):
         many = [
             policy(f"p{index:05}", Action.ALLOW, Rule((Source(principals=(principal("shop", f"c{index}"),)),)))
             for index in range(count)
@@ -369,12 +369,14 @@ def test_ten_thousand_policies_cost_a_request_what_ten_do():
         policies = PolicySet(state(workload(), *many))
         peer = Peer(spiffe("shop", f"c{count - 1}"), 999, "10.0.0.1")
         assert authorize(policies, peer, WEB, GET).rule == f"shop/p{count - 1:05}#0"
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(500):
-                authorize(policies, peer, WEB, GET)
-            best = min(best, time.perf_counter() - start)
-        return best
+        return policies, peer
 
-    assert timed(10_000) < 3 * timed(10)
+    def timed(policies, peer):
+        start = time.thread_time()
+        for _ in range(200):
+            authorize(policies, peer, WEB, GET)
+        return time.thread_time() - start
+
+    many, few = asked(10_000), asked(10)
+    best = [min(turn) for turn in zip(*[(timed(*many), timed(*few)) for _ in range(40)], strict=True)]  # by turns
+    assert best[0] < 3 * best[1]

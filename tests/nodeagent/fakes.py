@@ -21,11 +21,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from lab.pace import PATIENCE
 from mesh import link, snapshot
 from mesh.model import CONFIG_KEY, Config, Identity, State, Workload
 from mesh.snapshot import Versioned
 
-DEADLINE_S = 10.0
+DEADLINE_S = 10.0 * PATIENCE
 
 
 async def until(condition: Callable[[], Any], what: str = "") -> None:

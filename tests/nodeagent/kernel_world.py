@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lab.pace import PATIENCE
 from nodeagent import cgroups
 from nodeagent.datapath_live import Datapath
 
-DEADLINE_S = 10.0
+DEADLINE_S = 10.0 * PATIENCE
 
 
 def sh(*argv: str) -> str:

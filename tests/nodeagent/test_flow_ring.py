@@ -83,6 +83,12 @@ def test_texts_are_merged_by_family() -> None:
     assert len(families["b"].samples) == 6
 
 
+def test_no_label_is_there_twice() -> None:
+    """One such line of one worker, and a reader has nothing of the whole node."""
+    text = merge([({"worker": "0"}, 'a{worker="1"} 1\na{b="1",b="2"} 1\na{b="worker=\\"1\\""} 1\n')])
+    assert text == 'a{b="worker=\\"1\\"",worker="0"} 1\n'
+
+
 READY = Facts(programs={"connect4": True}, revision=3, applied=True, workers={"w0": True})
 
 

@@ -60,6 +60,15 @@ async def test_a_worker_that_does_not_accept_is_waited_for(tmp_path: Path) -> No
     assert await fleet._dial(path) is None
 
 
+async def test_no_worker_stands_for_another(node: Node) -> None:
+    """In metrics and status it is told by its number, which is its socket's."""
+    liar = FakeWorker(node.scratch / "run/proxy/worker-1.sock", index=0)
+    liar.start()
+    node.more.append(liar)
+    await until(lambda: node.agent.fleet.counts["protocol_errors"])
+    assert {worker.name for worker in node.agent.fleet.links.values()} == {"worker-0"}
+
+
 async def test_it_drains_when_a_newer_one_serves_and_not_before(node: Node) -> None:
     """Until then the node is not called ready, though it serves; and what has no newer one is of the same generation."""
     old = node.worker

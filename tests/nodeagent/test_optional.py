@@ -112,6 +112,7 @@ def test_a_pod_whose_own_program_has_our_port_is_told_apart(tmp_path: Path, monk
     result = KernelWork(datapath, "n1", tmp_path / "cg").apply(ev.ApplyKernel(1, 7, known, (pod, host), 1))
     assert not result.serving
     assert {key: text.startswith(KEPT_OUT) for key, text in result.errors.items()} == {pod.spec.key: True, host.spec.key: False}
+    assert all("port 15001 of ::1" in text and "ss -lntup" in text and "Errno" not in text for text in result.errors.values())
     datapath.close()
 
 

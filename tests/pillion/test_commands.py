@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from mesh import yamltree
 from pillion import flows
+from pillion.__main__ import app
 from tests.pillion.conftest import Cli, Fake
 
 SERVICE = """
@@ -50,7 +52,13 @@ def test_nothing_known_is_told_with_a_remedy(cli: Cli) -> None:
     assert done.code == 1
     assert done.err.splitlines() == [
         "error: no controller is known",
-        "  start a lab (pillion lab up) or name one: --controller unix:///run/pillion/controller.sock",
+        "  run this on the controller's machine, or name it (--controller https://HOST:15443); a lab: pillion lab up",
+    ]
+    done = cli("flows")
+    assert done.code == 1
+    assert done.err.splitlines() == [
+        "error: no agent is known here",
+        "  run this on a node, or name its socket (--agent unix:///path/agent.sock); a lab: pillion lab up",
     ]
 
 
@@ -117,6 +125,28 @@ def test_apply_waits_when_asked(cli: Cli, controller: Fake, tmp_path: Path) -> N
     assert cli(*apply).out.endswith("revision 7 in force on every connected node; away: n2\n")
 
 
+def test_a_dry_run_applies_nothing(cli: Cli, controller: Fake, tmp_path: Path) -> None:
+    results = [
+        {"kind": "Service", "namespace": "shop", "name": name, "result": result}
+        for name, result in (("web", "created"), ("api", "configured"), ("old", "unchanged"))
+    ]
+    controller.on("POST /v1/apply", {"revision": 8, "results": []})
+    (tmp_path / "a.yaml").write_text(SERVICE)
+    apply = ("--controller", controller.url, "apply", "-f", tmp_path / "a.yaml", "--dry-run")
+    done = cli(*apply)
+    assert done.code == 1 and "knows of no dry run; nothing was changed" in done.err
+    controller.on("POST /v1/apply/dry-run", {"revision": 7, "results": results})
+    said = "Service shop/web would be created\nService shop/api would be configured\nService shop/old unchanged\n"
+    assert cli(*apply).out == f"{said}nothing was changed, revision 7\n"
+    assert cli(*apply, "-o", "json").json == {"dry_run": True, "revision": 7, "results": results}
+    assert cli(*apply, "--wait").code == 2
+    error = {"file": "a.yaml", "line": 3, "field": "spec.x", "message": "is wrong", "remedy": "right it"}
+    controller.on("POST /v1/apply/dry-run", {"errors": [error]}, 400)
+    done = cli(*apply)
+    assert (done.code, done.err) == (1, "error: a.yaml:3: spec.x: is wrong\n  right it\n")
+    assert {target.split("?")[0] for _, target, _ in controller.asked} == {"/v1/apply/dry-run"}
+
+
 def test_a_bad_resource_is_not_sent(cli: Cli, controller: Fake, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(SERVICE.replace("targetPort: 8080", "targetPort: 99999"))
@@ -168,6 +198,9 @@ def test_get_of_what_is_not_there(cli: Cli, controller: Fake) -> None:
     assert done.code == 1 and "there is no resource 'web'" in done.err and "pillion get all" in done.err
     done = cli("--controller", controller.url, "get", "nonsense")
     assert done.code == 2 and "AuthorizationPolicy" in done.err
+    for slip, meant in (("servces", "Service"), ("polcies", "AuthorizationPolicy"), ("httproutes2", "HTTPRoute")):
+        done = cli("--controller", controller.url, "get", slip)
+        assert done.code == 2 and f"did you mean {meant}?" in done.err, done.err
 
 
 def test_delete_by_name_and_by_file(cli: Cli, controller: Fake, tmp_path: Path) -> None:
@@ -178,6 +211,10 @@ def test_delete_by_name_and_by_file(cli: Cli, controller: Fake, tmp_path: Path) 
     (tmp_path / "a.yaml").write_text(SERVICE)
     assert "Service shop/web deleted" in cli("--controller", controller.url, "delete", "-f", tmp_path / "a.yaml").out
     assert cli("--controller", controller.url, "delete", "svc").code == 2
+    controller.on("DELETE /v1/resources/Service/default/web", {"error": "there is no Service/default/web; look"}, 404)
+    unnamed = cli("--controller", controller.url, "delete", "svc", "web")
+    assert unnamed.code == 1 and "-n NAMESPACE" in unnamed.err and "pillion get Service" in unnamed.err
+    assert "-n NAMESPACE" not in cli("--controller", controller.url, "delete", "svc", "gone", "-n", "shop").err
 
 
 def test_delete_by_file_goes_on_past_what_is_gone(cli: Cli, controller: Fake, tmp_path: Path) -> None:
@@ -195,7 +232,7 @@ def test_delete_by_file_goes_on_past_what_is_gone(cli: Cli, controller: Fake, tm
 
 def test_refusals_carry_the_servers_remedy(cli: Cli, controller: Fake) -> None:
     controller.on("DELETE /v1/resources/Service/default/x", {"error": "there is no x; look elsewhere"}, 404)
-    done = cli("--controller", controller.url, "delete", "svc", "x")
+    done = cli("--controller", controller.url, "delete", "svc", "x", "-n", "default")
     assert (done.code, done.err) == (1, "error: refused (404): there is no x\n  look elsewhere\n")
 
 
@@ -212,6 +249,12 @@ def test_status_of_all(cli: Cli, controller: Fake, agent: Fake) -> None:
     done = cli(*both, "status")
     assert done.code == 1 and "NOT READY" in done.out
     assert "no proxy worker is connected" in done.out and "not attached: connect4" in done.out
+
+
+def test_status_before_any_node_has_joined(cli: Cli, controller: Fake) -> None:
+    controller.on("GET /v1/status", {**STATUS, "nodes": []})
+    done = cli("--controller", controller.url, "status")
+    assert done.code == 0 and "no node has joined yet" in done.err and "pillion node token" in done.err
 
 
 def test_what_a_kernel_lacks_is_told(cli: Cli, agent: Fake) -> None:
@@ -365,7 +408,7 @@ def test_policy_why_decides_here_on_the_controllers_state(cli: Cli, controller: 
     controller.on("GET /v1/state", {"revision": 12, "items": items})
     why = ("--controller", controller.url, "policy", "why", "shop/cli", "shop/web")
     allowed = cli(*why, "GET", "/")
-    assert allowed.code == 0 and "ALLOWED" in allowed.out and "shop/web#0" in allowed.out and "revision     12" in allowed.out
+    assert allowed.code == 0 and allowed.out.startswith("ALLOWED by shop/web#0\n") and "revision     12" in allowed.out
     rules = [{"operations": [{"methods": ["GET"]}]}]
     audit = {"kind": "Policy", "name": "no-get", "namespace": "shop", "action": "AUDIT", "rules": rules, "dry_run": "DENY"}
     controller.on("GET /v1/state", {"revision": 12, "items": {**items, "Policy/shop/no-get": audit}})
@@ -439,7 +482,10 @@ def test_certificates_are_revoked_by_serial(cli: Cli, controller: Fake) -> None:
     assert done.out == f"certificate ab of {WORKLOAD['spiffe']} is revoked, revision 9 in force everywhere\n"
     assert any(target.startswith("/v1/wait?revision=9") for _, target, _ in controller.asked)
     assert cli("--controller", controller.url, "identity", "revoke", "ab", "-o", "json").json == [answer]
-    assert cli("--controller", controller.url, "identity", "revoke", "cd").code == 1
+    controller.on("POST /v1/certificates/cd/revoke", {"error": "this controller issued no certificate cd"}, 404)
+    done = cli("--controller", controller.url, "identity", "revoke", "ab", "cd", "ef")
+    assert done.code == 1 and "certificate ab of" in done.out and "ef" not in controller.asked[-1][1]  # what is done is told
+    assert "issued no certificate cd" in done.err and "pillion identity show" in done.err
 
 
 def test_operators(cli: Cli, controller: Fake, tmp_path: Path) -> None:
@@ -453,7 +499,8 @@ def test_operators(cli: Cli, controller: Fake, tmp_path: Path) -> None:
     assert "PRIVATE KEY" in key.read_text() and key.stat().st_mode & 0o777 == 0o600
     body = json.loads(controller.asked[-1][2])
     assert set(body) == {"csr"} and "PRIVATE" not in body["csr"]
-    assert cli("--controller", controller.url, "operator", "add", "a/b").code == 1
+    slip = cli("--controller", controller.url, "operator", "add", "a/b")
+    assert slip.code == 2 and "'a/b' is not a DNS label" in slip.err
     # Refused: no key is left behind
     assert cli("--controller", controller.url, "operator", "add", "bob", "--out", tmp_path / "bob").code == 1
     assert list((tmp_path / "bob").iterdir()) == []
@@ -474,3 +521,11 @@ def test_wrong_use_is_exit_code_2(cli: Cli, arguments: tuple[str, ...]) -> None:
 def test_run_names_what_is_no_name(cli: Cli, given: tuple[str, ...]) -> None:
     done = cli("run", *given, "--", "true")
     assert done.code == 2 and f"{given[-2]} {given[-1]!r} is not a DNS label".replace("-n ", "--namespace ") in done.err
+
+
+@pytest.mark.parametrize("dashes", [(), ("--",)])
+def test_what_follows_the_program_is_the_programs(dashes: tuple[str, ...]) -> None:
+    """An option of its own must not name another identity than was meant."""
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]  # the app is a group
+    given = command.make_context("run", ["--service", "web", *dashes, "echo", "-n", "hello", "--name", "x"]).params
+    assert (given["command"], given["namespace"], given["name"]) == (["echo", "-n", "hello", "--name", "x"], "default", None)

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from lab import Lab
-from mesh.resources import load
+from lab.pace import PATIENCE
+from mesh.resources import NodeGrant, load
 from pillion.context import chosen
 from pillion.run import cgroup2_mount, is_internet_socket, missing_service
 from tests.pillion.conftest import Cli, Fake
@@ -39,7 +40,7 @@ spec:
 """
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 20.0 * PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "not within time"
@@ -192,6 +193,9 @@ def test_outside_the_grant_nothing_runs(lab: Lab) -> None:
     ]
     done = subprocess.run(start, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 1 and "not granted" in done.stderr and "uid=" not in done.stdout
+    (grant,) = load(done.stderr.split("echo '")[1].split("'")[0])  # what an operator would apply
+    assert isinstance(grant, NodeGrant)
+    assert (grant.spec.node, grant.spec.service_accounts) == ("n1", ["elsewhere/x"])
     assert groups(lab, "n1") == []
 
 

@@ -2,8 +2,8 @@
 kind, rate (of one connection, 0: none), each (requests of one connection, 0: until the time is over), timeout (of one request),
 expected (statuses that are as good as 200)}. `kind`: small, post, mixed. Prints "started"
 when each connection has had WARM answers, then JSON: {ok, wrong: [texts], errors: [[monotonic, connection's number, requests on
-it, text]], failed, doubled, statuses, last_asked (monotonic, of those with 200), slowest_s, opened}. What fails
-goes on anew. SIGTERM ends it at once, with its report."""
+it, text]], of connections that stood first, failed, doubled, statuses, last_asked (monotonic, of those with 200), slowest_s,
+opened}. What fails goes on anew. SIGTERM ends it at once, with its report."""
 
 import asyncio
 import collections
@@ -107,9 +107,8 @@ def stop() -> None:
 async def main() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     await asyncio.gather(*(one(number) for number in range(ask["connections"])))
-    print(
-        json.dumps(said | {"wrong": wrong[:20], "errors": errors[:50], "failed": len(errors), "statuses": statuses}), flush=True
-    )
+    first = sorted(errors, key=lambda error: not error[2])
+    print(json.dumps(said | {"wrong": wrong[:20], "errors": first[:50], "failed": len(errors), "statuses": statuses}), flush=True)
 
 
 asyncio.run(main())

@@ -1,12 +1,13 @@
 """Load on connections that are kept: argv: kind host port connections seconds.
 `stream`: round trips with an echo server; `idle`: an echo connection that only waits for its end; `http`: requests on a
 kept-alive connection; `download`: one response that never ends. What fails is tried again, on a new connection.
-Prints "started" when every connection has worked for a while, then JSON: {"ok": rounds, "last_ok": monotonic seconds,
-"failures": n, "first_failures": [texts]}."""
+Prints "started" when every connection has worked for a while, then, past the seconds or at SIGTERM, JSON: {"ok": rounds,
+"last_ok": monotonic seconds, "failures": n, "first_failures": [texts]}."""
 
 import asyncio
 import collections
 import json
+import signal
 import sys
 import time
 
@@ -60,11 +61,12 @@ async def rounds(number: int, reader: asyncio.StreamReader, writer: asyncio.Stre
                 await step(reader, writer)
         else:
             worked(number)
-            try:
-                async with asyncio.timeout(max(0.0, end - time.monotonic())):
-                    await reader.read(1)
-            except TimeoutError:
+            closed = asyncio.create_task(reader.read(1))
+            await asyncio.wait((closed, over), timeout=max(0.0, end - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
+            if not closed.done():
+                closed.cancel()
                 return
+            closed.result()
             raise Failed("closed")
         worked(number)
         await asyncio.sleep(PAUSE_S)
@@ -96,7 +98,17 @@ async def started() -> None:
     print("started", flush=True)
 
 
+def stop() -> None:
+    global end
+    end = 0.0
+    if not over.done():
+        over.set_result(None)
+
+
 async def main() -> None:
+    global over
+    over = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     tasks = [asyncio.create_task(one(number)) for number in range(connections)]
     first = asyncio.create_task(started())
     await asyncio.gather(*tasks)

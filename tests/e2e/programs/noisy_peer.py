@@ -21,7 +21,7 @@ count = int(number)
 
 def tls() -> ssl.SSLSocket:
     context = peer.certified(Path(state), who)
-    sock = context.wrap_socket(socket.create_connection((host, HBONE_PORT), 5), server_hostname=sni)
+    sock = context.wrap_socket(socket.create_connection((host, HBONE_PORT), 20), server_hostname=sni)
     sock.settimeout(5)
     return sock
 
@@ -42,7 +42,7 @@ def handshakes() -> tuple[int, bool]:
     held, ended = [], 0
     for _ in range(count):
         try:
-            held.append(socket.create_connection((host, HBONE_PORT), 5))
+            held.append(socket.create_connection((host, HBONE_PORT), 20))
         except ConnectionResetError:  # refused before connect() had returned
             ended += 1
     for sock in held:
