@@ -23,6 +23,8 @@ int express(struct sk_msg_md *m)
   tp = to_tcp_sock(sk);
   if (!tp)
     return SK_PASS;
+  if (e->side >= PL_X_LEG_APP)
+    return from_leg(m, e, tp);
   r = record_of(e);
   if (!r) {
     xcount(PL_XR_NO_RECORD);
@@ -88,10 +90,12 @@ static inline u32 moved(void *tp)
  *
  * A segment may begin with bytes that came before: TCP sends again what was dropped, joined to what follows, when a reader
  * is slow. TCP's own recv() passes over them; what moves the segments of a socket in a sockmap moves them whole (seen on
- * 6.18, tcp_read_skb()), and the application would read those bytes twice. Here they are cut off. */
+ * 6.18, tcp_read_skb()), and the application would read those bytes twice. Here they are cut off. A socket that connects again
+ * stays in the sockhash, with other numbers: what is known is not between what was read and what has come. */
 int express_read(struct __sk_buff *skb)
 {
   u32 seq = skb->cb[0], end = skb->cb[1], length = skb->len, again, part; /* struct tcp_skb_cb */
+  u32 read, come;
   u64 cookie = socket_cookie(skb);
   struct pl_xnext *known, fresh = {};
   struct bpf_sock *sk;
@@ -99,11 +103,13 @@ int express_read(struct __sk_buff *skb)
 
   if (end - seq != length && end - seq != length + 1) /* FIN counts as one */
     return SK_PASS;
+  sk = skb->sk;
+  tp = sk ? to_tcp_sock(sk) : NULL;
+  read = tp ? TCP_U32(tp, O_COPIED_SEQ) : 0;
+  come = tp ? TCP_U32(tp, O_RCV_NXT) : 0;
   known = xnexts.lookup(&cookie);
-  if (!known) {
-    sk = skb->sk;
-    tp = sk ? to_tcp_sock(sk) : NULL;
-    fresh.next = tp ? TCP_U32(tp, O_COPIED_SEQ) + moved(tp) : seq;
+  if (!known || (tp && known->next - read > come - read)) {
+    fresh.next = tp ? read + moved(tp) : seq;
     xnexts.update(&cookie, &fresh);
     known = xnexts.lookup(&cookie);
     if (!known)

@@ -68,14 +68,27 @@ static inline void load_less(struct pl_xrecord *r)
     __sync_fetch_and_add(load, -1);
 }
 
-/* It connects again, or wants what redirected bytes can not give it: its pair is over, for good */
+static inline struct pl_xleg *leg_of(struct pl_xend *e)
+{
+  u64 id = *(volatile u64 *)&e->record;
+
+  return id && e->side >= PL_X_LEG_APP ? xlegs.lookup(&id) : NULL;
+}
+
+/* It connects again, or wants what redirected bytes can not give it: its pair or leg is over, for good */
 static inline void leave_express(struct bpf_sock *sk)
 {
   struct pl_xend *e = xends.sk_storage_get(sk, 0, 0);
   struct pl_xrecord *r;
+  struct pl_xleg *l;
 
   if (!e)
     return;
+  l = leg_of(e);
+  if (l) {
+    l->off = 1;
+    return;
+  }
   r = record_of(e);
   if (r)
     r->off = 1;

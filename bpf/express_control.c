@@ -130,6 +130,10 @@ static inline u32 proxy_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_x
     result = PL_XQ_NO_STORAGE;
     goto out;
   }
+  if (e->key) { /* it is or was a leg's: what goes, or waits still, by a leg moves no sequence numbers, by which a pair is latched */
+    result = PL_XQ_PAIRED;
+    goto out;
+  }
   *(volatile u64 *)&e->record = 0;
   BARRIER;
   e->side = side;
@@ -311,47 +315,4 @@ static inline u32 settle_end(struct __sk_buff *skb, struct pl_xop *o, struct pl_
 out:
   release(sk);
   return result;
-}
-
-int express_control(struct __sk_buff *skb)
-{
-  struct pl_xop *o = (void *)(long)skb->data;
-  struct pl_xrecord *r;
-  struct pl_xhead *h;
-  u32 result, place;
-  u64 id;
-
-  if ((void *)(o + 1) > (void *)(long)skb->data_end)
-    return PL_XQ_MALFORMED;
-  if (o->side != PL_X_CLIENT && o->side != PL_X_SERVER)
-    return PL_XQ_MALFORMED;
-  id = o->record;
-  h = xheads.lookup(&id);
-  if (!h)
-    return PL_XQ_NO_RECORD;
-  place = h->place;
-  r = xrecords.lookup(&place);
-  if (!r || r->id != id)
-    return PL_XQ_NO_RECORD;
-  if (o->kind == PL_XK_FORGET) {
-    r->off = 1;
-    load_less(r);
-    return PL_XQ_OK;
-  }
-  if (o->kind == PL_XK_PROGRAM) {
-    r->armed = 0; /* its slots may be other endpoints now: the proxy arms again */
-    BARRIER;
-    r->program = o->program;
-    return PL_XQ_OK;
-  }
-  if (o->slot >= PL_X_SLOTS)
-    return PL_XQ_MALFORMED;
-  if (o->kind == PL_XK_SETTLE)
-    return settle_end(skb, o, r);
-  if (o->kind != PL_XK_ENROL && o->kind != PL_XK_CHECK)
-    return PL_XQ_MALFORMED;
-  result = proxy_end(skb, o, r);
-  if (result != PL_XQ_OK || o->kind == PL_XK_CHECK)
-    return result;
-  return enrol(skb, o, r);
 }

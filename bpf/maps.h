@@ -53,6 +53,7 @@ PL_SK_STORAGE(peers, struct pl_peers);
 PL_SK_STORAGE(xends, struct pl_xend);
 PL_MAP("array", xrecords, u32, struct pl_xrecord, PL_X_RECORDS, 0);
 PL_MAP("hash", xheads, u64, struct pl_xhead, PL_X_RECORDS, PL_SPARSE);
+PL_MAP("hash", xlegs, u64, struct pl_xleg, 32768, PL_SPARSE);
 PL_MAP("array", xloads, u32, u32, PL_X_PROGRAMS * PL_X_SLOTS, 0); /* asked and not answered, by program and slot */
 PL_MAP("percpu_array", counters, u32, u64, PL_COUNTERS, 0);
 PL_MAP("percpu_array", tolds, u32, struct pl_told, 1, 0);

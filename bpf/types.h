@@ -2,7 +2,7 @@
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that both families share code and
  * keys. Ports are in host order (u16). Identities, workload and service ids come from the controller. */
 
-#define PL_SCHEMA 8 /* bumped when any layout or map here changes; the agent refuses pins of another */
+#define PL_SCHEMA 9 /* bumped when any layout or map here changes; the agent refuses pins of another */
 
 #define PL_LEVEL 0x50494c /* private socket option level, "PIL" */
 #define PL_OPT_ORIGIN 1   /* getsockopt on an accepted socket: struct pl_origin */
@@ -177,8 +177,14 @@ struct pl_way { struct pl_veth_key key; u32 taken; };
 #define PL_X_BUCKETS 224
 #define PL_X_NO_SLOT 0xffffffff
 
-/* The four sockets of a pair: the application's and the proxy's towards it, the proxy's and the server's */
-enum pl_xside { PL_X_CLIENT = 1, PL_X_SERVER, PL_X_ACCEPTED, PL_X_UPSTREAM };
+/* The four sockets of a pair: the application's and the proxy's towards it, the proxy's and the server's; the two of a leg */
+enum pl_xside { PL_X_CLIENT = 1, PL_X_SERVER, PL_X_ACCEPTED, PL_X_UPSTREAM, PL_X_LEG_APP, PL_X_LEG_PROXY };
+
+/* xlegs: HASH by id, random and never reused: what the agent forgets goes by TCP from then on. Its memory is given again at once,
+ * while a program may look at it still: nothing here says whose socket gets bytes. An end by the lowest bit of its side. clean:
+ * bit 32 | its rcv_nxt when it was last seen with all read; waiting: what was handed to it since. off: for good */
+struct pl_xlegend { u64 clean; u32 waiting, pad; };
+struct pl_xleg { struct pl_xlegend ends[2]; u32 off, pad; };
 
 /* Where the table goes over eight bytes of a head, as the socket sent them last in that place: from `from` to `to`, with no
  * action on the way. So while the program has this stamp. */
@@ -198,6 +204,7 @@ struct pl_xverdict { u32 name, total; struct pl_xgroup group[4]; };
 struct pl_xend {
   u64 record, key;
   u32 side, slot, settled, place, pad, spare; /* place: of the record */
+  u64 peer; /* of a leg's: the key of the other end */
   u32 reg[8];
   u32 whole, judged;
   u64 saved, tail[2];
@@ -296,12 +303,13 @@ enum pl_xreason {
   PL_XR_EARLY, PL_XR_SURPLUS, PL_XR_UNASKED, PL_XR_STAT_FULL, PL_XR_HANDED, PL_XR_ANSWERED, PL_XR_HEAD_LONG, PL_XR_HEAD_PART,
   PL_XR_SENT_AGAIN, PL_XR_SENT_AGAIN_LOST, /* not of requests: bytes that TCP brought twice, cut off or the connection's end */
   PL_XR_INSIDE,
+  PL_XR_LEG, PL_XR_LEG_UNREAD, PL_XR_LEG_LONG, /* of a leg's messages: handed over, or why not */
   PL_XR_COUNT
 };
 
 /* What the agent asks of express_control.c, and its answers. local, remote: of the proxy's socket; caller: what the server
  * was shown. key: in, for a socket that has none; out, the one it has. */
-enum pl_xop_kind { PL_XK_ENROL = 1, PL_XK_CHECK, PL_XK_FORGET, PL_XK_SETTLE, PL_XK_PROGRAM };
+enum pl_xop_kind { PL_XK_ENROL = 1, PL_XK_CHECK, PL_XK_FORGET, PL_XK_SETTLE, PL_XK_PROGRAM, PL_XK_LEG, PL_XK_SETTLE_LEG };
 struct pl_xop {
   u32 kind, side;
   u64 record, key;
@@ -312,7 +320,7 @@ struct pl_xop {
 enum pl_xresult {
   PL_XQ_MALFORMED = 64, PL_XQ_OK, PL_XQ_NO_RECORD, PL_XQ_NO_PROXY_SOCKET, PL_XQ_NO_APP_SOCKET, PL_XQ_NOT_ESTABLISHED,
   PL_XQ_NOT_THE_PROXYS, PL_XQ_NOT_CAPTURED, PL_XQ_IDENTITY, PL_XQ_CALLER, PL_XQ_LOWAT, PL_XQ_ULP, PL_XQ_NO_STORAGE, PL_XQ_REFUSED,
-  PL_XQ_NOT_YET, PL_XQ_MOVED, PL_XQ_UNREAD, PL_XQ_PEEK_OFF, PL_XQ_ZEROCOPY,
+  PL_XQ_NOT_YET, PL_XQ_MOVED, PL_XQ_UNREAD, PL_XQ_PEEK_OFF, PL_XQ_ZEROCOPY, PL_XQ_PAIRED,
 };
 
 /* Only so that the compiler describes what no map's key or leaf names */
@@ -333,7 +341,7 @@ _Static_assert(sizeof(struct pl_conn) == 64, "pl_conn");
 _Static_assert(sizeof(struct pl_event) == 72, "pl_event");
 _Static_assert(sizeof(struct pl_peer) == 68 && sizeof(struct pl_peers) == 8 + PL_PEERS * 68, "pl_peer");
 _Static_assert(PL_R_COUNT <= PL_COUNTERS, "counters");
-_Static_assert(sizeof(struct pl_xend) == 144 + PL_X_HEAD_BYTES + 8 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
+_Static_assert(sizeof(struct pl_xend) == 152 + PL_X_HEAD_BYTES + 8 * PL_X_STEPS && sizeof(struct pl_xslot) == 48, "pl_xend, pl_xslot");
 _Static_assert(sizeof(struct pl_xthread) == 64 && sizeof(struct pl_xrecord) == 704, "pl_xrecord");
 _Static_assert(sizeof(struct pl_xview) == 1024 && sizeof(struct pl_xarm) == 32, "pl_xview, pl_xarm");
 _Static_assert(sizeof(struct pl_xrow) == 520 && sizeof(struct pl_xprogram) == 72, "pl_xrow, pl_xprogram");

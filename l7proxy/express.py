@@ -24,6 +24,7 @@ UNSETTLED_TIMES = 4
 ANSWER_BYTES_MAX = 256 << 10  # PL_X_BUDGET_BYTES: the kernel carries no longer one
 FLAG_OFF = 1  # PL_XF_OFF: the application asked of its socket what this path can not keep
 FLAG_INSIDE, FLAG_TORN, FLAG_ANSWERING = 4, 8, 16  # PL_XF_INSIDE, PL_XF_TORN, PL_XF_ANSWERING
+LEG_NEW, LEG_WANTED, LEG_REFUSED, LEG_ASKED, LEG_MADE = range(5)  # `leg` of a connection; below: by a look of l7proxy/legs.py
 
 
 class View(msgspec.Struct, frozen=True, gc=False):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from l7proxy import capture
 from l7proxy.config import Config, Destination, Endpoint
-from l7proxy.express import View
+from l7proxy.express import LEG_ASKED, View
 from l7proxy.express_asking import PAIRED, Asking
 from l7proxy.express_ends import UpstreamEnd, descriptor
 from l7proxy.express_session import Newcomer, Pair
@@ -82,6 +82,7 @@ class Desk:
         worker = self.worker
         return (
             session.scope.express
+            and session.leg < LEG_ASKED
             and len(self.asks) < PAIR_ASKS_MAX
             and session.scope.config is worker.config
             and not session.ending

@@ -11,7 +11,7 @@ from l7proxy.budget import Account
 from l7proxy.budgeted import LOST_S, PARKED_S, Budgeted, put_off, waiting
 from l7proxy.config import Endpoint
 from l7proxy.errors import Reply, denied, reply
-from l7proxy.express import ANSWER_BYTES_MAX
+from l7proxy.express import ANSWER_BYTES_MAX, LEG_ASKED, LEG_NEW, LEG_WANTED
 from l7proxy.http1.added import with_headers
 from l7proxy.http1.exchange import BODY, CLOSED, IDLE, RAW
 from l7proxy.http1.head import RequestHead
@@ -33,7 +33,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
     """One client connection that carries HTTP. ``source_netns``: see `Target`."""
 
     __slots__ = (
-        "account", "caller", "candidate", "exchanges", "heard", "holds", "late", "late_eof", "lost", "metered", "pair",
+        "account", "caller", "candidate", "exchanges", "heard", "holds", "late", "late_eof", "leg", "lost", "metered", "pair",
         "plan", "scope", "since", "sockets", "source_netns", "started", "transport", "tried", "upstream", "worker",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         self.tried: list[Endpoint] = []
         self.started = self.since = self.heard = 0.0  # of this exchange; the end of the first one; the last read
         self.exchanges = 0  # until it is paired
+        self.leg = LEG_NEW
         self.lost = False
         self.account = worker.budgets.of(caller.identity, caller.spiffe)
         self.metered = not scope.inbound  # a tunnel is metered as a whole
@@ -115,7 +116,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         started = perf_counter()
-        self.lost, self.late = True, None
+        self.lost, self.late, self.rest = True, None, None
         self.worker.sessions.discard(self)
         self.client_lost()
         newcomer = self.worker.express.newcomer
@@ -173,6 +174,8 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         """429, and what else this client has to say is not read for a moment."""
         if account.overfull:
             account.refuse("budget_bytes")
+        if self.leg == LEG_WANTED:  # the agent's answer would end that moment
+            self.leg = LEG_NEW
         self.refuse(reply("budget_bytes" if account.overfull else "budget_requests", keep=not self.pending))
         if not self.lost and self.rq == IDLE:
             self.transport.pause_reading()
@@ -334,7 +337,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        return super().idle and (self.pair is None or self.pair.quiet)
+        return super().idle and self.leg != LEG_ASKED and (self.pair is None or self.pair.quiet)
 
     def end(self) -> None:
         if self.pair is not None and self.pair.bequeath():

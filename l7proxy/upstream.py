@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from l7proxy.budget import Account
 from l7proxy.budgeted import put_off
 from l7proxy.config import Endpoint
+from l7proxy.express import LEG_NEW
 from l7proxy.local_dial import LocalDial
 from l7proxy.target import Caller, DialError, Target
 from l7proxy.transport import SocketTransport
@@ -99,6 +100,7 @@ class UpstreamConnection(asyncio.Protocol):
         "idle_since",
         "late",
         "late_eof",
+        "leg",
         "lost",
         "pool",
         "reader_paused",
@@ -120,6 +122,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.full = False  # the server reads slowly
         self.late: bytes | None = None  # came when the caller's turn was over
         self.idle_since = self.heard = 0.0  # heard: the last read
+        self.leg = LEG_NEW
         self.counted = True
         pool.open += 1
         pool.account.descriptors += 1

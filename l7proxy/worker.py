@@ -27,6 +27,7 @@ from l7proxy.http1.head import Heads
 from l7proxy.kernel import Kernel
 from l7proxy.learn import Learned
 from l7proxy.lease import Lease
+from l7proxy.legs import Legs
 from l7proxy.linkserver import LinkServer
 from l7proxy.metrics import Metrics, known_reason
 from l7proxy.opaque import Relay
@@ -98,6 +99,7 @@ class Worker:
         self._scopes: dict[tuple[object, ...], Scope] = {}
         self.express = Desk(self)
         self.hears: list[Callable[[link.Message], bool]] = [self.lease.hear, self.express.hear]
+        self.legs = Legs(self)
         self.agent = LinkServer(self, listen)
         self.ending = Ending(self, self._drained)
         self._stopped: asyncio.Event | None = None
@@ -181,6 +183,7 @@ class Worker:
         self.ending.linked()
         self.stock.relink()
         self.express.relinked()
+        self.legs.relinked()
 
     def handle(self, message: link.Message, fds: list[int]) -> None:
         """One message; takes over its descriptors."""

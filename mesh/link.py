@@ -15,6 +15,8 @@ FRAME_BYTES_MAX = 64 << 20  # a whole snapshot at the planned scale fits
 FRAME_FDS_MAX = 128  # the kernel takes 253 in one sendmsg
 PAIR_ENDS_MAX = 8  # upstreams of one paired session
 PAIR_ASKS_MAX = 32  # Pairs of one worker under way at once
+LEG_ASKS_MAX = 32  # Legs of one worker under way at once
+LEG_ANSWER_S = 1.0
 _HEADER = struct.Struct("!II")
 
 
@@ -135,6 +137,15 @@ class Takeover(Base, frozen=True, tag="takeover"):
     slots: tuple[int, ...]  # of each upstream
 
 
+class Legged(Base, frozen=True, tag="legged"):
+    """The answer to Leg, exactly one to each; not ``ok``: all goes by TCP, as ever. At any other time, and not
+    ``ok``: that one is over."""
+
+    number: int
+    ok: bool
+    reason: str = ""  # of a refusal, from a closed list
+
+
 class Granted(Base, frozen=True, tag="granted"):
     """The answer to Grant; ``reason`` of a refusal, from a closed list, "" for what is open now."""
 
@@ -194,6 +205,22 @@ class Unpair(Base, frozen=True, tag="unpair"):
     """The agent forgets the record and closes its duplicates; nothing is answered. An unknown session is no fault."""
 
     session: int
+
+
+class Leg(Base, frozen=True, tag="leg"):
+    """Asks that the kernel hands over, without TCP between them, what the worker and the application at the other end of one
+    connection say to each other. Descriptor: the worker's socket. Nothing is written on it from before this is sent until
+    Legged, or for LEG_ANSWER_S. It ends with the connection; the worker says Unleg."""
+
+    number: int  # worker << 48 | number; no other worker or life of a worker uses it
+    workload: str  # item key of the application's
+    dialled: bool  # by the worker, to a server; else it was accepted from a client
+
+
+class Unleg(Base, frozen=True, tag="unleg"):
+    """From now on all goes by TCP; nothing is answered. An unknown number is no fault."""
+
+    number: int
 
 
 class Grant(Base, frozen=True, tag="grant"):
@@ -256,8 +283,9 @@ class Flow(Base, frozen=True, tag="flow"):
 
 
 Message = (
-    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Granted | Scrape | Drain
-    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Grant | Leaving | Left | Drained | Metrics
+    Hello | Update | Listener | CloseListener | Stock | Svid | DropSvid | Lease | Paired | Takeover | Legged | Granted | Scrape
+    | Drain
+    | Ready | Ack | Nack | NeedStock | Pair | Unpair | Leg | Unleg | Grant | Leaving | Left | Drained | Metrics
     | Flow
 )  # fmt: skip
 

@@ -15,10 +15,11 @@ from typing import Any
 import structlog
 
 from mesh import link
-from mesh.link import Paired, Takeover
+from mesh.link import Legged, Paired, Takeover
 from mesh.model import State
 from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express_ledger import Ledger
+from nodeagent.express_legs import Legs
 from nodeagent.express_pairs import Pairs
 from nodeagent.express_path import ExpressPath
 from nodeagent.express_programs import Program, Programs, View
@@ -57,6 +58,7 @@ class Express:
         self.probes: dict[str, str] = {}
         self._programs: Programs | None = None
         self._pairs: Pairs | None = None
+        self._legs: Legs | None = None
 
     @property
     def on(self) -> bool:
@@ -87,6 +89,7 @@ class Express:
             self._count_lost(path, pairs, found)
             taken = {int(fields["program"]) for fields in found.values() if fields}
             self._programs, self._pairs = Programs(path, pairs.moved, taken), pairs
+            self._legs = Legs(path, self._datapath, self._wish)
         except (DatapathError, OSError) as error:
             path.close()
             self.why = str(error)
@@ -136,6 +139,8 @@ class Express:
         view = View(state, generation, local)
         programs.move(view)
         pairs.review(view)
+        if self._legs is not None:
+            self._legs.review(view)
 
     def revoked(self, spiffes: frozenset[str]) -> None:
         """Identities whose certificate was taken back: what is paired for them, or with them, is so no more."""
@@ -193,6 +198,16 @@ class Express:
             self._submit(self._left, worker, message.session)
         elif isinstance(message, link.Unpair):
             self._submit(self._unpair, worker, message.session)
+        elif isinstance(message, link.Unleg):
+            self._submit(self._unleg, worker, message.number)
+        elif isinstance(message, link.Leg):
+            refusal = "off" if not self.on else "malformed" if len(fds) != 1 else "busy" if self._waiting >= QUEUE_MAX else ""
+            if refusal:
+                close_all(fds)
+                self._fleet.tell(worker, Legged(message.number, False, refusal))
+            else:
+                self._waiting += 1
+                self._submit(self._leg, worker, message, fds)
         elif not self.on or self._waiting >= QUEUE_MAX:
             close_all(fds)
             self._fleet.tell(worker, Paired(message.session, False, reason="off" if not self.on else "busy", lasting=not self.on))
@@ -210,7 +225,25 @@ class Express:
         finally:
             self._soon(self._answer, worker, answer)
 
-    def _answer(self, worker: str, answer: Paired) -> None:
+    def _leg(self, worker: str, message: link.Leg, fds: list[int]) -> None:
+        answer = Legged(message.number, False, "failed")
+        try:
+            if self._legs is not None and self._programs is not None:
+                answer = self._legs.join(self._programs.view, worker, message, fds)
+            else:
+                close_all(fds)
+        finally:
+            self._soon(self._answer, worker, answer)
+
+    def _unleg(self, worker: str, number: int) -> None:
+        if self._legs is not None:
+            self._legs.part(worker, number)
+
+    def _lost(self, worker: str) -> None:
+        if self._legs is not None:
+            self._legs.lost(worker)
+
+    def _answer(self, worker: str, answer: Paired | Legged) -> None:
         self._waiting -= 1
         self._fleet.tell(worker, answer)
 
@@ -218,7 +251,7 @@ class Express:
         if self._pairs is not None:
             self._pairs.unpair(worker, session)
 
-    def _wish(self, worker: str, wish: Paired) -> None:
+    def _wish(self, worker: str, wish: Paired | Legged) -> None:
         self._soon(self._fleet.tell, worker, wish)
 
     def _soon(self, call: Callable[..., None], *arguments: object) -> None:
@@ -248,6 +281,7 @@ class Express:
     def worker_down(self, worker: str) -> None:
         if self._pairs is not None:
             self._submit(self._pairs.orphan, worker, time.monotonic())
+            self._submit(self._lost, worker)
 
     def worker_ready(self, worker: str) -> None:
         """Equipped: it may go on with what a former one left."""
@@ -307,6 +341,7 @@ class Express:
         counters = self.path.counters() if self.path else {}
         carried = counters.pop("carried", 0)
         counters.pop("answered", 0)
+        legs = {name: counters.pop(name, 0) for name in ("leg", "leg_unread", "leg_long")}
         return {
             "on": self.on,
             "why": self.why,
@@ -314,9 +349,14 @@ class Express:
             "programs": [_program(program) for program in programs],
             "pairs": len(self._pairs.all) if self._pairs else 0,
             "carried": {"requests": carried, "punted": {name: count for name, count in counters.items() if count}},
-            "asked": dict(self._pairs.counts) if self._pairs else {},
+            "asked": self._asked(),
+            "legs": {"open": len(self._legs.all) if self._legs else 0, "messages": legs},
             "top": top(programs, self.path.stats()) if self.path else [],
         }
+
+    def _asked(self) -> dict[str, int]:
+        """What workers asked for, and what became of it."""
+        return {**(self._pairs.counts if self._pairs else {}), **(self._legs.counts if self._legs else {})}
 
     async def metrics(self) -> str:
         """Prometheus text."""
@@ -330,7 +370,7 @@ class Express:
             programs,
             path.stats() if path else {},
             path.counters() if path else {},
-            pairs.counts if pairs else {},
+            self._asked(),
             len(pairs.all) if pairs else 0,
             self.on,
             self.probes,

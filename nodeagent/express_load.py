@@ -15,7 +15,7 @@ from nodeagent.maps import MAPPABLE, BpfMap, MapType
 
 FILES = (
     "types.h", "maps.h", "common.h", "express.h", "express_map.h", "express_match.h", "express_choice.h", "express_client.h",
-    "express_server.h", "express.c", "express_control.c",
+    "express_server.h", "express_leg.h", "express.c", "express_control.c", "express_leg_control.c",
 )  # fmt: skip
 SK_MSG, SCHED_CLS, SK_SKB = 16, 3, 14  # BPF_PROG_TYPE_*
 MSG_VERDICT, SKB_VERDICT = 7, 38  # BPF_SK_*: attach types
@@ -26,7 +26,7 @@ ATTACHED = (
     ("xprobereads", "read", SKB_VERDICT),
 )
 ROWS = {"xrows": 512, "xacts": 4}  # bytes of a state
-DESCRIBED = ("xrecords", "xheads", "xends", "xprograms", "xverdicts", "xstats", "shapes")
+DESCRIBED = ("xrecords", "xheads", "xlegs", "xends", "xprograms", "xverdicts", "xstats", "shapes")
 
 
 def flags() -> list[str]:

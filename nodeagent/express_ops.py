@@ -45,6 +45,7 @@ class Enrolment(NamedTuple):
     workload: int = 0
     port: int = 0
     caller: tuple[str, int] = ("0.0.0.0", 0)
+    leg: bool = False  # of itself alone: ``record`` is a leg's
 
 
 class _Opts(ctypes.Structure):
@@ -158,7 +159,7 @@ class Operations:
 
     def _enrol(self, netns_fd: int, enrolment: Enrolment, future: Future[tuple[str, int]]) -> None:
         try:
-            result = self._on_sockets("ENROL", netns_fd, enrolment)
+            result = self._on_sockets("LEG" if enrolment.leg else "ENROL", netns_fd, enrolment)
             if result[0] == OK:
                 self._later(SETTLE_FIRST_S, 0, os.dup(netns_fd), enrolment, lambda: future.set_result(result))
             else:
@@ -173,7 +174,7 @@ class Operations:
     def _settle(self, waiting: _Unsettled) -> None:
         """Raises nothing: who waits for the enrolment hears of it, and the thread goes on."""
         try:
-            result, _ = self._on_sockets("SETTLE", waiting.netns, waiting.enrolment)
+            result, _ = self._on_sockets("SETTLE_LEG" if waiting.enrolment.leg else "SETTLE", waiting.netns, waiting.enrolment)
             if result == "not_yet":
                 looks = waiting.looks + 1
                 pause = min(2 * waiting.pause, SETTLE_BUSY_S if looks < SETTLE_YOUNG else SETTLE_LAST_S)

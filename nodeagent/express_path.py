@@ -27,7 +27,7 @@ from nodeagent.maps import close_all, open_all
 
 __all__ = ["OK", "Enrolment", "ExpressPath", "Stat", "Verdict", "bucket_floor_ns", "duplicate", "ends"]
 
-MAPS = ("xrecords", "xheads", "xprograms", "xbuckets", "xloads", "xrows", "xacts", "xverdicts", "xstats", "xcounters")
+MAPS = ("xrecords", "xheads", "xlegs", "xprograms", "xbuckets", "xloads", "xrows", "xacts", "xverdicts", "xstats", "xcounters")
 ROW_FIRST = 2  # states 0 and 1 of each block have no row
 NEXT_BYTES, ACTION_BYTES = 512, 4  # of a row: its edges, and behind them its action
 SAMPLE_ALL = 65536  # `sample` is so many of these
@@ -97,7 +97,9 @@ class ExpressPath:
 
     def _start_afresh(self) -> None:
         """A former agent's programs and verdicts are void: its tables are ours to overwrite, its numbers ours to give again,
-        so what it counted under them is nobody's. Its records stay."""
+        so what it counted under them is nobody's. Its records stay, its legs do not: workers ask anew."""
+        for leg in list(self._maps["xlegs"]):
+            self._maps["xlegs"].delete(leg)
         layout = self._layouts["pl_xprogram"]
         for index in range(self._maps["xprograms"].entries_max):
             key = _U32.pack(index)
@@ -237,6 +239,16 @@ class ExpressPath:
         """-1: there is no such record."""
         raw = self._maps["xheads"].get(_U64.pack(record))
         return -1 if raw is None else int(_U32.unpack_from(raw)[0])
+
+    def create_leg(self) -> int:
+        """A leg without sockets; its id. Raises MapFull."""
+        leg = secrets.randbits(63) | 1
+        self._maps["xlegs"].put(_U64.pack(leg), bytes(self._layouts["pl_xleg"].size))
+        return leg
+
+    def forget_leg(self, leg: int) -> None:
+        """From now on everything of its sockets goes by TCP."""
+        self._maps["xlegs"].delete(_U64.pack(leg))
 
     def enrol(self, netns_fd: int, enrolment: Enrolment) -> tuple[str, int]:
         """`enrol_all` of one."""

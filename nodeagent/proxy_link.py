@@ -42,7 +42,7 @@ STOCK_INITIAL = 32  # for each netns and family
 METRICS_CHARS_MAX = 16 << 20
 
 
-Asked = link.Pair | link.Unpair | link.Leaving | link.Left
+Asked = link.Pair | link.Unpair | link.Leg | link.Unleg | link.Leaving | link.Left
 
 
 class FleetHandler(Protocol):
@@ -181,7 +181,7 @@ class ProxyFleet:
                 close_all(fds)
                 self.counts["protocol_errors"] += 1
                 worker.close("spoke before it was ready")
-            case link.Pair() | link.Unpair() | link.Leaving() | link.Left():
+            case link.Pair() | link.Unpair() | link.Leg() | link.Unleg() | link.Leaving() | link.Left():
                 self._handler.express_asked(worker.name, message, fds)
                 if isinstance(message, link.Leaving):
                     self._leaves(worker, message.seconds)

@@ -135,7 +135,7 @@ class WorkerLink:
             for message, its_fds in messages:
                 if self.closed.done():
                     close_all(its_fds)
-                elif isinstance(message, link.Pair):
+                elif isinstance(message, (link.Pair, link.Leg)):
                     self._on_message(self, message, its_fds)
                 else:
                     close_all(its_fds)  # a worker has no others to give

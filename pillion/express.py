@@ -21,7 +21,7 @@ app = typer.Typer(help="HTTP in the kernel, between workloads of one node.", no_
 
 INTERVAL_S = 1.0
 WAIT_S = 30.0
-NODES = ("NODE", "EXPRESS", "PAIRS", "REQUESTS", "PUNTED", "WHY")
+NODES = ("NODE", "EXPRESS", "PAIRS", "REQUESTS", "PUNTED", "LEGS", "WHY")
 PROGRAMS = ("NODE", "SERVICE", "PORT", "SOURCE", "STATES", "CARRIED BY")
 TOP = ("NODE", "SOURCE", "SERVICE", "RULE", "KERNEL", "KERNEL/S", "PROXY", "P50", "P99")
 MESH: dict[str, Any] = {"apiVersion": "mesh.pillion.dev/v1alpha1", "kind": "MeshConfig", "metadata": {"name": "mesh"}, "spec": {}}
@@ -60,7 +60,17 @@ def status(node: NodeOption = None, form: FormatOption = Format.TABLE) -> None:
         carried = report.get("carried", {})
         punted = " ".join(f"{reason}:{count}" for reason, count in sorted(carried.get("punted", {}).items()))
         on = {True: "on", False: "off", None: "unknown"}[report["on"]]
-        rows.append((name, on, report.get("pairs", 0), carried.get("requests", 0), punted, report.get("why")))
+        rows.append(
+            (
+                name,
+                on,
+                report.get("pairs", 0),
+                carried.get("requests", 0),
+                punted,
+                report.get("legs", {}).get("open", 0),
+                report.get("why"),
+            )
+        )
     output.table(NODES, rows)
     failed = [
         (name, probe, seen)

@@ -16,7 +16,7 @@ from nodeagent.loader.layouts import layout_of, name_of, nested
 
 MAPS = (
     "config", "members", "sources", "dests", "backends", "policy", "listeners", "dials", "egress", "grants", "arriving", "usage",
-    "datagrams", "origins", "callers", "conns", "peers", "xends", "xrecords", "xheads", "xloads", "counters", "events",
+    "datagrams", "origins", "callers", "conns", "peers", "xends", "xrecords", "xheads", "xlegs", "xloads", "counters", "events",
     "shapes",
 )  # fmt: skip
 WITHOUT_LAYOUT = ("events",)  # its records are struct pl_event

@@ -65,7 +65,8 @@ CUT_UNTOLD = Mutant(
     "a cut is pushed to every node",
     (
         "controller/registry.py",
-        "        self._cut.add(node)\n        self._fresh |= self._index.by_node.get(node, set())\n        self.revoked.update(revoked)\n"
+        "        self._cut.add(node)\n        self._fresh |= self._index.by_node.get(node, set())\n"
+        "        self.revoked.update(revoked)\n"
         "        return await self._seen(revision)\n",
         "        return revision\n",
     ),

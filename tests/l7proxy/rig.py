@@ -145,7 +145,7 @@ class FakeKernel(Kernel):
 
 
 class Agent:
-    """The other end of the link: answers NeedStock, keeps the rest."""
+    """The other end of the link: answers NeedStock, keeps the rest; of what has descriptors, only who asks for them."""
 
     def __init__(self, path: str, *, listen: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -153,6 +153,7 @@ class Agent:
         self.decoder = link.Decoder()
         self.messages: list[link.Message] = []
         self.on_pair: Callable[[link.Pair, list[int]], None] | None = None  # gets the descriptors
+        self.on_leg: Callable[[link.Leg, list[int]], None] | None = None  # the same
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.stocked = True
@@ -182,6 +183,8 @@ class Agent:
             for message, its_fds in self.decoder.feed(data, fds):
                 if isinstance(message, link.Pair) and self.on_pair is not None:
                     self.on_pair(message, its_fds)
+                if isinstance(message, link.Leg) and self.on_leg is not None:
+                    self.on_leg(message, its_fds)
                 if isinstance(message, link.NeedStock) and self.stocked:
                     try:
                         self.stock(message)
@@ -267,7 +270,7 @@ class Rig:
     def relink(self) -> None:
         """The agent dials again."""
         old, self.agent = self.agent, Agent(self.path, listen=False)
-        self.agent.on_pair = old.on_pair
+        self.agent.on_pair, self.agent.on_leg = old.on_pair, old.on_leg
         self.agent.listen()  # whoever answers by `self.agent` means this one
         old.close()
         self.agent.send(link.Hello("n1", "16s", FIELDS_ORIGIN, "16s", ()))

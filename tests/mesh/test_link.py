@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh import link
-from mesh.link import Ack, Decoder, LinkError, Listener, Scrape, Svid, Update, encode
+from mesh.link import Ack, Decoder, Leg, Legged, LinkError, Listener, Scrape, Svid, Unleg, Update, encode
 from tests.mesh.build import state, workload
 
 MESSAGES = [
@@ -12,20 +12,23 @@ MESSAGES = [
     (Svid("spiffe://mesh.local/ns/shop/sa/web", "PEM", "0a", 1.5), 1),
     (Scrape(), 0),
     (Ack(3, "ab"), 0),
+    (Leg(1 << 48 | 5, "Workload/shop/x", True), 1),
+    (Unleg(1 << 48 | 5), 0),
+    (Legged(1 << 48 | 5, False, "busy"), 0),
 ]
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
 def test_messages_and_their_descriptors_survive_any_split(sizes):
     stream = b"".join(encode(message, nfds) for message, nfds in MESSAGES)
-    decoder, seen, fds = Decoder(), [], [7, 8]
+    decoder, seen, fds = Decoder(), [], [7, 8, 9]
     position = index = 0
     while position < len(stream):
         size = sizes[index % len(sizes)]
         seen += decoder.feed(stream[position : position + size], fds if position == 0 else [])
         position, index = position + size, index + 1
     assert [message for message, _ in seen] == [message for message, _ in MESSAGES]
-    assert [own for _, own in seen] == [[], [7], [8], [], []]
+    assert [own for _, own in seen] == [[], [7], [8], [], [], [9], [], []]
     assert decoder.take_fds() == []
 
 

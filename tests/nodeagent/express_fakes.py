@@ -32,6 +32,8 @@ class Kernel:
         self.installed: list[Table] = []
         self.released: list[int] = []
         self.records: dict[int, tuple[int, int]] = {}
+        self.legs: list[int] = []
+        self.legs_ever = 0
         self.enrolled: list[tuple[int, Enrolment]] = []
         self.refuse: dict[str, str] = {}
         self.standing = "ok"
@@ -73,6 +75,17 @@ class Kernel:
     def enrol_all(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]:
         self.enrolled += [(place_of(netns_fd), enrolment) for netns_fd, enrolment in items]
         return [(self.refuse.get(enrolment.side, "ok"), 1) for _, enrolment in items]
+
+    def create_leg(self) -> int:
+        self.legs_ever += 1
+        self.legs.append(7000 + self.legs_ever)
+        return self.legs[-1]
+
+    def forget_leg(self, leg: int) -> None:
+        self.legs.remove(leg)
+
+    def enrol(self, netns_fd: int, enrolment: Enrolment) -> tuple[str, int]:
+        return self.enrol_all([(netns_fd, enrolment)])[0]
 
     def check(self, netns_fd: int, enrolment: Enrolment) -> str:
         assert place_of(netns_fd)

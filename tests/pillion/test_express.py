@@ -21,6 +21,7 @@ REPORT: dict[str, Any] = {
         {"service": "shop/api", "port": 80, "source": "shop/client", "states": 0, "reason": "regex_too_large: 5000 states"},
     ],
     "pairs": 3,
+    "legs": {"open": 12, "messages": {"leg": 500}},
     "carried": {"requests": 1000, "punted": {"head_too_long": 2, "body": 40}},
     "top": [
         {"source": "shop/client", "service": "shop/web", "rule": "shop/web#0", "kernel": 900, "p50_us": 12, "p99_us": 2400},
@@ -49,7 +50,7 @@ def test_status(cli: Cli, agent: Fake) -> None:
     agent.on("GET /v1/express", REPORT)
     done = cli("--agent", agent.url, "express", "status")
     assert done.code == 0, done.err
-    assert ["n1", "on", "3", "1000", "body:40", "head_too_long:2", "-"] in rows(done.out)
+    assert ["n1", "on", "3", "1000", "body:40", "head_too_long:2", "12", "-"] in rows(done.out)
     assert "fin_order" in done.out and "before 12 bytes" in done.out and "fionread" not in done.out
     assert ["n1", "shop/web", "80", "shop/client", "412", "kernel"] in rows(done.out)
     assert "regex_too_large: 5000 states" in done.out
