@@ -61,6 +61,7 @@ MESSAGES: tuple[link.Message, ...] = (
     link.Flow(1.0, "denied", "r"),
     link.Pair(1 << 48, "Service/shop/web", 80, "Workload/shop/a", (link.PairEnd("Workload/shop/b", 8080),)), link.Unpair(1 << 48),
     link.Leaving(), link.Leaving(600.0), link.Left(1 << 48), link.Drained(3),
+    link.Leg(1 << 48, "Workload/shop/a", True), link.Unleg(1 << 48), link.Legged(1 << 48, False, "lowat"),
     link.Paired(1, True, (0, -1), (link.PairEnd("Workload/shop/c", 1),)),
     link.Takeover(2, "Service/shop/web", 80, "Workload/shop/a", (link.PairEnd("Workload/shop/b", 8080),), (0,)),
     link.Grant(1, 2, ("127.0.0.1", 4711), "udp", "api.bank.test", ("93.184.215.14", "2606:2800::14"), 60.0),
