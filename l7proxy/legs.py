@@ -85,10 +85,18 @@ class Legs:
 
     def _may(self, session: HttpSession) -> bool:
         """Its requests go to other nodes, as far as one sees: what stays on this one, the kernel may carry as a whole."""
-        candidate = session.candidate
-        here = session.exchanges > 0 if candidate is None else candidate.endpoint.local  # exchanges: of this node's endpoints
-        newcomer = session.pair is None or session.pair is self._worker.express.newcomer
-        return session.metered and newcomer and not here and not session.ending and self._wanted(session.caller.workload or "")
+        candidate, pair, worker = session.candidate, session.pair, self._worker
+        newcomer = pair is worker.express.newcomer
+        near = session.exchanges > 0 or not newcomer if candidate is None else candidate.endpoint.local  # as far as one sees
+        service = worker.config.services.get(session.scope.destination.service)
+        return (
+            session.metered
+            and (newcomer or pair is None)
+            and not near
+            and not session.ending
+            and (service is None or service.express == "auto")
+            and self._wanted(session.caller.workload or "")
+        )
 
     def _from_afar(self, pool: Pool) -> bool:
         config = self._worker.config

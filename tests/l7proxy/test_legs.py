@@ -228,12 +228,14 @@ def test_between_two_exchanges_it_is_busy_still(work: Legwork, talk: Talk) -> No
     talk.rest()
 
 
-@pytest.mark.parametrize("why", ["here", "mesh", "workload", "kernel", "ending", "inbound"])
+@pytest.mark.parametrize("why", ["here", "mesh", "workload", "service", "kernel", "ending", "inbound"])
 def test_what_is_not_asked_for(work: Legwork, mesh: Mesh, why: str) -> None:
     if why == "mesh":
         mesh.config = Config(trust_domain="mesh.local", express="off")
     elif why == "workload":
         mesh.items = [replace(item, express="off") if item is work.client else item for item in mesh.items]
+    elif why == "service":
+        mesh.items = [replace(item, express="off") if item is work.there else item for item in mesh.items]
     elif why == "kernel":
         work.kernel.express = False
     work.rig.update()
