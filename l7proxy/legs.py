@@ -87,7 +87,7 @@ class Legs:
         """Its requests go to other nodes, as far as one sees: what stays on this one, the kernel may carry as a whole."""
         candidate, pair, worker = session.candidate, session.pair, self._worker
         newcomer = pair is worker.express.newcomer
-        near = session.exchanges > 0 or not newcomer if candidate is None else candidate.endpoint.local  # as far as one sees
+        near = candidate is None or candidate.endpoint.local
         service = worker.config.services.get(session.scope.destination.service)
         return (
             session.metered
