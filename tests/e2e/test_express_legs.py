@@ -181,7 +181,8 @@ def test_without_a_proxy_its_connections_end_and_others_come(mesh: Mesh, node: s
     goes_on(mesh)
     report = stopped(under_load)
     assert not set(pids) & set(mesh.lab.pids(node, "proxy-worker"))
-    assert not report["wrong"] and not report["doubled"], report
+    assert not report["wrong"], report
+    assert report["doubled"] <= CONNECTIONS, report  # GET: asked again by the other node when the tunnel died with its answer
     assert report["failed"] <= 2 * CONNECTIONS, report
     known = mesh.lab.agent_api(node, "GET", "/v1/express")["legs"]["open"]
     assert known <= os.cpu_count() * 64, known  # type: ignore[operator]  # not those of the dead worker for ever

@@ -141,7 +141,8 @@ class Talk:
 
 
 @pytest.fixture
-def work(mesh: Mesh, start: Start, serve: Serve) -> Legwork:
+def work(mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Legwork:
+    monkeypatch.setattr(module, "LOOK_S", 3600.0)  # it looks when the test says so
     return Legwork(mesh, start, serve)
 
 
