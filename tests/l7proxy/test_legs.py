@@ -141,8 +141,7 @@ class Talk:
 
 
 @pytest.fixture
-def work(mesh: Mesh, start: Start, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Legwork:
-    monkeypatch.setattr(module, "LOOK_S", 3600.0)  # it looks when the test says so
+def work(mesh: Mesh, start: Start, serve: Serve) -> Legwork:
     return Legwork(mesh, start, serve)
 
 
@@ -680,6 +679,8 @@ def test_it_comes_back_to_its_pool(work: Legwork, monkeypatch: pytest.MonkeyPatc
     assert (idle.pool.open, idle.pool.account.descriptors) == (1, 1) and not idle.all[0].lost
     idle.busy()
     work.turns()
+    if how == "relinked":
+        wait_for(lambda: work.asked, "Leg")  # by the new agent
     assert len(work.asked) == 1
 
 
