@@ -5,7 +5,7 @@ CASES ?=
 KEEP ?=
 JOBS ?= 2
 KERNELS ?= 6.1,6.12,running
-SUITES ?= kernel,express,attacks,hosts
+SUITES ?= kernel,express,kernel-attacks,other-attacks,hosts
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help setup setup-vm demo test test-kernels check bench fuzz clean lock

@@ -134,7 +134,7 @@ class Container(Machine):
         deadline = began + BOOT_TIMEOUT_S
         while True:
             self._pid = self._child()
-            said = self.run(["systemctl", "is-system-running"], timeout=20).stdout.strip() if self._pid else ""
+            said = self.run(["systemctl", "is-system-running"], timeout=20 * SLOW).stdout.strip() if self._pid else ""
             if said in ("running", "degraded"):
                 break
             if self._boot.poll() is not None or time.monotonic() > deadline:
@@ -188,7 +188,7 @@ class Container(Machine):
         argv: Sequence[str],
         *,
         input: bytes | BinaryIO | None = None,
-        timeout: float = 60.0,
+        timeout: float = 60.0 * SLOW,
         env: Mapping[str, str] | None = None,
         cwd: str = "/",
         stdout: Sink | None = None,

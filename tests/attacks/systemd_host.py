@@ -15,6 +15,7 @@ import pytest
 
 from lab.host.container import Container
 from lab.host.mesh import SOURCE, VENV, HostMesh, binds
+from lab.pace import SLOW
 from tests.attacks import mutants
 from tests.attacks.actions import PROGRAMS
 from tests.attacks.mutants import Mutant, mutated
@@ -48,7 +49,7 @@ class Host:
         mesh.pillion("enrol", "web.service", "--as", "shop/web", "--port", str(HTTP_PORT))
         mesh.pillion("enrol", "victim.service", "--as", "shop/client")
         mesh.apply(service("web", "web", 80, "http", HTTP_PORT) + policy("web", "web"))
-        mesh.run(["systemctl", "start", "web", "victim"], check=True, timeout=120)
+        mesh.run(["systemctl", "start", "web", "victim"], check=True, timeout=120 * SLOW)
         mesh.until(lambda: self.answer("hold"), "the victim has its connection")
 
     @staticmethod
@@ -66,7 +67,7 @@ class Host:
     def pillion(self, code: Path | None, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
         """`pillion` of the tree ``code``, or of ours; after the line of shell ``before``."""
         script = f'{before}\nexec env PYTHONPATH={code or SOURCE} {VENV}/bin/python -m pillion "$@"'
-        return self.mesh.run(["bash", "-c", script, "bash", *arguments], timeout=200)
+        return self.mesh.run(["bash", "-c", script, "bash", *arguments], timeout=200 * SLOW)
 
     def without(self, mutant: Mutant) -> Path:
         """A tree without this defence, in there."""
@@ -83,7 +84,7 @@ class Host:
         try:
             if done.returncode:
                 return Outcome(done.stderr)
-            self.mesh.run(["systemctl", "start", "attacker"], timeout=200)
+            self.mesh.run(["systemctl", "start", "attacker"], timeout=200 * SLOW)
             return Outcome("", **self.answer(step))
         finally:
             self.mesh.pillion("withdraw", "attacker.service")

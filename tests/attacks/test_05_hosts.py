@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.pace import SLOW
 from tests.attacks.actions import PROGRAMS
 from tests.attacks.mutants import Mutant
 from tests.attacks.systemd_host import GROUP, Host
@@ -43,11 +44,11 @@ def from_outside(host: Host, code: Path | None = None) -> str:
     try:
         done = host.pillion(code, "enrol", "store.service", "--as", "shop/store", "--port", str(STORE_PORT))
         assert done.returncode == 0, done.stderr
-        host.mesh.run(["systemctl", "start", "store.socket"], check=True, timeout=120)
-        asked = host.mesh.run(["curl", "-s", "-m", "4", f"http://{ADDRESS}:{STORE_PORT}/"], timeout=60)
+        host.mesh.run(["systemctl", "start", "store.socket"], check=True, timeout=120 * SLOW)
+        asked = host.mesh.run(["curl", "-s", "-m", "4", f"http://{ADDRESS}:{STORE_PORT}/"], timeout=60 * SLOW)
         return asked.stdout
     finally:
-        host.mesh.run(["systemctl", "stop", "store.socket", "store.service"], timeout=120)
+        host.mesh.run(["systemctl", "stop", "store.socket", "store.service"], timeout=120 * SLOW)
         host.mesh.pillion("withdraw", "store.service")
         host.mesh.run(["rm", "-f", "/etc/systemd/system/store.socket"])
 
@@ -57,7 +58,7 @@ def dropped(host: Host) -> float:
     return total(done.stdout, "pillion_datapath_total", {"reason": "ingress_plaintext"})
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("a listener the service manager made")
 def test_a_socket_unit_is_enrolled_with_its_service(host: Host, request: pytest.FixtureRequest) -> None:
     before = dropped(host)
@@ -66,7 +67,7 @@ def test_a_socket_unit_is_enrolled_with_its_service(host: Host, request: pytest.
     request.node.user_properties.append(("reason", "ingress_plaintext"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("a listener the service manager made", SOCKETS_LEFT_OUT)
 def test_a_socket_unit_left_out_is_open_to_all_without(host: Host) -> None:
     assert from_outside(host, host.without(SOCKETS_LEFT_OUT)) == "hello\n"
@@ -83,16 +84,16 @@ def inherited(host: Host, code: Path | None = None) -> str:
         )
         return done.stdout + done.stderr
     finally:
-        host.mesh.run(["systemctl", "stop", "outside"], timeout=60)
+        host.mesh.run(["systemctl", "stop", "outside"], timeout=60 * SLOW)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("a socket its starter left open")
 def test_pillion_run_hands_on_no_socket(host: Host) -> None:
     assert "Bad file descriptor" in inherited(host)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("a socket its starter left open", INHERITED)
 def test_pillion_run_hands_it_on_without(host: Host) -> None:
     assert "HTTP/1.0 200" in inherited(host, host.without(INHERITED))

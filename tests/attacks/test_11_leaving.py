@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.pace import SLOW
 from lab.process import Place
 from tests.attacks.actions import OnHost, address, dial
 from tests.attacks.mutants import Counted, Mutant
@@ -52,7 +53,7 @@ EXACT_CGROUP = Mutant(  # with NO_RECORD_NEEDED, or the next fence stops it
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("capless root writes itself into another's cgroup")
 def test_cgroups_can_not_be_written(host: Host, request: pytest.FixtureRequest) -> None:
     before = host.denied()
@@ -62,7 +63,7 @@ def test_cgroups_can_not_be_written(host: Host, request: pytest.FixtureRequest) 
     request.node.user_properties.append(("reason", "policy_denied"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("capless root writes itself into another's cgroup", WRITABLE_CGROUPS)
 def test_cgroups_are_written_without(host: Host) -> None:
     assert host.attack("move", f"{VICTIM}/victim.service", *CAPLESS_ROOT, code=host.without(WRITABLE_CGROUPS)) == Outcome(
@@ -70,14 +71,14 @@ def test_cgroups_are_written_without(host: Host) -> None:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("capless root asks the service manager")
 def test_the_service_manager_is_out_of_reach(host: Host) -> None:
     out = host.attack("manager", Path(VICTIM).name, *CAPLESS_ROOT)
     assert not out.refused and out.error and out.status == "403"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("capless root asks the service manager", MANAGER_AT_HAND)
 def test_the_service_manager_starts_it_without(host: Host) -> None:
     code = host.without(MANAGER_AT_HAND)
@@ -88,7 +89,7 @@ def has_bus(host: Host) -> bool:
     return host.mesh.run(["test", "-S", "/run/dbus/system_bus_socket"]).returncode == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("root has a unit started outside the mesh")
 def test_root_starts_no_unit_outside_the_mesh(host: Host) -> None:
     """With all that an enrolment leaves to root; and D-Bus, where it is allowed, is what the operator was warned of."""
@@ -102,7 +103,7 @@ def test_root_starts_no_unit_outside_the_mesh(host: Host) -> None:
         assert host.attack("outside", "elsewhere.service", more=("--allow-dbus",)) == Outcome("", "", "bus")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("root has a unit started outside the mesh", MANAGER_AT_HAND)
 def test_root_starts_a_unit_outside_the_mesh_without(host: Host) -> None:
     host.mesh.unit("elsewhere", "Type=oneshot", "ExecStart=/bin/true")
@@ -110,7 +111,7 @@ def test_root_starts_a_unit_outside_the_mesh_without(host: Host) -> None:
     assert out == Outcome("", "", "private bus" if has_bus(host) else "private")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.attack("a service of the same user takes another's connection")
 def test_a_user_is_one_identitys(host: Host) -> None:
     pid = host.answer("hold")["status"]
@@ -120,7 +121,7 @@ def test_a_user_is_one_identitys(host: Host) -> None:
     assert not out.refused and "Permission denied" in out.error and out.status == "403"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * SLOW)
 @pytest.mark.red("a service of the same user takes another's connection", SHARED_USER)
 def test_a_shared_user_takes_it_without(host: Host) -> None:
     pid = host.answer("hold")["status"]

@@ -13,6 +13,7 @@ import pytest
 
 from lab.host.container import Container
 from lab.host.mesh import SOURCE, VENV, HostMesh, binds
+from lab.pace import SLOW
 from tests.conftest import SESSION
 from tests.e2e.mesh import ECHO_PORT, PROGRAMS, policy, service, total
 
@@ -32,10 +33,10 @@ class Host:
         mesh.pillion("enrol", "echo.service", "--as", "shop/echo", "--port", str(ECHO_PORT))
         raw = service("raw", "echo", ECHO_PORT, "tcp").replace(", appProtocol: tcp", "")  # not native: it might be HTTP
         mesh.apply(raw + policy("echo", "echo"))
-        mesh.run(["systemctl", "start", "echo"], check=True, timeout=120)
+        mesh.run(["systemctl", "start", "echo"], check=True, timeout=120 * SLOW)
 
     def systemctl(self, *words: str) -> str:
-        return str(self.mesh.run(["systemctl", *words, PROXY], check=True, timeout=120).stdout)
+        return str(self.mesh.run(["systemctl", *words, PROXY], check=True, timeout=120 * SLOW).stdout)
 
     def processes(self) -> set[int]:
         """All of the unit."""
@@ -90,7 +91,7 @@ def host() -> Iterator[Host]:
         yield Host(mesh)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 * SLOW)
 def test_a_restart_cuts_nothing(host: Host) -> None:
     """And systemd lets who was left behind go on, in the unit's cgroup, until it ends by itself."""
     host.stream()
@@ -104,7 +105,7 @@ def test_a_restart_cuts_nothing(host: Host) -> None:
     assert host.cut() == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 * SLOW)
 def test_a_stop_takes_nothing_new_and_a_kill_ends_the_rest(host: Host) -> None:
     host.stream()
     before = host.processes()
@@ -119,7 +120,7 @@ def test_a_stop_takes_nothing_new_and_a_kill_ends_the_rest(host: Host) -> None:
     host.mesh.until(host.ready, "it serves again")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 * SLOW)
 def test_at_the_limit_it_is_cut_and_counted(host: Host) -> None:
     host.mesh.container.put("/etc/pillion/proxy.env", b"PILLION_PROXY_OPTIONS=--workers 1 --drain-limit-s 3\n")
     host.restart()
@@ -137,7 +138,7 @@ where = socket.getaddrinfo("raw.shop.mesh", {ECHO_PORT}, type=socket.SOCK_STREAM
 whole, errors = 0, []
 while True:
     try:
-        with socket.create_connection(where, timeout=60) as sock:
+        with socket.create_connection(where, timeout={60 * SLOW}) as sock:
             sock.sendall(b"x")
             while not sock.recv(100).endswith(b"x"):
                 pass
@@ -151,7 +152,7 @@ while True:
 """
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 * SLOW)
 def test_while_agent_and_proxy_are_both_killed_new_connections_wait(host: Host) -> None:
     """The service manager has the listeners, and gives them to the next agent."""
     host.mesh.container.put("/srv/knocker.py", KNOCKER.encode())

@@ -306,11 +306,11 @@ def test_every_kernel_test_is_of_some_capability() -> None:
     assert {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests" / "bpf").glob("test_*.py")} <= chosen
 
 
-def test_the_short_attacks_and_the_others_are_all_attacks() -> None:
-    suites = ("short-attacks", "other-attacks", "attacks")
-    short, others, everything = ({each for each in files(suite) if each.endswith(".py")} for suite in suites)
+def test_the_kernels_attacks_and_the_others_are_all_attacks() -> None:
+    suites = ("short-attacks", "kernel-attacks", "other-attacks", "attacks")
+    short, kernels, others, everything = ({each for each in files(suite) if each.endswith(".py")} for suite in suites)
     unmarked = {f"tests/attacks/test_{each}.py" for each in ("documented", "mutants")}
-    assert not short & others and everything - short - others == unmarked
+    assert not kernels & others and everything - kernels - others == unmarked and short < kernels
 
 
 def test_of_each_test_one_variant_is_left() -> None:
