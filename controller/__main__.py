@@ -138,7 +138,7 @@ async def _serve(options: argparse.Namespace, store: SqliteStore, ready: Path) -
     notify = Notify(os.environ, partial(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM))
     tasks = [
         asyncio.create_task(publisher.run(), name="publisher"),
-        asyncio.create_task(_upkeep(authority, registry, tls, bundle), name="upkeep"),
+        asyncio.create_task(_upkeep(authority, registry, publisher, tls, bundle), name="upkeep"),
         asyncio.create_task(_alive(notify, store), name="alive"),
         asyncio.create_task(stop.wait(), name="stop"),
     ]
@@ -191,13 +191,14 @@ def _keep(path: Path, data: bytes) -> None:
     write_atomically(path, data, 0o644)
 
 
-async def _upkeep(authority: Authority, registry: Registry, tls: Tls, bundle: Path) -> None:
+async def _upkeep(authority: Authority, registry: Registry, publisher: Publisher, tls: Tls, bundle: Path) -> None:
     """What has to happen now and then; a failure is logged and tried again."""
     while True:
         await asyncio.sleep(UPKEEP_INTERVAL_S)
         try:
             await _tell_roots(authority, bundle)
             await registry.prune(time.time())
+            await publisher.forget_gone()
             if await authority.renew_intermediate() or time.time() >= tls.renew_at:
                 await tls.renew()
         except Exception:

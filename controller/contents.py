@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import msgspec
@@ -22,6 +23,7 @@ class Contents:
     cut: set[str]
     revoked: dict[str, Revocation]  # by serial
     nodes: dict[str, float]  # joined, unix seconds
+    owed_s: dict[str, float]  # by node: until its allowance is whole again
     revision: int
 
 
@@ -46,7 +48,7 @@ async def _read(store: Store) -> Contents:
         _, entries = await store.list(prefix)
         return {entry.key.removeprefix(prefix): entry.value for entry in entries}
 
-    resources = {}
+    resources, now = {}, time.time()
     _, entries = await store.list("resource/")
     for entry in entries:
         record = msgspec.json.decode(entry.value, type=Record)
@@ -59,6 +61,7 @@ async def _read(store: Store) -> Contents:
         cut=set(await named("cut/")),
         revoked={serial: msgspec.json.decode(value, type=Revocation) for serial, value in (await named("revoked/")).items()},
         nodes={node: msgspec.json.decode(value, type=float) for node, value in (await named("node/")).items()},
+        owed_s={node: msgspec.json.decode(value, type=float) - now for node, value in (await named("allowance/")).items()},
         # Not the last change's own revision, which a compacted history may have lost: revisions must never go back.
         revision=await store.revision(),
     )

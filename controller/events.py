@@ -1,9 +1,14 @@
-"""What the controller refused and why: a counter for each reason, and a short log in the form of flows."""
+"""What the controller refused and why: a counter for each reason, and a short log in the form of flows.
+
+Anybody may ask to be refused. So of each reason and caller only the first few in a while are kept, with the number of the others;
+and where there are too many the caller with most of them loses his oldest. All who have no certificate are one caller.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,7 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from controller.sparing import WINDOW_S, Sparing
 from mesh.link import Flow
 
-EVENTS_MAX = 1_000  # older ones are forgotten
+EVENTS_MAX = 1_000
+STRANGER = "nobody"
 
 log = structlog.get_logger()
 
@@ -38,13 +44,43 @@ def not_granted(node: str, namespace: str, account: str, spiffe: str, source: st
     )
 
 
+class Event(Flow, frozen=True, tag="flow"):
+    """``more``: it stands for so many that were not kept."""
+
+    more: int = 0
+
+
+class Events:
+    """The newest of each caller, in order of time; none has his pushed out by those of one who has more."""
+
+    def __init__(self) -> None:
+        self._by_caller: dict[str, deque[Event]] = {}
+        self._kept = 0
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(sorted((event for kept in self._by_caller.values() for event in kept), key=lambda event: event.time))
+
+    def __len__(self) -> int:
+        return self._kept
+
+    def add(self, caller: str, event: Event) -> None:
+        self._by_caller.setdefault(caller, deque()).append(event)
+        self._kept += 1
+        if self._kept > EVENTS_MAX:
+            most = max(self._by_caller, key=lambda name: len(self._by_caller[name]))
+            self._by_caller[most].popleft()
+            self._kept -= 1
+            if not self._by_caller[most]:
+                del self._by_caller[most]
+
+
 class Telemetry:
     """Metrics in a registry of their own (several controllers may live in one test process) and the event log."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.events: deque[Flow] = deque(maxlen=EVENTS_MAX)
-        self.sparing = Sparing(_sum_up)
+        self.events = Events()
+        self.sparing = Sparing(self._sum_up)
         self.refusals = Counter(
             "pillion_controller_refusals_total", "Requests refused, by reason.", ["reason"], registry=self.registry
         )
@@ -79,25 +115,29 @@ class Telemetry:
         )
 
     def refused(self, refusal: Refused, revision: int, known: str = "") -> None:
-        """Counts one refusal, and logs it unless there are too many. ``known``: the role and name of a caller who has a
-        certificate of ours; no stranger's flood hides what is refused to one."""
+        """Counts one refusal, and logs and keeps it unless there are too many. ``known``: the role and name of a caller who has
+        a certificate of ours; no stranger's flood hides what is refused to one."""
         self.refusals.labels(refusal.reason).inc()
-        self.events.append(
-            Flow(
-                time=time.time(),
-                verdict="denied",
-                reason=refusal.reason,
-                source=refusal.spiffe or "unknown",
-                source_address=refusal.source,
-                layer="control",
-                revision=revision,
-                node=refusal.node,
-            )
+        caller = known or STRANGER
+        if not self.sparing.passes("refused", refusal.reason, caller):
+            return
+        event = Event(
+            time=time.time(),
+            verdict="denied",
+            reason=refusal.reason,
+            source=refusal.spiffe or "unknown",
+            source_address=refusal.source,
+            layer="control",
+            revision=revision,
+            node=refusal.node,
         )
-        if self.sparing.passes("refused", refusal.reason, known or "nobody"):
-            log.warning("refused", reason=refusal.reason, detail=str(refusal), node=refusal.node, source=refusal.source)
+        self.events.add(caller, event)
+        log.warning("refused", reason=refusal.reason, detail=str(refusal), node=refusal.node, source=refusal.source)
 
-
-def _sum_up(kind: tuple[str, ...], more: int) -> None:
-    event, reason, caller = kind if len(kind) == 3 else ("refused", "any", "any")
-    log.warning(f"{event}, and more of these", reason=reason, caller=caller, more=more, in_s=WINDOW_S)
+    def _sum_up(self, kind: tuple[str, ...], more: int) -> None:
+        event, reason, caller = kind if len(kind) == 3 else ("refused", "any", "any")
+        log.warning(f"{event}, and more of these", reason=reason, caller=caller, more=more, in_s=WINDOW_S)
+        if event == "refused":
+            role, _, name = caller.partition(" ")
+            summary = Event(time.time(), "denied", reason, "unknown", layer="control", node=name * (role == "node"), more=more)
+            self.events.add(caller, summary)

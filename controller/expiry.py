@@ -1,4 +1,4 @@
-"""What the store holds of certificates, revocations and tokens whose time is over."""
+"""What the store holds of certificates, revocations, tokens and nodes' allowances whose time is over."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ async def over(store: Store, revoked: Mapping[str, Revocation], now: float) -> t
     ops = await asyncio.to_thread(_past, certificates, handed_out, now)  # of a big mesh hundreds of thousands
     serials = [serial for serial, item in revoked.items() if item.until < now]
     ops += [Delete(f"revoked/{serial}") for serial in serials]
+    _, owed = await store.list("allowance/")
+    ops += [Delete(entry.key) for entry in owed if msgspec.json.decode(entry.value, type=float) < now]
     return ops, serials
 
 

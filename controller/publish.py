@@ -23,6 +23,7 @@ from mesh.snapshot import Versioned
 
 DEBOUNCE_S = 0.02
 RETRY_S = 1.0
+GONE_S = 3600.0  # what a node had that has been away for so long is forgotten; it begins with a snapshot
 INFLIGHT_MAX = 4  # deltas sent to a node and not yet answered; past it changes gather
 
 log = structlog.get_logger()
@@ -34,6 +35,7 @@ class NodeView:
 
     name: str
     connected: bool = False
+    left: float = 0.0  # when it was last not connected any more, by time.monotonic
     ready: bool = False
     detail: str = ""
     error: str = ""
@@ -144,6 +146,19 @@ class Publisher:
                     raise
                 compilation.take(changed)
             self._compilation, self.state, self.revision = compilation, compilation.state, inputs.revision
+
+    async def forget_gone(self) -> None:
+        """What nodes had that went: of each it is memory, and work at every change."""
+        now = time.monotonic()
+        gone = [view for view in self.nodes.values() if not view.connected and now - view.left >= GONE_S]
+        for view in gone:
+            view.forget()
+        await asyncio.to_thread(self._forget, [view.name for view in gone])
+
+    def _forget(self, names: list[str]) -> None:
+        with self._lock:
+            for name in names:
+                self._reach.forget(name)
 
     async def wake(self) -> None:
         async with self._changed:

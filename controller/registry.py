@@ -52,7 +52,7 @@ class Registry:
         self._selection = Selection()  # of what is granted, of cut nodes too: who has which port of which address
         self._fresh: set[Key] = set()  # what the compiler has not been told of
         self._touch(self._resources)
-        self._allowance = Allowance(time.monotonic)
+        self._allowance = Allowance(time.monotonic, held.owed_s)
         self._advanced = asyncio.Condition()
         self._background: set[asyncio.Task[object]] = set()
 
@@ -271,7 +271,8 @@ class Registry:
         if late_s := self._allowance.take(node, sum(map(len, new.values()))):
             why = f"node {node} takes numbers for new workloads and identities too fast, and numbers never come back"
             raise refuse("too_many_numbers", f"{why}; try again in {late_s:.0f} s, or find out what it starts so often", 429)
-        return await self._commit(delta, [])
+        owed = Put(f"allowance/{node}", msgspec.json.encode(time.time() + self._allowance.owed(node)))
+        return await self._commit(delta, [], [owed] if any(new.values()) else [])
 
     async def unregister(self, node: str, namespace: str, name: str) -> int:
         """Removes a workload of ``node``; the revision now if there is none of that name."""
@@ -347,9 +348,11 @@ class Registry:
             revoked.update(await live(self._store, "node", node, self.revoked, revocation.outside(node, grants)))
         return list(revoked.items())
 
-    async def _commit(self, delta: Mapping[Key, Stored | None], revoked: list[tuple[str, Revocation]]) -> int:
+    async def _commit(
+        self, delta: Mapping[Key, Stored | None], revoked: list[tuple[str, Revocation]], more: Sequence[Op] = ()
+    ) -> int:
         plan = self._standing.plan(delta)
-        writes: list[Op] = [*plan.ops, *revocation.writes(dict(revoked))]
+        writes: list[Op] = [*plan.ops, *revocation.writes(dict(revoked)), *more]
         for key, stored in delta.items():
             writes.append(Delete(store_key(key)) if stored is None else Put(store_key(key), stored.value))
         revision = await self._store.transaction([], writes)

@@ -23,7 +23,7 @@ import structlog
 from aiohttp import web
 
 from controller.ca import Authority, Leaf, key_pem, new_key, request_for, serial_text
-from controller.events import Refused, Telemetry
+from controller.events import STRANGER, Refused, Telemetry
 from controller.listener import Limits, TlsListener
 from controller.registry import Registry
 from controller.store import Store, StoreError
@@ -156,11 +156,11 @@ class Gate:
         except TimeoutError:
             response = answer({"error": f"not done within {REQUEST_TIMEOUT_S:g} s; look at the controller's log"}, 504)
         except StoreError as error:
-            if self._telemetry.sparing.passes("store failed", route, known or "nobody"):
+            if self._telemetry.sparing.passes("store failed", route, known or STRANGER):
                 log.error("store failed", route=route, error=str(error))
             response = answer({"error": str(error)}, 503)
         except Exception:
-            if self._telemetry.sparing.passes("request failed", route, known or "nobody"):
+            if self._telemetry.sparing.passes("request failed", route, known or STRANGER):
                 log.exception("request failed", route=route)
             response = answer({"error": "the controller failed on this request; its log has the trace"}, 500)
         self._telemetry.requests.labels(route, str(response.status)).inc()
@@ -179,7 +179,7 @@ class Gate:
         address = str((transport.get_extra_info("peername") or ("?",))[0])
         certificate = transport.get_extra_info("peercert")
         if not certificate:
-            return Caller("nobody", "", float("inf"), address)
+            return Caller(STRANGER, "", float("inf"), address)
         return await self._certified(certificate, address)
 
     async def _certified(self, certificate: dict[str, Any], address: str) -> Caller:
@@ -228,7 +228,7 @@ def _allow(route: str, caller: Caller) -> None:
         raise Refused(
             "wrong_role",
             f"{route} is for a certificate of a{'n operator' if wanted == 'operator' else ' node'}, this is {shown}",
-            401 if caller.role == "nobody" else 403,
+            401 if caller.role == STRANGER else 403,
             node=caller.name if caller.role == "node" else "",
             source=caller.address,
         )

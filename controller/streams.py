@@ -76,7 +76,7 @@ class NodeStream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if view.close == self.close:  # else a newer stream has taken the view over
-                view.close, view.connected, view.ready = None, False, False
+                view.close, view.connected, view.ready, view.left = None, False, False, time.monotonic()
             self._telemetry.streams.dec()
             if reason != "left":
                 self._telemetry.stream_cuts.labels(reason).inc()
@@ -111,6 +111,8 @@ class NodeStream:
         self._sent = view.acked
         while True:
             await publisher.until(self._due)
+            if view.close != self.close:
+                return  # a newer stream speaks to the node: it alone says what was sent
             if why := self._refused():
                 raise Cut(why)
             if view.repair:
@@ -118,8 +120,8 @@ class NodeStream:
                 self._repaired = time.monotonic()
             epoch, last = view.epoch, None if view.repair else view.last
             new, frame = await asyncio.to_thread(self._next, last)
-            if view.epoch != epoch:
-                continue  # a nack came meanwhile: what we prepared builds on what the node has not
+            if view.epoch != epoch or view.close != self.close:
+                continue  # a nack came meanwhile: what we prepared builds on what the node has not; or a newer stream
             self._sent = new.revision
             view.repair = False
             view.inflight[new.revision] = new

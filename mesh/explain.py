@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mesh.dataplane import DestKind, kernel_may
 from mesh.express import why as express
 from mesh.identity import SCHEME, IdentityError, SpiffeId
-from mesh.model import Action, Identity, Policy, Protocol, Service, ServicePort, State, TlsMode, Workload
+from mesh.model import CONFIG_KEY, Action, Config, Identity, Policy, Protocol, Service, ServicePort, State, TlsMode, Workload
 from mesh.policy import Peer, PolicySet, Request, Verdict, authorize
 from mesh.routing import Choice, Decision, NoRoute, RouteTable
 
@@ -26,7 +26,7 @@ class Evidence:
     """Who the source is to the mesh, and what proves it."""
 
     spiffe: str | None
-    identity: int
+    identity: int  # 0: nobody's now
     workload: str  # item key; "" for an identity asked about by its name
     address: str
     proof: tuple[str, ...]  # sentences
@@ -179,7 +179,7 @@ def _sentence(verdict: Verdict) -> str:
 def _endpoint(policies: PolicySet, state: State, key: str, peer: Peer, request: Request, *, http: bool) -> Endpoint:
     workload = state[key]
     node = workload.node if isinstance(workload, Workload) else ""
-    if peer.identity == 0 and isinstance(workload, Workload) and workload.tls is TlsMode.STRICT:
+    if peer.spiffe is None and isinstance(workload, Workload) and workload.tls is TlsMode.STRICT:
         verdict = Verdict(Action.DENY, "", "strict_mtls: a peer without identity does not enter")
     else:
         verdict = authorize(policies, peer, key, request, http=http)
@@ -207,9 +207,15 @@ def _source(state: State, source: str) -> Evidence:
         spiffe = str(SpiffeId.parse(uri))
     except IdentityError:
         raise ExplainError(f"no workload {source!r}{_near(state, source, 'Workload')}") from None
+    config = state.get(CONFIG_KEY)
+    trust_domain = config.trust_domain if isinstance(config, Config) else ""
+    if trust_domain and not spiffe.startswith(f"{SCHEME}{trust_domain}/"):
+        raise ExplainError(f"{spiffe}: this mesh is of the trust domain {trust_domain}, and no other enters")
     identity = state.get(f"Identity//{spiffe}")
-    if not isinstance(identity, Identity):
-        raise ExplainError(f"no workload runs as {spiffe}, so it has no number{_near(state, spiffe, 'Identity')}")
+    if not isinstance(identity, Identity):  # policies ask for names, so it can be said what awaits one who comes
+        near = _near(state, spiffe, "Identity")
+        meant = near if "did you mean" in near else ""
+        return Evidence(spiffe, 0, "", "", (f"asked as {spiffe}: no workload runs as it now, so no endpoint asks{meant}",))
     return Evidence(spiffe, identity.id, "", "", (f"asked as {spiffe}, identity {identity.id}, from no particular address",))
 
 

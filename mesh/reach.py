@@ -137,6 +137,10 @@ class Reach:
         part.shared = True
         return part.state, part.sum
 
+    def forget(self, node: str) -> None:
+        """Nobody is going to ask for the node's part soon."""
+        self._parts.pop(node, None)
+
     def _part(self, node: str) -> _Part:
         own = self._by_node.get(node, set())
         spiffes = Counter(self._workloads[key].spiffe for key in own)
@@ -182,8 +186,6 @@ class Reach:
     def change(self, put: Mapping[str, Item], gone: AbstractSet[str]) -> None:
         """Items that are new or others, and keys that are no more."""
         if self._policies.indexes <= INDEXES_MAX and all(self._simple(key, put.get(key)) for key in (*put, *gone)):
-            if len(self._known) > KNOWN_MAX:
-                self._known.clear()
             step = self._step(put, gone)
             self._parts = {node: part for node, part in self._parts.items() if self._follow(node, part, step)}
             return
@@ -321,6 +323,8 @@ class Reach:
         if known is None:
             peer = Peer(spiffe, IDENTITY_UNKNOWN)  # policies ask for names
             verdicts = [authorize(self._policies, peer, workload_key, Request(port)) for port in workload.ports]
+            if len(self._known) >= KNOWN_MAX:
+                self._known.clear()
             known = self._known[key] = (
                 any(verdict.possible for verdict in verdicts),
                 any(verdict.reason == "deny_rule" for verdict in verdicts),

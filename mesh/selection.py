@@ -135,7 +135,10 @@ class Modes:
         held.pop(name, None)
         if resource is not None:
             held[name] = resource
-        self._by_namespace[namespace] = dict(sorted(held.items()))
+        if held:
+            self._by_namespace[namespace] = dict(sorted(held.items()))
+        else:
+            self._by_namespace.pop(namespace, None)
 
     def of(self, workload: kinds.Workload, root: str) -> TlsMode:
         """``root``: the namespace whose resources are the mesh's."""

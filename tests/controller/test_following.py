@@ -58,6 +58,7 @@ PEERS = st.builds(
     name, st.sampled_from([*NAMESPACES, "pillion-system"]), st.sampled_from(["", "selector: {matchLabels: {app: p}}, "]),
     st.sampled_from(["STRICT", "PERMISSIVE"]),
 )  # fmt: skip
+STRICT = OURS + "kind: PeerAuthentication\nmetadata: {name: x, namespace: a}\nspec: {mtls: {mode: STRICT}}"
 MESH = st.builds(
     (OURS + "kind: MeshConfig\nmetadata: {{name: mesh}}\nspec: {{defaultAction: {}, rootNamespace: {}}}").format,
     st.sampled_from(["ALLOW", "DENY"]), st.sampled_from(["pillion-system", "a"]),
@@ -167,6 +168,9 @@ async def same(
     assert registry._ledger == fresh._ledger
     assert vars(registry._selection) == vars(fresh._selection)
     assert publisher.state == compilation.state
+    for what, held in vars(compilation).items():  # nothing of what went is left behind
+        kept = getattr(publisher._compilation, what)
+        assert (vars(kept) == vars(held)) if what in ("_selection", "_modes") else kept == held, what
     reach = Reach(compilation.state)
     for each in (*NODES, "nobody"):
         seen, wanted = publisher.for_node(each), reach.of(each)
@@ -225,6 +229,7 @@ async def run(steps: list[tuple]) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @example([("register", "n1", "a", "w1", "x", 1, {"app": "p"}), ("cut", "n1"), ("look",), ("admit", "n1")])
+@example([("apply", STRICT), ("look",), ("delete", "PeerAuthentication", 0)])
 @given(st.lists(STEP, min_size=10, max_size=40))
 def test_what_follows_is_what_would_be_made_anew(steps: list[tuple]) -> None:
     asyncio.run(run(steps))

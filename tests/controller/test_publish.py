@@ -22,8 +22,9 @@ from controller.registry import Registry
 from controller.revocation import Revocation
 from controller.sqlite import SqliteStore
 from controller.streams import NodeStream
+from lab.pace import PATIENCE
 from mesh.model import CONFIG_KEY, Config, State
-from mesh.snapshot import Pong, Versioned, encode
+from mesh.snapshot import Ack, Pong, Snapshot, Versioned, decode_server, encode
 from tests.controller.rig import SHOP, eventually
 
 
@@ -144,6 +145,66 @@ async def test_a_stream_ends_with_its_certificate(inside: Inside) -> None:
 async def test_a_node_cut_while_it_connects_gets_nothing(inside: Inside) -> None:
     async with inside.stream(cut=True):
         await cut_for(inside, "cut")
+
+
+async def test_a_stream_that_a_newer_one_replaced_sends_nothing(inside: Inside) -> None:
+    """It ends some turns of the loop later; what it sent meanwhile the newer one would take for said."""
+    await inside.publisher.until(lambda: inside.publisher.revision > 0)
+    view, sent = inside.publisher.node("n1"), list[bytes]()
+
+    class Socket:
+        async def send_frame(self, frame: bytes, _: object) -> None:
+            sent.append(frame)
+
+    def stream() -> NodeStream:
+        return NodeStream(inside.publisher, inside.telemetry, view, time.time() + 3600, lambda: "")
+
+    older, newer = stream(), stream()
+    view.close, before = newer.close, (view.repair, view.epoch)
+    async with asyncio.timeout(2 * PATIENCE):
+        await older._send(Socket())
+    assert not sent and not view.inflight and (view.repair, view.epoch) == before
+    # Replaced while the frame was made
+    view.close = older.close
+    made = older._next
+
+    def replaced(last: Versioned | None) -> tuple[Versioned, bytes]:
+        view.close = newer.close
+        return made(last)
+
+    older._next = replaced  # type: ignore[method-assign]  # the moment
+    async with asyncio.timeout(2 * PATIENCE):
+        await older._send(Socket())
+    assert not sent and not view.inflight and (view.repair, view.epoch) == before
+
+
+async def test_what_a_node_had_that_is_gone_is_forgotten(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs memory, and a look at every change; nodes come and go."""
+    await inside.publisher.until(lambda: inside.publisher.revision > 0)
+    view, parts = inside.publisher.node("n1"), inside.publisher._reach._parts
+    async with inside.stream() as socket:
+        frame = decode_server((await socket.receive()).data)
+        assert isinstance(frame, Snapshot)
+        await socket.send_str(encode(Ack(frame.revision, frame.digest)).decode())
+
+        async def acked() -> bool:
+            return view.base is not None
+
+        await eventually(acked)
+        monkeypatch.setattr(publish, "GONE_S", 0.0)
+        await inside.publisher.forget_gone()
+        assert view.base is not None and "n1" in parts  # it is there
+
+    async def left() -> bool:
+        return not view.connected
+
+    await eventually(left)
+    monkeypatch.setattr(publish, "GONE_S", 3600.0)
+    await inside.publisher.forget_gone()
+    assert view.base is not None and "n1" in parts  # it may be back soon
+    monkeypatch.setattr(publish, "GONE_S", 0.0)
+    await inside.publisher.forget_gone()
+    assert view.base is None and view.repair and not view.inflight and parts == {}
 
 
 async def test_a_failed_compilation_keeps_the_last_good_state(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:

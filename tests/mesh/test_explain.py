@@ -52,7 +52,8 @@ def test_the_evidence_is_told():
         (("shop/web-1", "shop/q"), r"no service or workload 'shop/q'; none of the \d+ that are there"),
         (("shop/web-1", "shop/redis", None, "", 80), "it has 6379, 8125"),
         (("shop/web-1", "Workload/shop/redis-1", None, "", 80), "it has 6379, 8125"),
-        (("spiffe://mesh.local/ns/shop/sa/nobody", "shop/redis"), "no workload runs as"),
+        (("spiffe://other.local/ns/shop/sa/web", "shop/redis"), "of the trust domain mesh.local, and no other enters"),
+        (("other.local/ns/shop/sa/web", "shop/redis"), "of the trust domain mesh.local, and no other enters"),
     ],
 )
 def test_a_wrong_name_is_answered_with_near_ones(question, told):
@@ -86,3 +87,44 @@ def test_a_request_the_kernel_carries(destination):
     assert answer.express.startswith("yes")
     assert "denied" in why(NEAR, "jobs/batch-1", destination, "POST", "/api/x").express
     assert why(NEAR, "jobs/batch-1", destination).express == ""
+
+
+def without(state, *keys):
+    return {key: item for key, item in state.items() if key not in keys}
+
+
+# The callers of web and of redis are gone, and with web's its endpoints' identity
+ASIDE = without(STATE, "Workload/jobs/batch-1", f"Identity//{spiffe('jobs', 'batch')}")
+
+
+@pytest.mark.parametrize(
+    ("question", "outcome", "rule"),
+    [
+        ((spiffe("jobs", "batch"), "shop/web", "GET", "/api/x"), "allowed", "shop/web#0"),
+        (("mesh.local/ns/jobs/sa/batch", "shop/web", "POST", "/api/x"), "denied", "no-allow-rule"),
+        ((spiffe("jobs", "batch"), "Workload/shop/web-1", "GET", "/api/x"), "allowed", "shop/web#0"),
+        ((spiffe("jobs", "batch"), "shop/web"), "needs_l7", "shop/web#0"),
+        ((spiffe("shop", "nobody"), "shop/redis"), "denied", "no-allow-rule"),
+        ((spiffe("evil", "nobody"), "jobs/batch"), "no_endpoint", ""),
+    ],
+)
+def test_an_identity_that_nobody_runs_as_is_decided(question, outcome, rule):
+    answer = why(ASIDE, *question)
+    assert (answer.outcome, answer.rule) == (outcome, rule)
+    (told,) = answer.source.proof
+    assert told.startswith(f"asked as {answer.source.spiffe}: no workload runs as it now")
+    assert (answer.source.workload, answer.source.identity, answer.source.address) == ("", 0, "")
+
+
+def test_it_is_decided_as_if_somebody_ran_as_it():
+    """Whatever is asked: the answer is the one its workload gets, from whatever address."""
+    for destination in ("shop/web", "shop/redis", "Workload/shop/web-2"):
+        for request in ((None, ""), ("GET", "/api/x"), ("POST", "/api/x"), ("GET", "/")):
+            there, gone = (why(state, spiffe("jobs", "batch"), destination, *request) for state in (STATE, ASIDE))
+            same = ("outcome", "rule", "reason", "endpoints", "route", "path_kind")
+            assert [getattr(there, name) for name in same] == [getattr(gone, name) for name in same]
+
+
+def test_a_slip_in_an_identity_is_told():
+    (told,) = why(STATE, spiffe("shop", "webb"), "shop/redis").source.proof
+    assert f"did you mean {spiffe('shop', 'web')}" in told

@@ -1,5 +1,8 @@
 """A Reach that follows: what it touches, and what it leaves alone. (`tests/controller/test_following.py` compares the whole.)"""
 
+import pytest
+
+from mesh import reach as reaching
 from mesh.compile import Reach
 from mesh.model import Action, Item, Rule, Source, State, Workload, key_of
 from mesh.snapshot import digest
@@ -109,3 +112,17 @@ def test_a_node_is_called_by_those_whom_its_newest_answer_lets_in():
     whole = follow(whole, reach, [loud], [])
     assert key_of(CLIENT) in reach.of("n4")
     follow(whole, reach, [], [key_of(loud)])
+
+
+def test_answers_that_are_kept_have_a_limit(monkeypatch: pytest.MonkeyPatch):
+    """While parts are made, too: of many accounts and many policies each pair is an answer."""
+    accounts = [workload(f"w{number}", node=f"n{number % 4}", account=f"a{number}", number=400 + number) for number in range(24)]
+    only = [policy(f"only-{number}", Action.DENY, Rule(), selector={"app": f"a{number}"}) for number in range(24)]
+    whole, reach = begin(*accounts, *only)
+    wanted = {f"n{number}": Reach(whole).of(f"n{number}") for number in range(4)}
+    monkeypatch.setattr(reaching, "KNOWN_MAX", 50)
+    most = 0
+    for node, part in wanted.items():
+        assert reach.of(node) == part
+        most = max(most, len(reach._known))
+    assert 0 < most <= 50
