@@ -153,7 +153,7 @@ class Asking(asyncio.Protocol):
                     self._arm(self.used)
                 if self.leaving:
                     self._leave_behind()
-        elif self.state == PLANNED:
+        elif self.state == PLANNED and self.session.parked is None:
             self.ask()
 
     def ends_with(self, data: bytes) -> None:
@@ -192,8 +192,10 @@ class Asking(asyncio.Protocol):
         loop.call_soon(lambda: loop.call_soon(self._ask))
 
     def again(self) -> None:
-        """Paired anew, when the kernel rests. Until then HOLD keeps it from beginning more."""
-        if self.state != PAIRED or self.session.rq != IDLE or self.kept or self.kept_eof:
+        """Paired anew, when the kernel rests. Until then HOLD keeps it from beginning more. Not after a 429: the answer would
+        have it read again, or that moment's end while nothing may be."""
+        session = self.session
+        if self.state != PAIRED or session.rq != IDLE or session.parked is not None or self.kept or self.kept_eof:
             return
         view = self._hold()
         if view is None:

@@ -34,7 +34,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
 
     __slots__ = (
         "account", "caller", "candidate", "exchanges", "heard", "holds", "late", "late_eof", "leg", "lost", "metered", "pair",
-        "plan", "scope", "since", "sockets", "source_netns", "started", "transport", "tried", "upstream", "worker",
+        "parked", "plan", "scope", "since", "sockets", "source_netns", "started", "transport", "tried", "upstream", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: Worker, scope: Scope, caller: Caller, source_netns: int) -> None:
@@ -54,6 +54,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
         self.holds = 0
         self.late: bytes | None = None  # came when its identity's turn was over
         self.late_eof = False
+        self.parked: asyncio.TimerHandle | None = None  # after a 429: not read until then, nor asked for at the agent
         self.pair: Pair | Newcomer | None = worker.express.newcomer if scope.express else None
 
     # ---- the client's transport
@@ -176,14 +177,20 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
             account.refuse("budget_bytes")
         if self.leg == LEG_WANTED:  # the agent's answer would end that moment
             self.leg = LEG_NEW
+        if self.parked is not None:
+            self.parked.cancel()
+        self.parked = self.worker.loop.call_later(PARKED_S, self._unpark)
         self.refuse(reply("budget_bytes" if account.overfull else "budget_requests", keep=not self.pending))
         if not self.lost and self.rq == IDLE:
             self.transport.pause_reading()
-            self.worker.loop.call_later(PARKED_S, self._unpark)
+        else:
+            self.parked.cancel()
+            self._unpark()
 
     def _unpark(self) -> None:
-        if not self.lost and not self.client_paused and self.late is None:
-            self.transport.resume_reading()
+        self.parked = None
+        if not self.client_paused:
+            self.resume_client()
 
     def again(self, head: RequestHead) -> None:
         if self.candidate is not None:
@@ -280,7 +287,7 @@ class HttpSession(Quick, Budgeted, asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_client(self) -> None:
-        if not self.lost and self.late is None:
+        if not self.lost and self.late is None and self.parked is None:
             self.transport.resume_reading()
 
     def upstream_full(self) -> None:

@@ -4,7 +4,6 @@ tells. All of its work runs on one thread; off, with a reason, where the kernel 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -15,17 +14,19 @@ from typing import Any
 import structlog
 
 from mesh import link
-from mesh.link import Legged, Paired, Takeover
+from mesh.link import Legged, Paired
 from mesh.model import State
 from nodeagent.datapath_api import DatapathApi, DatapathError
 from nodeagent.express_ledger import Ledger
-from nodeagent.express_legs import Legs
-from nodeagent.express_pairs import Pairs
+from nodeagent.express_legs import LEGS_MAX, Joining, Legs
+from nodeagent.express_legs import Asked as LegAsked
+from nodeagent.express_pairs import PAIRS_MAX, Pairs
 from nodeagent.express_path import ExpressPath
-from nodeagent.express_programs import Program, Programs, View
-from nodeagent.express_report import label_of, metrics_text, top
+from nodeagent.express_programs import Programs, View
+from nodeagent.express_report import described, metrics_text, top
+from nodeagent.express_share import QUEUE_MAX, Turns
 from nodeagent.proxy_link import Asked, ProxyFleet
-from nodeagent.worker_link import close_all
+from nodeagent.worker_link import close_all, duplicates
 
 log = structlog.get_logger()
 
@@ -35,7 +36,7 @@ REAP_EVERY_S = 1.0
 HAND_OVER_S, TOLD_S = 5.0, 0.2
 SEEK_S = 0.01  # what was left at about the same time goes to the same worker
 FORMER_S = 30.0  # a former agent's pairs are told to a new one within this time
-QUEUE_MAX = 4096  # questions of workers that wait
+ENDS_MAX = PAIRS_MAX + LEGS_MAX + QUEUE_MAX  # messages that wait and end something: there is no more
 
 
 class Express:
@@ -46,7 +47,8 @@ class Express:
         self._ledger = Ledger(ledger) if ledger else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="express-agent")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting = 0
+        self._turns = Turns(ENDS_MAX)
+        self._joining = Joining(lambda asks: self._submit(self._join, asks))
         self._reaped = 0.0
         self._reaping = self._seeking = False
         self._awaited: set[str] = set()  # workers that leave, or left, what they had to the next
@@ -109,6 +111,7 @@ class Express:
             self._former = []
 
     async def close(self) -> None:
+        self._give_up(lambda _: True)
         await self._run(self._close)
         self._thread.shutdown()
 
@@ -190,66 +193,82 @@ class Express:
 
     def message(self, worker: str, message: Asked, fds: list[int]) -> None:
         """``fds`` are owned here from now on."""
-        if isinstance(message, link.Leaving):
-            if not message.seconds and self._pairs is not None and any(owner == worker for owner, _ in list(self._pairs.all)):
-                self._awaits(worker)
-        elif isinstance(message, link.Left):
-            self._awaits(worker)
-            self._submit(self._left, worker, message.session)
-        elif isinstance(message, link.Unpair):
-            self._submit(self._unpair, worker, message.session)
-        elif isinstance(message, link.Unleg):
-            self._submit(self._unleg, worker, message.number)
-        elif isinstance(message, link.Leg):
-            refusal = "off" if not self.on else "malformed" if len(fds) != 1 else "busy" if self._waiting >= QUEUE_MAX else ""
-            if refusal:
-                close_all(fds)
-                self._fleet.tell(worker, Legged(message.number, False, refusal))
-            else:
-                self._waiting += 1
-                self._submit(self._leg, worker, message, fds)
-        elif not self.on or self._waiting >= QUEUE_MAX:
-            close_all(fds)
-            self._fleet.tell(worker, Paired(message.session, False, reason="off" if not self.on else "busy", lasting=not self.on))
-        else:
-            self._waiting += 1
-            self._submit(self._pair, worker, message, fds)
+        match message:
+            case link.Pair() | link.Leg():
+                self._ask(worker, message, fds)
+            case link.Unpair() | link.Unleg() | link.Left():
+                self._end(worker, message)
+            case link.Leaving(seconds):
+                if not seconds and self._pairs is not None and any(owner == worker for owner, _ in list(self._pairs.all)):
+                    self._awaits(worker)
 
-    def _pair(self, worker: str, message: link.Pair, fds: list[int]) -> None:
-        answer = Paired(message.session, False, reason="failed")
+    def _ask(self, worker: str, ask: link.Pair | link.Leg, fds: list[int]) -> None:
+        refusal = "off" if not self.on else "malformed" if isinstance(ask, link.Leg) and len(fds) != 1 else ""
+        if refusal or not self._turns.ask(worker):
+            close_all(fds)
+            self._fleet.tell(worker, _refused(ask, refusal or "busy"))
+        elif isinstance(ask, link.Leg):
+            self._joining.ask(LegAsked(worker, ask, fds))
+        else:
+            self._submit(self._pair, worker, ask, fds)
+
+    def _pair(self, worker: str, ask: link.Pair, fds: list[int]) -> None:
+        answer = _refused(ask, "failed")
         try:
             if self._pairs is not None and self._programs is not None:
-                answer = self._pairs.pair(self._programs, worker, message, fds)
+                answer = self._pairs.pair(self._programs, worker, ask, fds)
             else:
                 close_all(fds)
         finally:
             self._soon(self._answer, worker, answer)
-
-    def _leg(self, worker: str, message: link.Leg, fds: list[int]) -> None:
-        answer = Legged(message.number, False, "failed")
-        try:
-            if self._legs is not None and self._programs is not None:
-                answer = self._legs.join(self._programs.view, worker, message, fds)
-            else:
-                close_all(fds)
-        finally:
-            self._soon(self._answer, worker, answer)
-
-    def _unleg(self, worker: str, number: int) -> None:
-        if self._legs is not None:
-            self._legs.part(worker, number)
-
-    def _lost(self, worker: str) -> None:
-        if self._legs is not None:
-            self._legs.lost(worker)
 
     def _answer(self, worker: str, answer: Paired | Legged) -> None:
-        self._waiting -= 1
+        self._turns.answered(worker)
         self._fleet.tell(worker, answer)
 
-    def _unpair(self, worker: str, session: int) -> None:
-        if self._pairs is not None:
-            self._pairs.unpair(worker, session)
+    def _end(self, worker: str, message: link.Unpair | link.Unleg | link.Left) -> None:
+        if guilty := self._turns.end(worker):
+            self._fleet.drop(guilty, "it ends more than there can be")
+        if guilty == worker:
+            return
+        if isinstance(message, link.Left):
+            self._awaits(worker)
+        elif isinstance(message, link.Unleg):
+            self._give_up(lambda asked: asked.worker == worker and asked.leg.number == message.number)
+        self._submit(self._ended, worker, message)
+
+    def _ended(self, worker: str, message: link.Unpair | link.Unleg | link.Left) -> None:
+        try:
+            match message:
+                case link.Unleg(number) if self._legs is not None:
+                    self._legs.part(worker, number)
+                case link.Unpair(session) if self._pairs is not None:
+                    self._pairs.unpair(worker, session)
+                case link.Left(session) if self._pairs is not None:
+                    self._pairs.orphan(worker, time.monotonic(), session)
+                    self._soon(self._seek_heir)
+        finally:
+            self._soon(self._turns.ended, worker)
+
+    def _join(self, asks: list[LegAsked]) -> None:
+        answers = [_refused(asked.leg, "failed") for asked in asks]
+        try:
+            if self._legs is not None and self._programs is not None:
+                answers = [*self._legs.join(self._programs.view, asks)]
+            else:
+                close_all(fd for asked in asks for fd in asked.fds)
+        finally:
+            self._soon(self._joined, asks, answers)
+
+    def _joined(self, asks: list[LegAsked], answers: list[Paired | Legged]) -> None:
+        for asked, answer in zip(asks, answers, strict=True):
+            self._answer(asked.worker, answer)
+        self._joining.joined()
+
+    def _give_up(self, whose: Callable[[LegAsked], bool]) -> None:
+        for asked in self._joining.give_up(whose):
+            close_all(asked.fds)
+            self._answer(asked.worker, _refused(asked.leg, "given_up"))
 
     def _wish(self, worker: str, wish: Paired | Legged) -> None:
         self._soon(self._fleet.tell, worker, wish)
@@ -261,11 +280,6 @@ class Express:
     def _awaits(self, worker: str) -> None:
         self._awaited.add(worker)
         self._came.clear()
-
-    def _left(self, worker: str, session: int) -> None:
-        if self._pairs is not None:
-            self._pairs.orphan(worker, time.monotonic(), session)
-            self._soon(self._seek_heir)
 
     def _seek_heir(self) -> None:
         """Several at once: each look is at all pairs."""
@@ -280,8 +294,10 @@ class Express:
 
     def worker_down(self, worker: str) -> None:
         if self._pairs is not None:
+            self._give_up(lambda asked: asked.worker == worker)
             self._submit(self._pairs.orphan, worker, time.monotonic())
-            self._submit(self._lost, worker)
+        if self._legs is not None:
+            self._submit(self._legs.lost, worker)
 
     def worker_ready(self, worker: str) -> None:
         """Equipped: it may go on with what a former one left."""
@@ -291,7 +307,10 @@ class Express:
     def _hand_over(self, worker: str) -> None:
         if self._pairs is not None:
             for message, fds in self._pairs.hand_over(worker):
-                self._soon(self._take_over, worker, message, [os.dup(fd) for fd in fds])
+                try:
+                    self._soon(self._fleet.tell, worker, message, duplicates(fds))
+                except OSError:  # the worker hears nothing of it, so it is nobody's still
+                    self._pairs.orphan(worker, time.monotonic(), message.session)
             self._soon(self._has_come)
 
     def _has_come(self) -> None:
@@ -311,9 +330,6 @@ class Express:
             await asyncio.sleep(TOLD_S)
         except TimeoutError:
             log.warning("pairs_not_handed_over", workers=sorted(self._awaited))
-
-    def _take_over(self, worker: str, message: Takeover, fds: list[int]) -> None:
-        self._fleet.tell(worker, message, fds)
 
     # ---- telling
 
@@ -346,7 +362,7 @@ class Express:
             "on": self.on,
             "why": self.why,
             "probes": self.probes,
-            "programs": [_program(program) for program in programs],
+            "programs": [described(program) for program in programs],
             "pairs": len(self._pairs.all) if self._pairs else 0,
             "carried": {"requests": carried, "punted": {name: count for name, count in counters.items() if count}},
             "asked": self._asked(),
@@ -377,13 +393,7 @@ class Express:
         )
 
 
-def _program(program: Program) -> dict[str, Any]:
-    key = program.key
-    return {
-        "service": label_of(key.service),
-        "port": key.port,
-        "source": program.source,
-        "address": key.address,
-        "states": program.states,
-        "reason": program.reason,
-    }
+def _refused(ask: link.Pair | link.Leg, reason: str) -> Paired | Legged:
+    if isinstance(ask, link.Leg):
+        return Legged(ask.number, ok=False, reason=reason)
+    return Paired(ask.session, ok=False, reason=reason, lasting=reason == "off")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -15,10 +15,12 @@ from mesh.link import Leg, Legged
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_path import OK, Enrolment, ends
 from nodeagent.express_programs import View
+from nodeagent.express_share import too_many
 
 log = structlog.get_logger()
 
 LEGS_MAX = 16_384  # of a node; half of xlegs: what is forgotten is free at once
+JOIN_MAX = 32  # at once: nothing is written on any of them until the last is entered
 
 
 class Kernel(Protocol):
@@ -26,12 +28,18 @@ class Kernel(Protocol):
 
     def create_leg(self) -> int: ...
     def forget_leg(self, leg: int) -> None: ...
-    def enrol(self, netns_fd: int, enrolment: Enrolment) -> tuple[str, int]: ...
+    def enrol_all(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]: ...
 
 
 class Places(Protocol):
     def netns_fd(self, netns: int) -> int:
         """The caller's own to close. Raises KeyError."""
+
+
+class Asked(NamedTuple):
+    worker: str
+    leg: Leg
+    fds: list[int]
 
 
 class _Known(NamedTuple):
@@ -47,27 +55,34 @@ class Legs:
         self.all: dict[tuple[str, int], _Known] = {}
         self.counts: Counter[str] = Counter()
 
-    def join(self, view: View | None, worker: str, ask: Leg, fds: list[int]) -> Legged:
-        """The answer. ``fds`` are owned here, and closed."""
+    def join(self, view: View | None, asks: Sequence[Asked]) -> list[Legged]:
+        """The answers. Many take hardly longer than one, which is looked at again after a pause. Descriptors are owned here, and
+        closed."""
+        held = [fd for asked in asks for fd in asked.fds]
         try:
-            self.part(worker, ask.number)
-            reason = self._join(view, worker, ask, fds)
-        except MapFull:
-            reason = "full"
-        except (DatapathError, OSError, ValueError) as error:
-            log.warning("leg_failed", error=str(error))
-            reason = "failed"
+            plans = [self._plan(view, asked, held) for asked in asks]
+            results = iter(self._enter([plan for plan in plans if not isinstance(plan, str)]))
+            reasons = [plan if isinstance(plan, str) else next(results) for plan in plans]
+        except BaseException:  # a bug: none of them is told that it is one
+            for worker, leg, _ in asks:
+                self.part(worker, leg.number)
+            raise
         finally:
-            for fd in fds:
+            for fd in held:
                 os.close(fd)
-        self.counts[f"leg_{reason or 'made'}"] += 1
-        return Legged(ask.number, not reason, reason)
+        for (worker, leg, _), reason in zip(asks, reasons, strict=True):
+            if reason:
+                self.part(worker, leg.number)
+            self.counts[f"leg_{reason or 'made'}"] += 1
+        return [Legged(asked.leg.number, not reason, reason) for asked, reason in zip(asks, reasons, strict=True)]
 
-    def _join(self, view: View | None, worker: str, ask: Leg, fds: list[int]) -> str:
-        """Why not."""
+    def _plan(self, view: View | None, asked: Asked, held: list[int]) -> tuple[int, Enrolment] | str:
+        """What to enter, or why not. ``held``: descriptors to close."""
+        worker, ask, fds = asked
+        self.part(worker, ask.number)
         if len(fds) != 1:
             return "malformed"
-        if len(self.all) >= LEGS_MAX:
+        if too_many(self.all, worker, LEGS_MAX):
             return "too_many"
         workload = view.workload(ask.workload) if view is not None else None
         if view is None or workload is None or ask.workload not in view.local:
@@ -75,23 +90,22 @@ class Legs:
         if not _wanted(view, ask.workload):
             return "off"
         try:
-            netns = self._places.netns_fd(view.local[ask.workload])
-        except KeyError:
-            return "no_netns"
-        leg = 0
-        try:
+            held.append(self._places.netns_fd(view.local[ask.workload]))
             local, remote = ends(fds[0])
             leg = self._kernel.create_leg()
-            side = "server" if ask.dialled else "client"
-            result, _ = self._kernel.enrol(netns, Enrolment(leg, side, local, remote, 0, leg=True))
-            if result != OK:
-                return result
-            self.all[worker, ask.number] = _Known(leg, ask.workload)
-            return ""
-        finally:
-            os.close(netns)
-            if leg and (worker, ask.number) not in self.all:
-                self._kernel.forget_leg(leg)
+        except KeyError:
+            return "no_netns"
+        except (DatapathError, OSError, ValueError) as error:
+            return _failed(error)
+        self.all[worker, ask.number] = _Known(leg, ask.workload)
+        return held[-1], Enrolment(leg, "server" if ask.dialled else "client", local, remote, 0, leg=True)
+
+    def _enter(self, items: list[tuple[int, Enrolment]]) -> list[str]:
+        """Why not, of each."""
+        try:
+            return ["" if result == OK else result for result, _ in self._kernel.enrol_all(items)] if items else []
+        except (DatapathError, OSError, ValueError) as error:
+            return [_failed(error)] * len(items)
 
     def part(self, worker: str, number: int) -> None:
         found = self.all.pop((worker, number), None)
@@ -110,6 +124,44 @@ class Legs:
             self.part(*key)
 
 
+class Joining:
+    """Those that are asked for while the thread is at others: they go together. Of the loop alone. ``start``: has them joined,
+    which ends with `joined`."""
+
+    def __init__(self, start: Callable[[list[Asked]], None]) -> None:
+        self._start = start
+        self._waiting: list[Asked] = []
+        self._busy = False
+
+    def ask(self, asked: Asked) -> None:
+        self._waiting.append(asked)
+        self._next()
+
+    def joined(self) -> None:
+        self._busy = False
+        self._next()
+
+    def give_up(self, whose: Callable[[Asked], bool]) -> list[Asked]:
+        """Of those that wait, as if they had been joined, and ended then. They are the caller's again."""
+        gone = [asked for asked in self._waiting if whose(asked)]
+        if gone:
+            self._waiting = [asked for asked in self._waiting if not whose(asked)]
+        return gone
+
+    def _next(self) -> None:
+        if self._waiting and not self._busy:
+            self._busy = True
+            now, self._waiting = self._waiting[:JOIN_MAX], self._waiting[JOIN_MAX:]
+            self._start(now)
+
+
 def _wanted(view: View, key: str) -> bool:
     workload = view.workload(key)
     return workload is not None and key in view.local and view.config.express == "auto" and workload.express == "auto"
+
+
+def _failed(error: Exception) -> str:
+    if isinstance(error, MapFull):
+        return "full"
+    log.warning("leg_failed", error=str(error))
+    return "failed"

@@ -12,7 +12,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -108,10 +109,12 @@ class Operations:
 
     def enrol(self, items: Sequence[tuple[int, Enrolment]]) -> list[tuple[str, int]]:
         """For each (netns, enrolment): (OK or why not, key). Returns when each was looked at once whether it is settled:
-        until then no byte should come to these sockets, since FIONREAD does not count TCP's own meanwhile."""
+        until then no byte should come to these sockets, since FIONREAD does not count TCP's own meanwhile. Raises what one of
+        them met; the descriptors are of no use here any more then, either."""
         futures: list[Future[tuple[str, int]]] = [Future() for _ in items]
         for (netns_fd, enrolment), future in zip(items, futures, strict=True):
             self._jobs.put(partial(self._enrol, netns_fd, enrolment, future))
+        wait(futures)
         return [future.result() for future in futures]
 
     def check(self, netns_fd: int, enrolment: Enrolment) -> str:
@@ -138,12 +141,12 @@ class Operations:
 
     def _run(self) -> None:
         while True:
-            wait = self._unsettled[0].due - time.monotonic() if self._unsettled else None
-            if wait is not None and wait <= 0:
+            pause = self._unsettled[0].due - time.monotonic() if self._unsettled else None
+            due = pause is not None and pause <= 0
+            if due:
                 self._settle(heapq.heappop(self._unsettled))
-                continue
             try:
-                job = self._jobs.get(timeout=wait)
+                job = self._jobs.get(block=not due, timeout=pause)  # its turn comes, however many are due
             except queue.Empty:
                 continue
             if job is None:
@@ -173,17 +176,20 @@ class Operations:
 
     def _settle(self, waiting: _Unsettled) -> None:
         """Raises nothing: who waits for the enrolment hears of it, and the thread goes on."""
+        again = False
         try:
             result, _ = self._on_sockets("SETTLE_LEG" if waiting.enrolment.leg else "SETTLE", waiting.netns, waiting.enrolment)
             if result == "not_yet":
                 looks = waiting.looks + 1
                 pause = min(2 * waiting.pause, SETTLE_BUSY_S if looks < SETTLE_YOUNG else SETTLE_LAST_S)
                 self._later(pause, looks, waiting.netns, waiting.enrolment)
-            else:
-                os.close(waiting.netns)
+                again = True
         except Exception:  # its requests stay in user space
             self.failures += 1
         finally:
+            if not again:
+                with suppress(OSError):
+                    os.close(waiting.netns)
             if waiting.done is not None:
                 waiting.done()
 

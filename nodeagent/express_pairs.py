@@ -20,6 +20,7 @@ from mesh.link import Paired, PairEnd, Takeover
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express_path import OK, Enrolment, duplicate, ends
 from nodeagent.express_programs import Key, Program, Programs, View
+from nodeagent.express_share import too_many
 from nodeagent.layouts import text_address
 
 log = structlog.get_logger()
@@ -90,12 +91,13 @@ class Pairs:
 
     def pair(self, programs: Programs, worker: str, ask: Ask, fds: list[int]) -> Paired:
         """The answer. ``fds`` are owned here from now on."""
+        again = (worker, ask.session) in self.all
         self.unpair(worker, ask.session)
         record = 0
         try:
             if len(fds) != 1 + len(ask.endpoints) or not ask.endpoints:
                 raise Refused("malformed")
-            if len(self.all) >= PAIRS_MAX:
+            if not again and too_many(self.all, worker, PAIRS_MAX):  # it may have more than its share by a takeover
                 raise Refused("too_many_pairs")
             program, origin = self._program(programs, ask, fds[0])
             record = self._kernel.create_record(program.index, origin["identity"])
@@ -229,7 +231,10 @@ class Pairs:
         again is seen there, by who they are then."""
         for (worker, session), pair in list(self.all.items()):
             if not pair.spiffes.isdisjoint(spiffes):
-                self._kernel.set_program(pair.record, NO_PROGRAM)
+                try:
+                    self._kernel.set_program(pair.record, NO_PROGRAM)
+                except DatapathError as error:  # nor may that keep the others
+                    log.error("pair_not_taken_back", error=str(error), remedy="its worker ends it")
                 self._count("certificate_revoked")
                 self._wish(worker, Paired(session, False, reason="certificate_revoked"))
 

@@ -133,3 +133,16 @@ def top(programs: Sequence[Program], stats: Stats) -> list[dict[str, Any]]:
         }
         for (source, service, rule), (count, buckets) in sorted(rows.items(), key=lambda item: -item[1][0])
     ]
+
+
+def described(program: Program) -> dict[str, Any]:
+    """For `pillion express status`."""
+    key = program.key
+    return {
+        "service": label_of(key.service),
+        "port": key.port,
+        "source": program.source,
+        "address": key.address,
+        "states": program.states,
+        "reason": program.reason,
+    }

@@ -159,3 +159,14 @@ def close_all(fds: Iterable[int]) -> None:
             os.close(fd)
         except OSError:
             pass  # closed before: nothing to do about it
+
+
+def duplicates(fds: Iterable[int]) -> list[int]:
+    """All or none: raises OSError."""
+    own: list[int] = []
+    try:
+        own += (os.dup(fd) for fd in fds)
+    except OSError:
+        close_all(own)
+        raise
+    return own

@@ -13,6 +13,7 @@ from tests.e2e import express
 from tests.e2e.express import NAME, PORT
 from tests.e2e.mesh import Mesh, policy, service
 
+LEG_WARMS, TRIES = 200, 3  # of 4 ms and more: busy at two looks in a row
 ROUTE = f"""---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -51,7 +52,19 @@ def two(mesh: Mesh) -> Iterator[Mesh]:
         yield mesh
 
 
-def attack(mesh: Mesh, mode: str, *, host: str = f"{NAME}.shop.mesh", port: int = PORT, **options: Any) -> Any:
+def attack(
+    mesh: Mesh, mode: str, *, who: str = "client", host: str = f"{NAME}.shop.mesh", port: int = PORT, **options: Any
+) -> Any:
     """What `programs/paired.py` found."""
     question = json.dumps({"host": host, "port": port, "mode": mode, **options})
-    return run(mesh.w["client"], "paired.py", question, timeout_s=180)
+    return run(mesh.w[who], "paired.py", question, timeout_s=180)
+
+
+def on_leg(mesh: Mesh, mode: str, **options: Any) -> Any:
+    """The same from the other node, on a connection that got a leg; done anew where it got none in that time."""
+    for more in range(1, TRIES + 1):
+        before = express.pairings(mesh, "leg_made", "n2")
+        found = attack(mesh, mode, who="far-client", warms=more * LEG_WARMS, **options)
+        if express.pairings(mesh, "leg_made", "n2") > before:
+            return found
+    raise AssertionError("it gets no leg")

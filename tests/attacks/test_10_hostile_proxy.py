@@ -81,7 +81,7 @@ ANY_WAY_OUT = Mutant(
 )
 
 
-def _start(mesh: Mesh, way: str, *arguments: object) -> tuple[Place, list[str], dict[str, str]]:
+def prepared(mesh: Mesh, way: str, *arguments: object) -> tuple[Place, list[str], dict[str, str]]:
     node = "n1"
     base = mesh.lab.cgroup / node
     door = mesh.lab.paths.agent_run(node) / "proxy" / "worker-7.sock"
@@ -91,23 +91,29 @@ def _start(mesh: Mesh, way: str, *arguments: object) -> tuple[Place, list[str], 
     return Place(base / "agent", mesh.lab.nodes[node].netns), argv, env
 
 
-def _forget(mesh: Mesh) -> None:
+def forgotten(mesh: Mesh) -> None:
     """The place is no more, and the agent has seen that."""
     (mesh.lab.paths.agent_run("n1") / "proxy" / "worker-7.sock").unlink(missing_ok=True)
     until(lambda: mesh.lab.nodes["n1"].status()["ready"], "the node does not recover")
     until(lambda: len(mesh.lab.nodes["n1"].status()["proxy"]) == 1, "the hostile worker is still there")
 
 
+def said_by(mesh: Mesh, way: str, *arguments: object) -> dict[str, Any]:
+    """What it says came of it."""
+    place, argv, env = prepared(mesh, way, *arguments)
+    done = run(place, argv, timeout=80, env=env)
+    assert done.stdout.strip(), done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def hostile(mesh: Mesh, way: str, *arguments: object) -> dict[str, Any]:
-    """What it says came of it. Meanwhile the true worker serves."""
-    place, argv, env = _start(mesh, way, *arguments)
+    """The same, while the true worker serves."""
     try:
-        done = run(place, argv, timeout=80, env=env)
-        assert done.stdout.strip(), done.stderr
+        said = said_by(mesh, way, *arguments)
         assert mesh.curl("client", f"http://web.shop.mesh:{HTTP_PORT}/")[0] == 200
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        return said
     finally:
-        _forget(mesh)
+        forgotten(mesh)
 
 
 @contextmanager
@@ -228,32 +234,38 @@ class Asked:
     opened: set[tuple[str, str]]
 
 
-def ask_for_others(mesh: Mesh) -> Asked:
+@contextmanager
+def waiting(mesh: Mesh) -> Iterator[None]:
     """A request of `intruder`, whom policy keeps from `web`, waits to be accepted; no other worker takes it."""
     (worker,) = mesh.lab.pids("n1", "proxy-worker")
-    web = mesh.w["web"].addresses[0]
-    mesh.apply(ENTRY)
-    waiting = None
+    asks = None
     os.kill(worker, signal.SIGSTOP)
     try:
-        waiting = mesh.w["intruder"].start(["curl", "-s", "--max-time", "60", f"http://{web}:{HTTP_PORT}/"], name="waiting")
+        argv = ["curl", "-s", "--max-time", "60", f"http://{mesh.w['web'].addresses[0]}:{HTTP_PORT}/"]
+        asks = mesh.w["intruder"].start(argv, name="waiting")
         mesh.established("intruder", 15001)
-        place, argv, env = _start(mesh, "ask", web, HTTP_PORT, caller(mesh, "client"), "intruder", json.dumps(list(GRANTS)))
-        done = run(place, argv, timeout=80, env=env)
-        assert done.stdout.strip(), done.stderr
-        found = json.loads(done.stdout.splitlines()[-1])
-        opened = {
-            (who, to)
-            for who, to in (("intruder", PUBLIC), ("client", PUBLIC), ("client", METADATA), ("client", REMAINS))
-            if dial(mesh.w[who], to, OPEN, timeout_s=0.3).opened
-        }
-        return Asked(dict(zip(GRANTS, found["grants"], strict=True)), found["pairs"], opened)
+        yield
     finally:
         os.kill(worker, signal.SIGCONT)
-        if waiting is not None:
-            waiting.kill()
+        if asks is not None:
+            asks.kill()
+        forgotten(mesh)
+
+
+def ask_for_others(mesh: Mesh) -> Asked:
+    web = mesh.w["web"].addresses[0]
+    mesh.apply(ENTRY)
+    try:
+        with waiting(mesh):
+            said = said_by(mesh, "ask", web, HTTP_PORT, caller(mesh, "client"), "intruder", json.dumps(list(GRANTS)))
+            opened = {
+                (who, to)
+                for who, to in (("intruder", PUBLIC), ("client", PUBLIC), ("client", METADATA), ("client", REMAINS))
+                if dial(mesh.w[who], to, OPEN, timeout_s=0.3).opened
+            }
+        return Asked(dict(zip(GRANTS, said["grants"], strict=True)), said["pairs"], opened)
+    finally:
         mesh.delete("ServiceEntry", "hostile")
-        _forget(mesh)
 
 
 @pytest.fixture(scope="module")
@@ -306,14 +318,14 @@ def test_its_answers_open_anything_without(asked_broken: Asked) -> None:
 @contextmanager
 def liar(mesh: Mesh, seconds: float) -> Iterator[None]:
     """It acknowledges whatever it is sent, with a digest that is not the state's."""
-    place, argv, env = _start(mesh, "lie", seconds)
+    place, argv, env = prepared(mesh, "lie", seconds)
     process = start(place, argv, name="liar", log=mesh.scratch / "liar.log", env=env)
     try:
         until(lambda: (mesh.lab.paths.agent_run("n1") / "proxy" / "worker-7.sock").exists(), "the liar is not there")
         yield
     finally:
         process.kill()
-        _forget(mesh)
+        forgotten(mesh)
         mesh.delete("AuthorizationPolicy", "lied-about")
 
 

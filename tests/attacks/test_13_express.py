@@ -1,4 +1,5 @@
-"""security.md 13 on connections that the kernel carries: a deny that user space knows of and the kernel's tables do not."""
+"""security.md 13 on connections that the kernel carries, or hands over to user space without TCP (legs): a deny that the kernel's
+tables do not know of, or that came after what is remembered. (A proxy that does not hold to it: test_10_legs.py.)"""
 
 from __future__ import annotations
 
@@ -61,29 +62,45 @@ NO_LEASE_OF_PROXY = Mutant(
     "the proxy's workers compare the time themselves",
     ("l7proxy/lease.py", "        return lease_s > 0 and ", "        return lease_s < 0 and "),
 )
+OLD_MEMORY = Mutant(
+    "b11",
+    "a remembered decision is of the state in force",
+    (
+        "l7proxy/session.py",
+        "        if scope.config is not worker.config:\n            again = ",
+        "        if 0:\n            again = ",
+    ),
+    ("l7proxy/quick.py", " or scope.config is not worker.config:\n", ":\n"),
+)
+FAR = "far-client"  # the server is on the other node
 CONNECTIONS, SEEN_S, SEEN = 8, 1.0 * SLOW, 50
 
 
 @pytest.fixture(scope="module")
 def fast(mesh: Mesh) -> Iterator[Mesh]:
-    with carried(mesh):
+    with carried(mesh, FAR):
         yield mesh
 
 
-def denied_under_load(mesh: Mesh) -> tuple[float, dict[str, Any]]:
+def denied_under_load(mesh: Mesh, who: str = "client") -> tuple[float, dict[str, Any]]:
     """When the deny was in force, and what the load saw."""
-    running = express.load(mesh, connections=CONNECTIONS, rate=400, seconds=150, expected=[403])
+    made = express.pairings(mesh, "leg_made", "n2")
+    running = express.load(mesh, who, connections=CONNECTIONS, rate=400, seconds=150, expected=[403])
     express.started(running)
-    express.carried_on(mesh)
-    mesh.apply(policy("flip", NAME, action="DENY", operation='{paths: ["/size/64/*"]}'))
+    if who == FAR:
+        until(lambda: express.pairings(mesh, "leg_made", "n2") >= made + CONNECTIONS, "not all have a leg", 30)
+    else:
+        express.carried_on(mesh)
+    mesh.apply(policy("flip", NAME, action="DENY", who=who, operation='{paths: ["/size/64/*"]}'))
     in_force, before = time.monotonic(), judged(mesh)
     until(lambda: time.monotonic() > in_force + SEEN_S and judged(mesh) > before + SEEN, "nobody asks any more")
     return in_force, express.stopped(running)
 
 
 def judged(mesh: Mesh) -> float:
-    """Requests that were carried by the kernel, or denied."""
-    return express.event(mesh, "carried") + mesh.metric("n1", "pillion_requests_total", code="403")
+    """Requests that were carried by the kernel, and what went by legs, or denied."""
+    denied = sum(mesh.metric(node, "pillion_requests_total", code="403") for node in ("n1", "n2"))
+    return express.event(mesh, "carried") + express.event(mesh, "leg", "n2") + denied
 
 
 @pytest.mark.attack("keep a paired connection through a deny")
@@ -102,6 +119,27 @@ def test_a_deny_stops_nothing_without(broken: Mesh) -> None:
     with carried(broken):
         try:
             in_force, report = denied_under_load(broken)
+            assert report["last_asked"] > in_force + SEEN_S / 4
+        finally:
+            broken.delete("AuthorizationPolicy", "flip")
+
+
+@pytest.mark.attack("keep a connection with a leg through a deny")
+def test_a_deny_stops_the_next_request_by_a_leg(fast: Mesh, counted: Counted) -> None:
+    try:
+        with counted(fast, "n2", "policy_denied", times=CONNECTIONS):
+            in_force, report = denied_under_load(fast, FAR)
+        assert report["last_asked"] < in_force
+        assert report["statuses"]["403"] > CONNECTIONS and not report["wrong"] and not report["errors"], report
+    finally:
+        fast.delete("AuthorizationPolicy", "flip")
+
+
+@pytest.mark.red("keep a connection with a leg through a deny", OLD_MEMORY)
+def test_a_deny_stops_nothing_by_a_leg_without(broken: Mesh) -> None:
+    with carried(broken, FAR):
+        try:
+            in_force, report = denied_under_load(broken, FAR)
             assert report["last_asked"] > in_force + SEEN_S / 4
         finally:
             broken.delete("AuthorizationPolicy", "flip")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.attacks.express_world import attack, carried
+from tests.attacks.express_world import attack, carried, on_leg
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import Mesh
 
@@ -34,7 +34,7 @@ HARMLESS = ("SO_RCVLOWAT", "SO_RCVBUF", "TCP_MAXSEG", "SO_ZEROCOPY", "TCP_INQ")
 
 @pytest.fixture(scope="module")
 def fast(mesh: Mesh) -> Iterator[Mesh]:
-    with carried(mesh):
+    with carried(mesh, "far-client"):
         yield mesh
 
 
@@ -51,6 +51,12 @@ def test_nobody_repairs_a_connection(fast: Mesh, counted: Counted) -> None:
 @pytest.mark.attack("TLS on a paired socket")
 def test_tls_and_redirection_exclude_each_other(fast: Mesh, counted: Counted) -> None:
     denied(fast, counted, "TCP_ULP")
+
+
+@pytest.mark.attack("TLS on the socket of a leg")
+def test_tls_and_legs_exclude_each_other(fast: Mesh, counted: Counted) -> None:
+    with counted(fast, "n2", "socket_option"):
+        assert on_leg(fast, "options", what="TCP_ULP") == {"answer": "PermissionError", "after": "right"}
 
 
 @pytest.mark.attack("options of a paired socket")
@@ -80,3 +86,11 @@ def test_tls_takes_a_paired_socket_without(broken: Mesh) -> None:
     with carried(broken):
         assert attack(broken, "options", what="TCP_ULP")["answer"] in ("PASSED", "FileNotFoundError")
     assert broken.denied("n1", "socket_option") == before
+
+
+@pytest.mark.red("TLS on the socket of a leg", ULP)
+def test_tls_takes_a_legs_socket_without(broken: Mesh) -> None:
+    before = broken.denied("n2", "socket_option")
+    with carried(broken, "far-client"):
+        assert on_leg(broken, "options", what="TCP_ULP")["answer"] in ("PASSED", "FileNotFoundError")
+    assert broken.denied("n2", "socket_option") == before

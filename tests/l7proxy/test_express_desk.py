@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from time import perf_counter
 
 import pytest
 
+from l7proxy import express_asking
+from l7proxy import session as session_module
 from l7proxy.express import RESPONSE_BODY, View
+from l7proxy.express_session import Pair
+from l7proxy.session import HttpSession
 from mesh import link
 from mesh.link import PairEnd
 from mesh.model import Backend, Config, Route, RouteRule, key_of
-from tests.l7proxy.express_rig import ARM, HOLD, REST, TAKE, Express, ExpressKernel, express_world, get
+from tests.l7proxy.express_rig import ARM, HOLD, REST, TAKE, Dialogue, Express, ExpressKernel, express_world, get
 from tests.l7proxy.rig import Mesh, Rig, Server, ok, open_fds, read_head, read_response, wait_for
 from tests.l7proxy.test_worker import metric, reason
 
@@ -113,6 +118,61 @@ def test_over_the_rate_of_the_kernel_is_429(express: Express) -> None:
     assert (status, reason(head)) == (429, "budget_requests")
     express.kernel.views[talk.port] = REST
     assert express.events()["express_punt_rate"] == 1
+    talk.sock.close()
+
+
+def over_budget(express: Express, talk: Dialogue) -> HttpSession:
+    """The next request of a session that is to be paired anew is one too many."""
+    (session,) = express.rig.worker.sessions
+    assert isinstance(session, HttpSession) and isinstance(session.pair, Pair)
+    session.pair.more = True
+    express.rig.call(lambda: session.account.requesting.empty(perf_counter() + 60))
+    talk.sock.sendall(get())
+    assert read_response(talk.sock)[0] == 429
+    for _ in range(4):
+        express.rig.call(lambda: None)
+    return session
+
+
+def test_after_a_429_it_is_not_read_for_a_while_whatever_the_agent_says(
+    express: Express, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not paired meanwhile: the answer would have it read again at once."""
+    monkeypatch.setattr(session_module, "PARKED_S", 3600.0)
+    talk = express.dialogue()
+    session = over_budget(express, talk)
+    express.rig.call(lambda: session.pair.again())  # type: ignore[union-attr]  # as a sweep does
+    express.rig.call(lambda: session.resume_client())
+    assert len(express.pairs) == 1 and not session.transport.is_reading()
+    express.rig.call(session._unpark)
+    assert session.transport.is_reading()
+    session.account.requesting._at = 0.0
+    talk.exchange()
+    wait_for(lambda: len(express.kernel.of(ARM)) == 2, "the pair anew")
+    assert len(express.pairs) == 2
+    talk.sock.close()
+
+
+def test_what_comes_while_the_kernel_takes_it_over_is_not_read_when_a_429_is_past(
+    express: Express, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's answer would be written to a socket whose application can not ask how much there is to read."""
+    monkeypatch.setattr(session_module, "PARKED_S", 0.01)
+    monkeypatch.setattr(express_asking, "ANSWER_S", 3600.0)
+    talk = express.dialogue()
+    express.answer = lambda _pair: None
+    session = over_budget(express, talk)
+    wait_for(lambda: session.transport.is_reading(), "the end of that while")
+    session.account.requesting._at = 0.0
+    talk.exchange()
+    wait_for(lambda: len(express.pairs) == 2, "the question")
+    assert not session.transport.is_reading()
+    talk.sock.sendall(get("/waits"))
+    (asked,) = express.pairs[1:]
+    express.kernel.views[talk.port] = REST
+    express.rig.agent.send(link.Paired(asked.session, True, (0,)))
+    assert talk.reached(get("/waits"))
+    assert "express_refused_client_spoke" not in express.events() and not express.unpaired()
     talk.sock.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from mesh import link
 from nodeagent import express as module
 from nodeagent.express import Express
+from nodeagent.worker_link import close_all
 
 
 class Pairs:
@@ -86,6 +88,27 @@ async def test_it_does_not_wait_for_ever(express: Express, monkeypatch: pytest.M
     monkeypatch.setattr(module, "HAND_OVER_S", 0.05)
     express.message("worker-0", link.Leaving(), [])
     await asyncio.wait_for(express.handed_over(), 5)
+
+
+async def test_one_that_can_not_be_handed_over_waits_for_another_time(express: Express) -> None:
+    """As when there are no descriptors left; who comes next hears of the others."""
+    told: list[tuple[link.Message, int]] = []
+
+    class Fleet:
+        def tell(self, _worker: str, message: link.Message, fds: list[int]) -> None:
+            told.append((message, len(fds)))
+            close_all(fds)
+
+    express._fleet = Fleet()  # type: ignore[assignment]  # all that is asked of it
+    one, other = (link.Takeover(number, "", 80, "", (), ()) for number in (1, 2))
+    pairs: Any = express._pairs
+    pairs.hand_over = lambda _worker: [(one, [0, -1]), (other, [0, 1])]
+    before = len(os.listdir("/proc/self/fd"))
+    express.message("worker-0", link.Leaving(), [])
+    express.worker_ready("worker-1")
+    await asyncio.wait_for(express.handed_over(), 5)
+    assert told == [(other, 2)] and pairs.calls == [("left", "worker-1", 1)]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_certificates_that_are_taken_back_reach_the_pairs(express: Express) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from mesh.link import Leg, Legged, Paired
 from mesh.model import Item
 from nodeagent import express as express_module
 from nodeagent import express_legs as module
+from nodeagent import express_share as share
 from nodeagent.datapath_api import DatapathError, MapFull
 from nodeagent.express import Express
-from nodeagent.express_legs import Legs
+from nodeagent.express_legs import Asked, Legs
+from nodeagent.express_pairs import PAIRS_MAX
 from nodeagent.express_path import Enrolment
 from tests.mesh.build import workload
 from tests.mesh.express.build import CART, WEB
@@ -36,7 +39,11 @@ class Desk:
     def ask(self, number: int = 1, worker: str = "worker-0", key: str = CART, *, dialled: bool = False) -> Legged:
         client, server = self.stack.enter_context(connection())
         fd = os.dup(client.fileno() if dialled else server.fileno())
-        return self.legs.join(self.view, worker, Leg(number, key, dialled), [fd])
+        return self.join(Leg(number, key, dialled), [fd], worker)
+
+    def join(self, leg: Leg, fds: list[int], worker: str = "worker-0") -> Legged:
+        (answer,) = self.legs.join(self.view, [Asked(worker, leg, fds)])
+        return answer
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def test_what_fits_is_a_leg_until_it_is_given_up(desk: Desk, key: str, dialled: 
     with connection() as (client, server):
         own = client if dialled else server
         before = descriptors()
-        assert desk.legs.join(desk.view, "worker-0", Leg(5, key, dialled), [os.dup(own.fileno())]) == Legged(5, True)
+        assert desk.join(Leg(5, key, dialled), [os.dup(own.fileno())]) == Legged(5, True)
         assert descriptors() == before  # nothing of it is kept
         ((place, enrolment),) = desk.kernel.enrolled
         assert place == NETNS[key] and enrolment == Enrolment(
@@ -111,7 +118,7 @@ def test_what_is_not_wanted_is_refused(
     desk.view = view(world(*items, **config))
     before = descriptors()
     with connection() as (_, server):
-        answer = desk.legs.join(desk.view, "worker-0", Leg(1, key, False), [os.dup(server.fileno())])
+        answer = desk.join(Leg(1, key, False), [os.dup(server.fileno())])
     assert answer == Legged(1, False, reason)
     assert not desk.kernel.legs_ever and not desk.legs.all and descriptors() == before
     assert desk.legs.counts == {f"leg_{reason}": 1}
@@ -120,9 +127,9 @@ def test_what_is_not_wanted_is_refused(
 def test_without_a_state_or_a_place_there_is_none(desk: Desk) -> None:
     before = descriptors()
     with connection() as (_, server):
-        assert desk.legs.join(None, "worker-0", Leg(1, CART, False), [os.dup(server.fileno())]).reason == "no_workload"
-        elsewhere = view(world(), **{CART: 99})
-        assert desk.legs.join(elsewhere, "worker-0", Leg(1, CART, False), [os.dup(server.fileno())]).reason == "no_netns"
+        for known, reason in ((None, "no_workload"), (view(world(), **{CART: 99}), "no_netns")):
+            (answer,) = desk.legs.join(known, [Asked("worker-0", Leg(1, CART, False), [os.dup(server.fileno())])])
+            assert answer.reason == reason
     assert descriptors() == before and not desk.kernel.legs_ever
 
 
@@ -130,7 +137,7 @@ def test_without_a_state_or_a_place_there_is_none(desk: Desk) -> None:
 def test_one_descriptor_is_one_leg(desk: Desk, count: int) -> None:
     before = descriptors()
     with connection() as (_, server):
-        answer = desk.legs.join(desk.view, "worker-0", Leg(1, CART, False), [os.dup(server.fileno()) for _ in range(count)])
+        answer = desk.join(Leg(1, CART, False), [os.dup(server.fileno()) for _ in range(count)])
     assert answer.reason == "malformed" and descriptors() == before and not desk.kernel.legs_ever
 
 
@@ -147,12 +154,12 @@ def test_what_is_no_connection_leaves_nothing_behind(desk: Desk, kind: str) -> N
             fd = one.detach()
         else:
             fd = socket.socket({"packet": socket.AF_PACKET, "unconnected": socket.AF_INET}[kind], socket.SOCK_DGRAM).detach()
-        answer = desk.legs.join(desk.view, "worker-0", Leg(1, CART, False), [fd])
+        answer = desk.join(Leg(1, CART, False), [fd])
     assert answer == Legged(1, False, "failed") and descriptors() == before
     assert not desk.legs.all and not desk.kernel.legs
 
 
-@pytest.mark.parametrize("where", ["create_leg", "enrol"])
+@pytest.mark.parametrize("where", ["create_leg", "enrol_all"])
 @pytest.mark.parametrize(
     ("error", "reason"), [(MapFull("xlegs"), "full"), (DatapathError("no"), "failed"), (OSError(1), "failed")]
 )
@@ -165,7 +172,7 @@ def test_a_kernel_that_fails_leaves_nothing_behind(
     monkeypatch.setattr(desk.kernel, where, fail)
     before = descriptors()
     with connection() as (_, server):
-        answer = desk.legs.join(desk.view, "worker-0", Leg(1, CART, False), [os.dup(server.fileno())])
+        answer = desk.join(Leg(1, CART, False), [os.dup(server.fileno())])
     assert answer.reason == reason and not desk.kernel.legs and not desk.legs.all and descriptors() == before
 
 
@@ -181,6 +188,47 @@ def test_there_is_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert desk.ask(2).ok  # in its own place
     desk.legs.part("worker-0", 1)
     assert desk.ask(3).ok and len(desk.kernel.legs) == 2
+
+
+def test_one_worker_leaves_room_for_others(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times what is free is its share."""
+    monkeypatch.setattr(module, "LEGS_MAX", 8)
+    assert [desk.ask(number).ok for number in range(1, 8)] == [True] * 6 + [False]
+    assert [desk.ask(number, "worker-1").ok for number in range(1, 4)] == [True] * 2 + [False]
+    desk.legs.lost("worker-0")
+    assert [desk.ask(number, "worker-1").ok for number in range(3, 8)] == [True] * 4 + [False]
+
+
+def test_of_many_each_has_its_answer(desk: Desk) -> None:
+    client, server = desk.stack.enter_context(connection())
+    reader, writer = os.pipe()
+    desk.stack.callback(os.close, writer)
+    before = descriptors()
+    desk.kernel.refuse = {"server": "not_the_proxys"}
+    asks = [
+        Asked("worker-0", Leg(1, CART, False), [reader]),
+        Asked("worker-0", Leg(2, CART, False), [os.dup(server.fileno())]),
+        Asked("worker-1", Leg(1, WEB, True), [os.dup(client.fileno())]),
+        Asked("worker-1", Leg(2, "Workload/shop/none", True), [os.dup(client.fileno())]),
+        Asked("worker-1", Leg(3, CART, False), [os.dup(server.fileno())]),
+    ]
+    reasons = ["failed", "", "not_the_proxys", "no_workload", ""]
+    answers = desk.legs.join(desk.view, asks)
+    assert answers == [Legged(asked.leg.number, not why, why) for asked, why in zip(asks, reasons, strict=True)]
+    assert list(desk.legs.all) == [("worker-0", 2), ("worker-1", 3)] and len(desk.kernel.legs) == 2
+    assert descriptors() == before - 1
+
+
+def test_of_many_that_fail_together_nothing_is_left(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DatapathError("no")
+
+    monkeypatch.setattr(desk.kernel, "enrol_all", fail)
+    _, server = desk.stack.enter_context(connection())
+    before = descriptors()
+    asks = [Asked("worker-0", Leg(number, CART, False), [os.dup(server.fileno())]) for number in (1, 2)]
+    assert [answer.reason for answer in desk.legs.join(desk.view, asks)] == ["failed"] * 2
+    assert not desk.legs.all and not desk.kernel.legs and descriptors() == before
 
 
 @pytest.mark.parametrize("why", ["off", "workload", "gone", "moved away"])
@@ -217,6 +265,10 @@ class Fleet:
     def __init__(self) -> None:
         self.told: list[tuple[str, link.Message]] = []
         self.heard = asyncio.Event()
+        self.dropped: list[str] = []
+
+    def drop(self, worker: str, _reason: str) -> None:
+        self.dropped.append(worker)
 
     def tell(self, worker: str, message: link.Message) -> None:
         self.told.append((worker, message))
@@ -227,7 +279,8 @@ class Orphans:
     all: dict[object, object] = {}  # never written
     counts: dict[str, int] = {"paired": 3}  # the same
 
-    def orphan(self, _worker: str, _now: float) -> None: ...
+    def orphan(self, _worker: str, _now: float, _session: int | None = None) -> None: ...
+    def unpair(self, _worker: str, _session: int) -> None: ...
     def review(self, _view: object) -> None: ...
     def close(self) -> None: ...
 
@@ -270,8 +323,27 @@ class Rig:
 
     async def done(self) -> None:
         """All that was asked so far, and its answers."""
-        await self.express._run(int)
-        await asyncio.sleep(0)
+        while True:
+            await self.express._run(int)
+            await asyncio.sleep(0)
+            if not self.express._turns.asks:
+                break
+
+    async def answered(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.answers()) < count:
+                self.fleet.heard.clear()
+                await self.fleet.heard.wait()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """The one thread is at something else."""
+        over = threading.Event()
+        self.express._thread.submit(over.wait)
+        try:
+            yield
+        finally:
+            over.set()
 
     def answers(self) -> list[Legged]:
         return [message for _, message in self.fleet.told if isinstance(message, Legged)]
@@ -283,7 +355,8 @@ async def rig() -> AsyncIterator[Rig]:
     await made.on()
     with made.stack:
         yield made
-    await made.express.close()
+    if not made.express._thread._shutdown:
+        await made.express.close()
 
 
 async def test_each_question_has_its_answer_and_ends_with_a_word(rig: Rig) -> None:
@@ -291,7 +364,7 @@ async def test_each_question_has_its_answer_and_ends_with_a_word(rig: Rig) -> No
     rig.leg(2, "worker-1")
     await rig.done()
     assert rig.fleet.told == [("worker-0", Legged(1, True)), ("worker-1", Legged(2, True))]
-    assert rig.express._waiting == 0 and len(rig.kernel.legs) == 2
+    assert not rig.express._turns.asks and len(rig.kernel.legs) == 2
     rig.express.message("worker-0", link.Unleg(1), [])
     rig.express.message("worker-0", link.Unleg(2), [])  # another's
     await rig.done()
@@ -308,14 +381,14 @@ async def test_unleg_overtakes_nothing(rig: Rig) -> None:
 
 
 async def test_a_flood_is_refused_at_once_and_holds_no_descriptor(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(express_module, "QUEUE_MAX", 2)
+    monkeypatch.setattr(share, "QUEUE_MAX", 2)
     before = descriptors()
     for number in range(1, 6):  # nothing was answered in between: one turn
         rig.leg(number)
     assert [answer.reason for answer in rig.answers()] == ["busy"] * 3
     await rig.done()
     assert [answer.number for answer in rig.answers() if answer.ok] == [1, 2]
-    assert rig.express._waiting == 0
+    assert not rig.express._turns.asks
     rig.stack.close()
     assert descriptors() <= before
     rig.leg(6)
@@ -329,7 +402,7 @@ async def test_descriptors_of_no_use_do_not_wait(rig: Rig, count: int) -> None:
     with connection() as (_, server):
         rig.express.message("worker-0", Leg(1, CART, False), [os.dup(server.fileno()) for _ in range(count)])
     assert rig.answers() == [Legged(1, False, "malformed")] and descriptors() == before
-    assert rig.express._waiting == 0
+    assert not rig.express._turns.asks
 
 
 async def test_where_it_is_off_that_is_the_answer(rig: Rig) -> None:
@@ -351,7 +424,7 @@ async def test_a_bug_is_answered_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     with connection() as (_, server):
         rig.express.message("worker-0", Leg(1, CART, False), [os.dup(server.fileno())])
         await rig.done()
-    assert rig.answers() == [Legged(1, False, "failed")] and rig.express._waiting == 0
+    assert rig.answers() == [Legged(1, False, "failed")] and not rig.express._turns.asks
     assert descriptors() == before and not rig.legs.all
 
 
@@ -370,3 +443,101 @@ async def test_a_new_state_reaches_them(rig: Rig) -> None:
     rig.express.state(known, 9, [link.LocalWorkload(key, netns, 1) for key, netns in NETNS.items()])
     await rig.done()
     assert not rig.legs.all and not rig.kernel.legs
+
+
+async def test_those_that_wait_go_together(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "JOIN_MAX", 3)
+    together: list[int] = []
+    enrol = rig.kernel.enrol_all
+
+    def watched(items: Any) -> Any:
+        together.append(len(items))
+        return enrol(items)
+
+    monkeypatch.setattr(rig.kernel, "enrol_all", watched)
+    with rig.busy():
+        for number in range(1, 7):
+            rig.leg(number)
+    await rig.answered(6)
+    assert together == [1, 3, 2] and rig.answers() == [Legged(number, True) for number in range(1, 7)]
+    assert not rig.express._turns.asks
+
+
+@pytest.mark.parametrize("how", ["unleg", "down", "close"])
+async def test_one_that_waits_and_is_given_up_is_none(rig: Rig, how: str) -> None:
+    """Who would end it later?"""
+    with rig.busy():
+        rig.leg(1)
+        rig.leg(2, "worker-1")
+        before = descriptors()
+        rig.leg(1, "worker-1")
+        if how == "unleg":
+            rig.express.message("worker-1", link.Unleg(1), [])
+        elif how == "down":
+            rig.express.worker_down("worker-1")
+        else:
+            closing = asyncio.create_task(rig.express.close())
+            await asyncio.sleep(0)
+        rig.stack.pop_all().close()
+        assert descriptors() == before - (4 if how == "unleg" else 5)  # our ends of two connections are closed
+    if how == "close":
+        await closing
+    await rig.answered(3)
+    assert sorted(rig.legs.all) == ([("worker-0", 1), ("worker-1", 2)] if how == "unleg" else [("worker-0", 1)])
+    assert ("worker-1", Legged(1, False, "given_up")) in rig.fleet.told and not rig.express._turns.asks
+
+
+async def test_a_bug_holds_up_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrol = rig.kernel.enrol_all
+
+    def fail(*_: object) -> None:
+        monkeypatch.setattr(rig.kernel, "enrol_all", enrol)
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(rig.kernel, "enrol_all", fail)
+    with rig.busy():
+        for number in (1, 2, 3):
+            rig.leg(number)
+    await rig.answered(3)
+    assert [answer.reason for answer in rig.answers()] == ["failed", "", ""] and len(rig.kernel.legs) == 2
+
+
+async def test_one_workers_questions_do_not_keep_others_waiting(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "ASKS_MAX", 3)
+    with rig.busy():
+        for number in range(1, 6):
+            rig.leg(number)
+        rig.leg(1, "worker-1")
+    await rig.answered(6)
+    assert rig.fleet.told[:2] == [("worker-0", Legged(number, False, "busy")) for number in (4, 5)]
+    assert ("worker-1", Legged(1, True)) in rig.fleet.told
+    rig.leg(6)
+    await rig.answered(7)
+    assert rig.answers()[-1] == Legged(6, True)
+
+
+@pytest.mark.parametrize("message", [link.Unleg, link.Unpair, link.Left])
+async def test_who_ends_more_than_there_can_be_is_hung_up_on(rig: Rig, message: Any) -> None:
+    """What waits for the thread is memory."""
+    rig.express._turns = share.Turns(ends_max=10)
+    rig.leg(1, "worker-1")
+    await rig.answered(1)
+    with rig.busy():
+        for number in range(1, 1000):
+            rig.express.message("worker-0", message(number), [])
+        assert set(rig.fleet.dropped) == {"worker-0"} and rig.express._thread._work_queue.qsize() <= 11
+        rig.fleet.dropped.clear()
+        rig.express.message("worker-1", link.Unleg(1), [])  # means what it says
+        assert "worker-1" not in rig.fleet.dropped
+    await rig.done()
+    assert not rig.legs.all and not rig.express._turns.ends
+    rig.fleet.dropped.clear()
+    for number in range(1, 10):
+        rig.express.message("worker-0", message(number), [])
+    assert not rig.fleet.dropped
+    await rig.done()
+
+
+def test_all_that_a_node_can_have_may_end_at_once() -> None:
+    turns = share.Turns(express_module.ENDS_MAX)
+    assert not any(turns.end("worker-0") for _ in range(module.LEGS_MAX + PAIRS_MAX + share.QUEUE_MAX))

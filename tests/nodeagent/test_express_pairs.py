@@ -12,6 +12,7 @@ import pytest
 from mesh.link import Paired, PairEnd
 from mesh.model import Action, Rule, Source, State
 from nodeagent import express_pairs
+from nodeagent.datapath_api import DatapathError
 from nodeagent.express_pairs import Pairs
 from nodeagent.express_programs import Programs
 from tests.mesh.build import identity, policy, service, spiffe, workload
@@ -180,6 +181,17 @@ def test_there_is_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert desk.pair(session=2).reason == "too_many_pairs"
 
 
+def test_one_worker_leaves_room_for_others(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times what is free is its share; of what it has by a takeover it keeps all."""
+    monkeypatch.setattr(express_pairs, "PAIRS_MAX", 8)
+    assert [desk.pair(session=n).ok for n in range(1, 8)] == [True] * 6 + [False]
+    assert [desk.pair("worker-1", session=n).ok for n in range(11, 14)] == [True] * 2 + [False]
+    desk.pairs.orphan("worker-0", 1.0)
+    assert len(desk.pairs.hand_over("worker-1")) == 6
+    assert all(desk.pair("worker-1", session=session).ok for _, session in list(desk.pairs.all))
+    assert desk.pair("worker-1", session=14).reason == "too_many_pairs" and len(desk.pairs.all) == 8
+
+
 def test_a_second_endpoint_is_wished_for(desk: Desk) -> None:
     desk.pair()
     second = "Workload/shop/web-2"
@@ -271,6 +283,23 @@ def test_a_certificate_of_either_side_that_is_taken_back_undoes_the_pair(desk: D
     assert desk.kernel.records == {900: (express_pairs.NO_PROGRAM, 400)}
     assert desk.wishes == [("worker-0", Paired(1, False, reason="certificate_revoked"))]
     assert desk.pairs.counts["certificate_revoked"] == 1
+
+
+def test_one_that_the_kernel_does_not_take_back_keeps_no_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker hears of it all the same, and lets go."""
+    for session in (1, 2, 3):
+        desk.pair(session=session)
+    change = desk.kernel.set_program
+
+    def fail(record: int, program: int) -> str:
+        if record == 900:
+            raise DatapathError("out of memory")
+        return change(record, program)
+
+    monkeypatch.setattr(desk.kernel, "set_program", fail)
+    desk.pairs.revoked(frozenset({spiffe("shop", "web")}))
+    assert [program for program, _ in desk.kernel.records.values()] == [1, express_pairs.NO_PROGRAM, express_pairs.NO_PROGRAM]
+    assert [wish.session for _, wish in desk.wishes] == [1, 2, 3]
 
 
 def test_certificates_of_others_are_of_no_concern(desk: Desk) -> None:

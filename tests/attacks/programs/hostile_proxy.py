@@ -7,7 +7,10 @@ keys: the identities whose keys came; stock COUNT NETNS …: how many sockets ca
 say FRAMES …: hex of what is said, each on a link of its own; whether the agent hung up on it; lie SECONDS: acknowledges every
 state with a digest of its own; flow JSON: a Flow as it says; ask HOST PORT CALLER OWN GRANTS: the agent's answers when it asks
 that the kernel carries what the workload OWN sends on connections made for CALLER to HOST, and that addresses be open (GRANTS:
-JSON, [workload, name, addresses] each).
+JSON, [workload, name, addresses] each); legs HOST PORT CALLER OTHER OWN: the answers when it asks for legs with
+descriptors and words that do not belong together, and then as it may (OTHER: another caller); keep HOST PORT CALLER LEG ACKS
+SECONDS: asks HOST again and again, by a "leg" or not, sending "acks" or not, and says "ready" first: when it had the last
+answer, and what ended it.
 """
 
 import contextlib
@@ -27,6 +30,7 @@ from mesh.model import Workload
 SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # as in lab/pace.py, which is not of the product
 LATE_S = 0.3  # what the agent does comes within a few ms; after so long of silence nothing more does
 HANGS_UP_S = 1.0
+PAUSE_S, READY = 0.02, 10
 
 proxy, path, way, *rest = sys.argv[1:]
 Path(proxy, "cgroup.procs").write_text("0")
@@ -46,6 +50,7 @@ answers: dict[int, str] = {}  # to what it asked, by number
 agent: socket.socket
 decoder = link.Decoder()
 ended = False
+acks = True
 
 
 def send(message: link.Message) -> None:
@@ -76,7 +81,8 @@ def hear(seconds: float, done: Callable[[], object] = lambda: False, silence_s: 
                 for key in message.delete:
                     state.pop(key, None)
                 local = message.local
-                send(link.Ack(message.revision, "0" * 64 if way == "lie" else snapshot.digest(state)))
+                if acks:
+                    send(link.Ack(message.revision, "0" * 64 if way == "lie" else snapshot.digest(state)))
             elif isinstance(message, link.Svid):
                 svids.add(message.spiffe)
             elif isinstance(message, link.Stock):
@@ -85,6 +91,8 @@ def hear(seconds: float, done: Callable[[], object] = lambda: False, silence_s: 
                 doors[message.netns] = came[0]
             elif isinstance(message, link.Paired):
                 answers[message.session] = "paired" if message.ok else message.reason
+            elif isinstance(message, link.Legged):
+                answers[message.number] = "made" if message.ok else message.reason
             elif isinstance(message, link.Granted):
                 answers[message.number] = message.reason or "granted"
 
@@ -119,8 +127,7 @@ def name_for(sock: socket.socket, text: str) -> None:
 
 
 def sockets(host: str, port: str, caller: str) -> dict[str, str]:
-    here = next(key for key, item in state.items() if isinstance(item, Workload) and host in item.addresses)
-    netns = next(each.netns for each in local if each.key == here)
+    netns = next(each.netns for each in local if each.key == workload_at(host))
     fresh = [socket.socket(fileno=fd) for fd in stock[netns, socket.AF_INET]]
 
     def dial(to: str, number: int) -> None:
@@ -150,19 +157,82 @@ def place_of(workload: str) -> int:
     return next(each.netns for each in local if each.key == f"Workload/shop/{workload}")
 
 
-def pairings(host: str, port: int, caller: str, own: str) -> dict[str, str]:
-    """By what was wrong with it: the answer. Of the workload OWN a captured connection waits."""
-    here = next(key for key, item in state.items() if isinstance(item, Workload) and host in item.addresses)
-    server = here.rpartition("/")[2]
+def workload_at(host: str) -> str:
+    return next(key for key, item in state.items() if isinstance(item, Workload) and host in item.addresses)
+
+
+def captured(own: str) -> socket.socket:
+    """The connection of a workload that waits."""
     hear(5.0, lambda: place_of(own) in doors)
     with socket.socket(fileno=doors[place_of(own)]) as door_of_own:
         door_of_own.settimeout(5 * SLOW)
-        accepted = door_of_own.accept()[0]
-    fresh = [socket.socket(fileno=fd) for fd in stock[place_of(server), socket.AF_INET][:2]]
-    for sock in fresh:
-        sock.settimeout(2 * SLOW)
-        name_for(sock, caller)
-        sock.connect((host, port))
+        return door_of_own.accept()[0]
+
+
+def dialled(host: str, port: int, caller: str) -> socket.socket:
+    sock = socket.socket(fileno=stock[place_of(workload_at(host).rpartition("/")[2]), socket.AF_INET].pop())
+    sock.settimeout(2 * SLOW)
+    name_for(sock, caller)
+    sock.connect((host, port))
+    return sock
+
+
+def leg(number: int, workload: str, fds: list[int], *, dialled: bool) -> str:
+    message = link.Leg(number, workload, dialled)
+    socket.send_fds(agent, [link.encode(message, len(fds))], fds)
+    hear(5.0, lambda: number in answers)
+    return answers.get(number, "")
+
+
+def legs(host: str, port: int, caller: str, other: str, own: str) -> dict[str, str]:
+    """By what was wrong with it: the answer."""
+    server, client = workload_at(host), f"Workload/shop/{own}"
+    accepted, up, renamed = captured(own), dialled(host, port, caller), dialled(host, port, caller)
+    name_for(accepted, caller)  # it may say so of any socket, at any time
+    name_for(renamed, other)
+    unconnected = stock[place_of(own), socket.AF_INET].pop()
+    asked = {
+        "no socket": (server, [], True),
+        "a socket that leads nowhere": (client, [unconnected], False),
+        "a workload that is not here": ("Workload/shop/far", [up.fileno()], True),
+        "another workload's": (client, [up.fileno()], True),
+        "a client's, as if it were a server's": (client, [accepted.fileno()], True),
+        "a server's, as if it were a client's": (server, [up.fileno()], False),
+        "another caller's": (server, [renamed.fileno()], True),
+        "its own, of a client": (client, [accepted.fileno()], False),
+        "its own, of a server": (server, [up.fileno()], True),
+    }
+    return {
+        what: leg(number, workload, fds, dialled=dials)
+        for number, (what, (workload, fds, dials)) in enumerate(asked.items(), 200)
+    }
+
+
+def keep(host: str, port: int, caller: str, seconds: float, *, by_leg: bool) -> dict[str, object]:
+    sock = dialled(host, port, caller)
+    made = leg(300, workload_at(host), [sock.fileno()], dialled=True) if by_leg else ""
+    answered, count, error, over = 0.0, 0, "", time.monotonic() + seconds * SLOW
+    while not error and time.monotonic() < over:
+        hear(PAUSE_S, silence_s=PAUSE_S)
+        try:
+            sock.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            if sock.recv(1 << 16):
+                answered, count = time.monotonic(), count + 1
+            else:
+                error = "ended"
+        except OSError as failed:
+            error = type(failed).__name__
+        if count == READY:
+            print("ready", flush=True)
+    return {"leg": made, "answered": answered, "count": count, "error": error}
+
+
+def pairings(host: str, port: int, caller: str, own: str) -> dict[str, str]:
+    """By what was wrong with it: the answer. Of the workload OWN a captured connection waits."""
+    here = workload_at(host)
+    server = here.rpartition("/")[2]
+    accepted = captured(own)
+    fresh = [dialled(host, port, caller) for _ in range(2)]
     ends = (link.PairEnd(here, port),)
     named = dict.fromkeys(["not captured", "another's name", "another's connection"], "Workload/shop/client")
     named["another's connection"] = f"Workload/shop/{own}"
@@ -236,6 +306,11 @@ else:
         said = sockets(*rest)
     elif way == "ask":
         said = {"grants": grants(json.loads(rest[4])), "pairs": pairings(rest[0], int(rest[1]), *rest[2:4])}
+    elif way == "legs":
+        said = legs(rest[0], int(rest[1]), *rest[2:5])
+    elif way == "keep":
+        acks = rest[4] == "acks"
+        said = keep(rest[0], int(rest[1]), rest[2], float(rest[5]), by_leg=rest[3] == "leg")
     elif way == "keys":
         said = {"svids": sorted(svids)}
     elif way == "stock":

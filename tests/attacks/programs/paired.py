@@ -5,21 +5,26 @@ argv: JSON {host, port, mode, …}. Prints JSON.
  listen {seconds}: asks one server slowly, and another that speaks out of turn now and then
      -> {asked, wrong: [texts], forged: how often bytes came that nobody had asked for}
  spell {targets, warm}: each target on a kept connection -> [[status, body]…]
- options {what}: see OPTIONS; the exchange after it -> {answer, after}"""
+ options {what}: see OPTIONS; the exchange after it -> {answer, after}
+ sleep {size, seconds}: an answer of so many bytes, not read until for so long no more has come -> {waited: bytes, after}
+`warms`: exchanges on a connection before."""
 
+import array
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import struct
 import sys
+import termios
 import time
 
-ask = {"step": 1, "seconds": 3.0, "warm": "/size/10/warm"} | json.loads(sys.argv[1])
+ask = {"step": 1, "seconds": 3.0, "warm": "/size/10/warm", "warms": 50} | json.loads(sys.argv[1])
 HOST, PORT, MODE = ask["host"], ask["port"], ask["mode"]
 ADDRESS = socket.getaddrinfo(HOST, PORT, type=socket.SOCK_STREAM)[0]
 NAME = f"{os.getpid():x}"
-TIMEOUT_S, PAUSE_S, WARM = 5.0, 0.004, 50
+TIMEOUT_S, PAUSE_S, WARMS = 5.0, 0.004, ask["warms"]
 
 
 class Connection:
@@ -29,7 +34,7 @@ class Connection:
         self.sock.connect(ADDRESS[4])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer, self.low_water = b"", False
-        for turn in range(WARM if warm else 0):
+        for turn in range(WARMS if warm else 0):
             self.get(warm[turn % len(warm)])
             time.sleep(PAUSE_S)
 
@@ -40,7 +45,7 @@ class Connection:
     def fill(self, missing: int = 1) -> None:
         if self.low_water:  # as one does who knows what is to come; a mark above what is left would never be reached
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, missing)
-        data = self.sock.recv(1 << 16)
+        data = self.sock.recv(1 << 20)
         if not data:
             raise EOFError("the connection has ended")
         self.buffer += data
@@ -194,4 +199,18 @@ def options() -> dict[str, str]:
     return {"answer": answer, "after": after}
 
 
-print(json.dumps({"smuggle": smuggle, "listen": listen, "spell": spell, "options": options}[MODE]()))
+def sleep() -> dict[str, object]:
+    connection, waiting, tag = Connection("/size/10/warm"), array.array("i", [0]), f"{NAME}-slept"
+    connection.sock.sendall(f"GET /size/{ask['size']}/{tag} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+    waited, since = 0, time.monotonic()
+    while time.monotonic() < since + ask["seconds"]:
+        time.sleep(0.02)
+        fcntl.ioctl(connection.sock, termios.FIONREAD, waiting)
+        if waiting[0] != waited:
+            waited, since = waiting[0], time.monotonic()
+    fields, body = connection.answer()
+    right = fields.get("x-tag") == tag and len(body) == ask["size"]
+    return {"waited": waited, "after": "right" if right else f"wrong: {fields} {len(body)}"}
+
+
+print(json.dumps({"sleep": sleep, "smuggle": smuggle, "listen": listen, "spell": spell, "options": options}[MODE]()))
