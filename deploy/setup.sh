@@ -51,7 +51,7 @@ packages="python3-bpfcc linux-libc-dev libbpf1 python3-venv python3-dev gcc ipro
 case "${1:-}" in
 "") ;;
 vm) # what only `make test`, `make test-kernels` and `pillion lab vm` need
-    packages="$packages systemd vagrant qemu-system-x86 busybox-static kmod e2fsprogs debootstrap"
+    packages="$packages systemd vagrant qemu-system-x86 busybox-static kmod e2fsprogs debootstrap zstd"
     # runtimes at the ends of connections that the kernel carries: whichever are here will do
     command -v node >/dev/null || packages="$packages nodejs"
     command -v javac >/dev/null || packages="$packages default-jdk-headless"

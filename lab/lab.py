@@ -308,7 +308,8 @@ class Lab:
         return int(self.controller_api("POST", "/v1/apply", text)["revision"])
 
     def wait(self, revision: int, timeout_s: float = 30.0 * PATIENCE) -> None:
-        """Until every connected node has the revision in force. Raises LabError naming the laggards."""
+        """Until every connected node has the revision in force, ten minutes at most. Raises LabError naming the laggards."""
+        timeout_s = min(timeout_s, 600.0)  # what the controller lets anybody wait for
         self.controller_api("GET", f"/v1/wait?revision={revision}&timeout={timeout_s:g}", timeout_s=timeout_s + 10.0)
 
     def delete(self, kind: str, namespace: str, name: str) -> int:

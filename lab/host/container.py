@@ -29,7 +29,9 @@ mount -t tmpfs -o mode=0755 tmpfs "$place"
 mkdir "$place/upper" "$place/work" "$place/root"
 mount -t overlay -o "lowerdir=$5,upperdir=$place/upper,workdir=$place/work" overlay "$place/root"
 root=$place/root
-rm -rf "$root"/etc/systemd/system/* "$root"/etc/pillion "$root"/opt/pillion "$root"/var/lib/pillion-* "$root"/var/log/journal
+rm -rf "$root"/etc/pillion "$root"/opt/pillion "$root"/var/lib/pillion-* "$root"/var/log/journal
+# What was enabled on this machine is its own; another system keeps what its packages enabled
+[ "$5" != / ] || rm -rf "$root"/etc/systemd/system/*
 mkdir "$root/etc/systemd/system/pillion-agent.service.d"
 cat >"$root/etc/systemd/system/pillion-agent.service.d/10-namespaces.conf" <<U
 # These cgroups are a part of the machine's. To count levels from its root the agent opens that, which it need not on a host

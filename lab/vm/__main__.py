@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return sub
 
     up = command("up", _up, "boot a VM for each kernel")
-    up.add_argument("--kernels", default="6.1,6.12", help="series of stock kernels (default: 6.1,6.12)")
+    up.add_argument("--kernels", default="6.1,6.12", help="series of stock kernels, as 6.1 or ubuntu-6.8 (default: 6.1,6.12)")
     up.add_argument("--machine", action="store_true", help="systemd on a disk of its own, instead of this machine's root")
     up.add_argument("--cpus", type=int, default=min(2, os.cpu_count() or 1))
     up.add_argument("--memory-mib", type=int, default=MEMORY_MIB)

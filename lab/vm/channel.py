@@ -159,13 +159,15 @@ class _Session:
 
     def talk(self, source: BinaryIO, sinks: Mapping[bytes, Sink | None], deadline: float) -> int | None:
         """Until EXIT; None at the deadline."""
-        ended = False
+        given, ended = _descriptor(source), False
         while time.monotonic() < deadline:
-            while not ended and len(self._out) < guest.PENDING_BYTES_MAX:
-                data = source.read(guest.PAYLOAD_BYTES_MAX)
+            while not ended and len(self._out) < guest.PENDING_BYTES_MAX and _has(given):
+                size = guest.PAYLOAD_BYTES_MAX
+                data = source.read(size) if given is None else os.read(given, size)
                 self.send(guest.STDIN if data else guest.STDIN_END, data)
                 ended = not data
-            self._exchange(deadline)
+            waits = given is not None and not ended and len(self._out) < guest.PENDING_BYTES_MAX
+            self._exchange(deadline, given if waits else None)
             for kind, payload in self._take():
                 if kind == guest.EXIT:
                     end = json.loads(payload)
@@ -177,14 +179,15 @@ class _Session:
                     sink.write(payload)
         return None
 
-    def _exchange(self, until: float) -> None:
-        """Send and receive what goes now; wait for something to go until then, a second at most."""
+    def _exchange(self, until: float, given: int | None = None) -> None:
+        """Send and receive what goes now; wait for something to go, or to be given, until then, a second at most."""
         wait = max(0.0, min(1.0, until - time.monotonic()))
-        readable, writable, _ = select.select([self._socket], [self._socket] if self._out else [], [], wait)
+        sources: list[socket.socket | int] = [self._socket] if given is None else [self._socket, given]
+        readable, writable, _ = select.select(sources, [self._socket] if self._out else [], [], wait)
         try:
             if writable:
                 del self._out[: self._socket.send(self._out[: 1 << 16])]
-            if readable:
+            if self._socket in readable:
                 data = self._socket.recv(1 << 16)
                 if not data:
                     raise ConnectionResetError
@@ -198,3 +201,16 @@ class _Session:
     def _take(self) -> list[tuple[bytes, bytes]]:
         taken, self._ready = self._ready, []
         return taken
+
+
+def _descriptor(source: BinaryIO) -> int | None:
+    """None: it is memory, and never waits."""
+    try:
+        return source.fileno()
+    except io.UnsupportedOperation:
+        return None
+
+
+def _has(given: int | None) -> bool:
+    """Whether a read would not wait: a terminal or a pipe may stay silent while its program has long ended."""
+    return given is None or bool(select.select([given], [], [], 0)[0])

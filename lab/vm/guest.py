@@ -145,6 +145,7 @@ class Session:
                     if self._child is not None:  # another host, and we did not see the first one go
                         os.killpg(self._child.pid, signal.SIGKILL)
                     self._nonce, self._out, self._input, self._child = nonce, bytearray(), bytearray(), None
+                    self._input_ended = self._over = False
                 self._send(HELLO, json.dumps({"boot_id": boot_id(), "release": os.uname().release}).encode())
             elif nonce != self._nonce:
                 continue

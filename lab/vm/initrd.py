@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,12 +85,18 @@ def _entries(kernel: Kernel) -> Iterator[tuple[str, int, bytes]]:
     yield "guest.py", stat.S_IFREG | 0o644, Path(guest.__file__).read_bytes()
     yield "agent.service", stat.S_IFREG | 0o644, UNIT.encode()
     for number, path in enumerate(kernel.with_dependencies(MODULES)):
-        data = path.read_bytes()
-        yield (
-            f"mods/{number:02}-{path.name.partition('.')[0]}.ko",
-            0o100644,
-            lzma.decompress(data) if path.suffix == ".xz" else data,
-        )
+        yield f"mods/{number:02}-{path.name.partition('.')[0]}.ko", stat.S_IFREG | 0o644, unpacked(path)
+
+
+def unpacked(module: Path) -> bytes:
+    """As busybox loads it."""
+    match module.suffix:
+        case ".xz":
+            return lzma.decompress(module.read_bytes())
+        case ".zst":  # Ubuntu's
+            return subprocess.run([require("zstd"), "-dqc", module], stdout=subprocess.PIPE, check=True).stdout
+        case _:
+            return module.read_bytes()
 
 
 def archive(entries: Iterator[tuple[str, int, bytes]]) -> bytes:

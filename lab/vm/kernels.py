@@ -1,4 +1,4 @@
-"""Stock kernels from the distribution's packages: downloaded and unpacked into a cache, never installed."""
+"""Stock kernels from the distribution's packages, or Ubuntu's: downloaded and unpacked into a cache, never installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from pathlib import Path
 from lab.state import LabError
 
 CACHE = Path(os.environ.get("PILLION_VM_CACHE", "/var/cache/pillion/vm"))
-VERSION = re.compile(r"\d+\.\d+")
+UBUNTU = "ubuntu-"
+UBUNTU_SOURCES = Path(__file__).with_name("ubuntu.sources")
+VERSION = re.compile(rf"({UBUNTU})?\d+\.\d+")
 Say = Callable[[str], None]
 
 
@@ -25,7 +27,7 @@ Say = Callable[[str], None]
 class Kernel:
     """An unpacked package. `tree` has boot/ and lib/modules/<release>/ with modules.dep."""
 
-    version: str  # "6.1"
+    version: str  # "6.1", "ubuntu-6.8"
     release: str  # "6.1.0-56-cloud-amd64"
     tree: Path
 
@@ -82,9 +84,9 @@ def locked(name: str) -> Iterator[Path]:
 
 
 def kernel(version: str, say: Say = print) -> Kernel:
-    """The distribution's newest kernel of this series ("6.1"), from the cache if one is there."""
+    """The newest kernel of this series, the distribution's ("6.1") or Ubuntu's ("ubuntu-6.8"), from the cache if one is there."""
     if not VERSION.fullmatch(version):
-        raise LabError(f"kernel {version!r} is not a series", "name it like 6.1")
+        raise LabError(f"kernel {version!r} is not a series", "name it like 6.1, or ubuntu-6.8")
     with locked("kernels") as folder:
         for tree in sorted(folder.glob(f"{version}_*"), reverse=True):
             if found := _unpacked(version, tree):
@@ -92,9 +94,9 @@ def kernel(version: str, say: Say = print) -> Kernel:
         package = newest(version)
         say(f"downloading {package}")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            deb = download(package, Path(scratch))
             tree = Path(scratch) / "tree"
-            tool("dpkg-deb", "-x", str(deb), str(tree))
+            for deb in download(packages(package), Path(scratch), archive_of(version)):
+                tool("dpkg-deb", "-x", str(deb), str(tree))
             release = next((tree / "boot").glob("vmlinuz-*")).name.removeprefix("vmlinuz-")
             tool("depmod", "-b", str(tree), release)
             place = folder / f"{version}_{release}"
@@ -108,16 +110,36 @@ def _unpacked(version: str, tree: Path) -> Kernel | None:
     return found if found.image.exists() and (found.modules / "modules.dep").exists() else None
 
 
+def archive_of(version: str) -> list[str]:
+    """apt's options for where a series is: this machine's sources, or Ubuntu's archive, by its key and in a state of its own."""
+    if not version.startswith(UBUNTU):
+        return []
+    with locked("ubuntu") as folder:
+        for each in ("lists/partial", "cache/archives/partial"):
+            (folder / each).mkdir(parents=True, exist_ok=True)
+    options = {
+        "Dir::Etc::SourceList": UBUNTU_SOURCES,
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": folder / "lists",
+        "Dir::State::Status": "/dev/null",
+        "Dir::Cache": folder / "cache",
+        "APT::Sandbox::User": "root",
+    }
+    return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+
+
 def newest(version: str) -> str:
     """The package with the newest stock kernel of a series; the small build for virtual machines where there is one."""
+    series, apt = version.removeprefix(UBUNTU), archive_of(version)
     for refreshed in (False, True):
         if refreshed:
-            tool("apt-get", "update", "-qq")
-        names = [line.split()[0] for line in tool("apt-cache", "search", "--names-only", "^linux-image-[0-9]").splitlines()]
-        if found := pick(version, names):
+            tool("apt-get", *apt, "update", "-qq")
+        names = [line.split()[0] for line in tool("apt-cache", *apt, "search", "--names-only", "^linux-image-[0-9]").splitlines()]
+        if found := pick(series, names):
             return found
-    series = sorted({match[1] for name in names if (match := re.match(r"linux-image-(\d+\.\d+)\.", name))}, key=_numbers)
-    raise LabError(f"this machine's package sources have no kernel {version}", f"there are: {', '.join(series) or 'none'}")
+    there = sorted({match[1] for name in names if (match := re.match(r"linux-image-(\d+\.\d+)\.", name))}, key=_numbers)
+    whose = "Ubuntu's archive has" if apt else "this machine's package sources have"
+    raise LabError(f"{whose} no kernel {series}", f"there are: {', '.join(there) or 'none'}")
 
 
 def pick(version: str, names: Iterable[str]) -> str | None:
@@ -131,14 +153,19 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", name))
 
 
-def download(package: str, folder: Path) -> Path:
-    """The package's file, in `folder`."""
-    argv = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package]
+def packages(image: str) -> list[str]:
+    """All that a kernel is packed as. Pure: Ubuntu packs modules apart."""
+    return [image, image.replace("-image-", "-modules-")] if image.endswith("-generic") else [image]
+
+
+def download(names: Sequence[str], folder: Path, apt: Sequence[str]) -> list[Path]:
+    """The packages' files, in `folder`."""
+    argv = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *apt, *names]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     found = list(folder.glob("*.deb"))
-    if done.returncode != 0 or not found:
-        raise LabError(f"{package} could not be downloaded: {done.stderr.strip()[-300:]}", "look at: apt-get update")
-    return found[0]
+    if done.returncode != 0 or len(found) < len(names):
+        raise LabError(f"{' '.join(names)} could not be downloaded: {done.stderr.strip()[-300:]}", "look at: apt-get update")
+    return found
 
 
 def tool(*argv: str, timeout_s: float = 300.0, **more: str) -> str:

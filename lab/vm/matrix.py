@@ -136,9 +136,10 @@ def observe(
     earlier: Mapping[str, Run] | None = None,
 ) -> None:
     """Fill `seen`. `run` is one pytest in the place that is looked at, so much slower than usual. It goes on with `earlier`."""
+    known = {suite: files(suite) for suite in suites}  # a file that is made later is not in the place
     for suite in suites:
         before = (earlier or {}).get(suite, Run())
-        arguments, kept = rest(files(suite), before)
+        arguments, kept = rest(known[suite], before)
         began = time.monotonic()
         told = seen.runs[suite] = Run(kept, before.seconds, time.strftime("%-d %B %Y"), before.error)
         try:
@@ -255,8 +256,6 @@ def kernel_run(
             seen.release = vm.release
             stage.compile_express(lab.name, vm)
             observe(seen, suites, inside(vm, log, slow), note, slow, to_go_on(seen, resume))
-            if any(run.error for run in seen.runs.values()) and vm.console.exists():
-                log.with_suffix(".console").write_bytes(vm.console.read_bytes())
             lab.stop(vm.name)
         except LabError as error:
             seen.error = " ".join(str(error).split())[:300]
@@ -299,8 +298,6 @@ def main(arguments: list[str] | None = None) -> int:
             for each in (*seen.values(), pair):
                 if each.runs:
                     results.keep(results.with_earlier(each))
-            if options.write:
-                write_atomic(Path(options.write), document(seen, pair).encode())
 
     with VmLab(options.name, say) as lab:
         if RUNNING in kernels and suites:  # alone: its tests have the deadlines of a machine at rest
@@ -322,10 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
         hosts_run(pair, others, say, note, options.slow)
     note()
     if options.write:
+        write_atomic(Path(options.write), document(seen, pair).encode())
         say(f"wrote {options.write}")
     else:
         print(document(seen, pair))
-    left = missing(seen.values()) if set(suites) >= set(BY_DEFAULT) - {HOSTS} else []
+    left = missing(seen.values(), all_ran=set(suites) >= set(BY_DEFAULT) - {HOSTS}) if suites else []
     left += [text for each in (*seen.values(), pair) for text in each.errors]
     left += [f"two machines: {each.name}: {each.message}" for each in pair.outcomes if each.message]
     for line in left:

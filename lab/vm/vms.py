@@ -150,11 +150,14 @@ class VmLab:
         """Pull the plug. A machine's disk stays for the next start."""
         cgroups.remove(self.cgroup / name)
 
-    def down(self, *, keep_logs: bool = False) -> None:
-        """Everything, whatever state it is in; safe to repeat."""
+    def down(self) -> None:
+        """Everything, whatever state it is in; safe to repeat. What the consoles said is kept with the logs."""
         cgroups.remove(self.cgroup)
-        if not keep_logs:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        logs = kernels.CACHE / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        for console in self.folder.glob("*/console.log"):
+            shutil.copyfile(console, logs / f"{console.parent.name}.console")
+        shutil.rmtree(self.folder, ignore_errors=True)
         for kept in (disks_of(self.name), stage.snapshots_of(self.name)):
             shutil.rmtree(kept, ignore_errors=True)
         remove_empty(RUN_ROOT)

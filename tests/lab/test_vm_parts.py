@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from lab import LabError
-from lab.vm import VmLab, guest, machines, one_of_each, results
+from lab.vm import VmLab, guest, kernels, machines, one_of_each, results
 from lab.vm.capabilities import CAPABILITIES, Capability, Outcome, Run, Seen, merge, missing, read_junit, read_lines, table
 from lab.vm.channel import ending
-from lab.vm.initrd import archive
-from lab.vm.kernels import Kernel, kernel, pick
+from lab.vm.initrd import archive, unpacked
+from lab.vm.kernels import Kernel, archive_of, kernel, packages, pick, tool
 from lab.vm.matrix import Report, files, observe
 from lab.vm.plan import Kind, Vm
 from lab.vm.precompiled import bcc as stand_in
@@ -80,9 +80,31 @@ def test_the_newest_stock_kernel_is_picked() -> None:
     assert pick("6.11", names) is None
 
 
-def test_a_kernel_is_named_by_its_series() -> None:
+@pytest.mark.parametrize("name", ["../../etc", "ubuntu-", "ubuntu-6.8/..", "debian-6.1"])
+def test_a_kernel_is_named_by_its_series(name: str) -> None:
     with pytest.raises(LabError, match="not a series"):
-        kernel("../../etc")
+        kernel(name)
+
+
+def test_a_kernel_comes_with_its_modules() -> None:
+    assert packages("linux-image-6.1.0-56-cloud-amd64") == ["linux-image-6.1.0-56-cloud-amd64"]
+    assert packages("linux-image-6.8.0-31-generic") == ["linux-image-6.8.0-31-generic", "linux-modules-6.8.0-31-generic"]
+
+
+def test_ubuntus_kernels_come_from_ubuntu_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "CACHE", tmp_path)
+    apt = archive_of("ubuntu-6.8")
+    fetched = tool("apt-get", *apt, "update", "--print-uris").splitlines()
+    assert fetched and all(each.startswith("'http://archive.ubuntu.com/ubuntu/dists/") for each in fetched)
+    assert f"where='{tmp_path}/ubuntu/lists/'" in tool("apt-config", *apt, "shell", "where", "Dir::State::Lists/d")
+    assert archive_of("6.1") == []
+
+
+@pytest.mark.parametrize("pack", ["cat", "xz", "zstd"])
+def test_a_module_is_unpacked_however_it_was_packed(pack: str, tmp_path: Path) -> None:
+    place = tmp_path / {"cat": "one.ko", "xz": "one.ko.xz", "zstd": "one.ko.zst"}[pack]
+    place.write_bytes(subprocess.run([pack], input=b"a module", capture_output=True, check=True).stdout)
+    assert unpacked(place) == b"a module"
 
 
 def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
@@ -212,8 +234,9 @@ def test_the_table_says_on_off_and_why() -> None:
     assert "**off** (1 of 1)" in by_name["egress"] and "not run" in by_name["ingress"]
     assert "- `tests/bpf/test_egress.py::test_c`: no root" in text
     assert "3 tests, 12 s, 1 May 2026" in by_name["kernel"] and "| attacks | holes | not run |" in text
-    left = missing([seen])
+    left = missing([seen], all_ran=True)
     assert "6.1.0-stock: capture" not in left and "6.1.0-stock: egress" in left and "6.1.0-stock: ingress" in left
+    assert missing([seen], all_ran=False) == ["6.1.0-stock: egress"]
 
 
 @pytest.mark.parametrize(
