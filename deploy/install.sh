@@ -7,22 +7,32 @@
 #   install.sh controller|node --check      what this host can do; changes nothing
 #
 # Also: --wheel FILE (default: built from this checkout), --wheelhouse DIR (packages come from there, no index is asked),
-# --no-start. --listen and --address default to the address this host reaches others from.
+# --no-start. --listen and --address default to the address this host reaches others from; what is not given stays as it is.
 #
 # It puts its packages into /opt/pillion, its settings into /etc/pillion, its units into /usr/local/lib/systemd/system,
-# and writes down what else it did below /opt/pillion/installed, which is what --remove undoes.
+# and writes down what else it does below /opt/pillion/installed, before it does it: whenever a run is cut short, the next
+# one goes on, and --remove undoes.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 root=/opt/pillion etc=/etc/pillion units=/usr/local/lib/systemd/system
 record=$root/installed
 command_path=/usr/local/bin/pillion
-changed=no
+run_lock=/run/pillion-install.lock
+changed=no locked=no fresh='' scratch=''
 
 say() { printf 'pillion: %s\n' "$*"; }
 did() { changed=yes; say "$*"; }
 die() { printf 'pillion: error: %s\n' "$1" >&2; if [ $# -gt 1 ]; then printf '  %s\n' "$2" >&2; fi; exit 1; }
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+tidy() { # whatever ends this
+    if [ -n "$fresh" ]; then rm -f "$fresh"; fi
+    if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
+    if [ $locked = yes ]; then rm -f $run_lock; fi
+}
+trap tidy EXIT
+trap 'exit 130' HUP INT TERM
 
 role=${1:-}
 case $role in controller | node) shift ;; *) usage ;; esac
@@ -79,12 +89,17 @@ own_address() { ip -o route get "${1:-192.0.2.1}" 2>/dev/null | sed -n 's/.* src
 # ---- pieces
 
 put() { # put FILE MODE, content on standard input; only if it differs
-    fresh=$(mktemp "$1.XXXXXX")
-    cat >"$fresh"
+    # Each step says itself what fails: whoever asks `if put` has switched off `set -e` in here
+    fresh=$1.new # always the same, so that what a killed run leaves is the next one's
+    { rm -f "$fresh" && (umask 077 && cat >"$fresh") && chmod "$2" "$fresh"; } || die "$1 could not be written" "is the disk full?"
     if [ -f "$1" ] && cmp -s "$fresh" "$1" && [ "$(stat -c %a "$1")" = "$2" ]; then rm -f "$fresh"; return 1; fi
-    chmod "$2" "$fresh"
-    mv "$fresh" "$1"
+    pending
+    mv -T "$fresh" "$1" || die "$1 could not be written"
     did "wrote $1"
+}
+
+pending() { # before a change that what runs must be restarted for, until all of it was
+    : >$record/pending || die "$record/pending could not be written" "is the disk full?"
 }
 
 packages() {
@@ -96,22 +111,26 @@ packages() {
     done
     [ -n "$missing" ] || return 0
     did "installing packages:$missing"
-    before=$(mktemp)
-    dpkg-query -W -f '${Package}\n' | sort -u >"$before"
-    log=$(mktemp)
+    log=$scratch/apt deadline=$(($(date +%s) + APT_WAIT_S))
+    until apt update >"$log" 2>&1; do # the lists' lock is not waited for by apt-get itself
+        grep -q 'lists/lock' "$log" && [ "$(date +%s)" -lt $deadline ] || apt_failed
+        sleep 5
+    done
     # shellcheck disable=SC2086
-    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
-        tail -n 15 "$log" >&2
-        die "apt-get failed; its output is in $log"
-    fi
-    dpkg-query -W -f '${Package}\n' | sort -u | comm -13 "$before" - >>"$record/packages"
-    rm -f "$before" "$log"
+    apt -s install --no-install-recommends $missing >"$log" 2>&1 || apt_failed
+    awk '/^Inst / && $3 !~ /^\[/ {print $2}' "$log" >>"$record/packages" # those that are upgraded have their version there
+    # shellcheck disable=SC2086
+    apt install -y --no-install-recommends $missing >"$log" 2>&1 || apt_failed
 }
+
+APT_WAIT_S=900 # on its first boot a host upgrades itself
+apt() { DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=$APT_WAIT_S "$@"; }
+apt_failed() { tail -n 15 "$log" >&2; die "apt-get failed: see above"; }
 
 user() { # user NAME
     getent passwd "$1" >/dev/null && return 0
-    useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$1"
     echo "$1" >>"$record/users"
+    useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$1"
     did "made the user $1"
 }
 
@@ -119,7 +138,6 @@ environment() { # the venv, one for each content, and `current` points at it: an
     lock=$here/deploy/requirements.lock
     [ -r "$lock" ] || die "no requirements.lock beside this script" "run it from a checkout or an unpacked release"
     if [ -z "$wheel" ] && [ -n "$wheelhouse" ]; then wheel=$(find "$wheelhouse" -name 'pillion-*.whl' | sort | tail -n 1); fi
-    work=$(mktemp -d)
     if [ -n "$wheel" ]; then
         [ -r "$wheel" ] || die "no wheel $wheel"
         made_from=$(sha256sum <"$wheel")
@@ -147,24 +165,29 @@ environment() { # the venv, one for each content, and `current` points at it: an
         # shellcheck disable=SC2086
         "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes $options -r "$lock" ||
             die "pip could not install the packages" "without a package index: --wheelhouse DIR with the wheels of deploy/requirements.lock"
-        [ -n "$wheel" ] || wheel=$(PYTHON=$venv/bin/python PIP=$pip/pip "$here/deploy/wheel.sh" "$work") || die "the wheel could not be built"
+        [ -n "$wheel" ] || wheel=$(PYTHON=$venv/bin/python PIP=$pip/pip "$here/deploy/wheel.sh" "$scratch") || die "the wheel could not be built"
         "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --no-index "$wheel" || die "pip could not install $wheel"
         # The distribution's bcc, and not all of its packages
         ln -sfn /usr/lib/python3/dist-packages/bcc "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/bcc"
         touch "$venv/.complete"
     fi
-    rm -rf "$work"
     if [ "$(readlink "$root/current" 2>/dev/null)" != "$venv" ]; then
-        ln -sfn "$venv" "$root/.current" && mv -T "$root/.current" "$root/current"
+        ln -sfn "$venv" "$root/.current"
+        pending
+        mv -T "$root/.current" "$root/current"
         new_code=yes
         did "$root/current is $venv"
     fi
-    if [ "$(readlink $command_path 2>/dev/null)" != $root/current/bin/pillion ]; then
-        [ ! -e $command_path ] || die "$command_path is there and not ours" "move it away, then run this again"
+    if [ ! -L $command_path ]; then
         mkdir -p "$(dirname $command_path)"
         ln -s $root/current/bin/pillion $command_path
         did "linked $command_path"
     fi
+}
+
+own_command() {
+    [ "$(readlink $command_path 2>/dev/null)" = $root/current/bin/pillion ] || { [ ! -e $command_path ] && [ ! -L $command_path ]; } ||
+        die "$command_path is there and not ours, so nothing was done" "move it away, then run this again"
 }
 
 old_environments() { # after the restart: processes may import late
@@ -192,7 +215,7 @@ install_units() {
         if put "$units/$unit" 644 <"$here/deploy/systemd/$unit"; then new_units="$new_units $unit"; fi
     done
     if [ "$role" = controller ]; then # where the command line looks for a host's controller
-        put /etc/tmpfiles.d/pillion.conf 644 <<-T || return 0
+        put /etc/tmpfiles.d/pillion.conf 644 <<-T || [ ! -L /run/pillion/controller.sock ] || return 0
 		d /run/pillion 0755 root root -
 		L /run/pillion/controller.sock - - - - ../pillion-controller/controller.sock
 		T
@@ -200,13 +223,21 @@ install_units() {
     fi
 }
 
+earlier() { # earlier FILE OPTION: its values, as a run before this wrote them
+    { grep -s '^PILLION_[A-Z]*_OPTIONS=' "$etc/$1" || :; } | grep -oE -e "$2 [^ ]+" | cut -d' ' -f2 | tr '\n' ' '
+}
+
 settings_controller() {
-    [ -n "$listen" ] || { [ -e $etc/controller.env ] && return 0; listen="$(own_address):15443"; }
+    [ -n "$listen$advertise$trust_domain" ] || [ ! -e $etc/controller.env ] || return 0
+    [ -n "$listen" ] || listen=$(earlier controller.env --listen)
+    [ -n "$advertise" ] || advertise=$(earlier controller.env --advertise)
+    [ -n "$trust_domain" ] || trust_domain=$(earlier controller.env --trust-domain)
+    [ -n "$listen" ] || listen=$(own_address):15443
     [ "$listen" != ":15443" ] || die "this host has no address to be reached at" "give --listen IP:15443"
     options=''
     for each in $listen; do options="$options --listen $each"; done
     for each in $advertise; do options="$options --advertise $each"; done
-    [ -z "$trust_domain" ] || options="$options --trust-domain $trust_domain"
+    for each in $trust_domain; do options="$options --trust-domain $each"; done
     put $etc/controller.env 644 <<-S && new_settings=yes
 	# Options of pillion-controller; read at its start
 	PILLION_CONTROLLER_OPTIONS=${options# }
@@ -216,7 +247,9 @@ settings_controller() {
 
 settings_node() {
     if [ -z "$name$addresses" ] && [ -e $etc/agent.env ]; then :; else
+        [ -n "$name" ] || name=$(sed -n 's/^PILLION_NODE=//p' $etc/agent.env 2>/dev/null || :)
         [ -n "$name" ] || name=$(hostname -s | tr 'A-Z_' 'a-z-')
+        [ -n "$addresses" ] || addresses=$(earlier agent.env --address)
         [ -n "$addresses" ] || addresses=$(own_address)
         [ -n "$addresses" ] || die "this host has no address of its own" "give --address IP"
         options=''
@@ -250,7 +283,7 @@ settings_node() {
 needs_start() { case $(systemctl is-active "$1") in active | activating) return 1 ;; esac; }
 
 begin() {
-    [ -z "$new_units" ] || systemctl daemon-reload
+    [ -z "$new_units$unfinished" ] || systemctl daemon-reload
     case $role in controller) wanted=pillion-controller.service ;; node) wanted="pillion-proxy.service pillion-agent.service" ;; esac
     for unit in $wanted; do
         if [ "$(systemctl is-enabled "$unit" 2>/dev/null)" != enabled ]; then systemctl -q enable "$unit"; did "enabled $unit"; fi
@@ -270,36 +303,42 @@ begin() {
         case " $started " in *" $unit "*) continue ;; esac
         case " $wanted " in
         *" $unit "*)
-            fresh=$new_code$new_settings
-            [ "$unit" = pillion-proxy.service ] && fresh=$new_code$new_proxy
-            case " $new_units " in *" $unit "*) fresh=${fresh}yes ;; esac ;;
-        *) fresh=$new_code; [ -e "$units/$unit" ] && ! needs_start "$unit" || fresh='' ;;
+            why=$unfinished$new_code$new_settings
+            [ "$unit" = pillion-proxy.service ] && why=$unfinished$new_code$new_proxy
+            case " $new_units " in *" $unit "*) why=${why}yes ;; esac ;;
+        *) why=$unfinished$new_code; [ -e "$units/$unit" ] && ! needs_start "$unit" || why='' ;;
         esac
-        if [ -n "$fresh" ]; then restarted "$unit"; fi
+        if [ -n "$why" ]; then restarted "$unit"; fi
     done
     settled "$wanted"
+    rm -f $record/pending
 }
 
 restarted() { # restarted UNIT: until it is ready, if it was before
-    case $(systemctl is-active "$1") in
-    active) timeout "${PILLION_INSTALL_WAIT_S:-120}" systemctl restart "$1" || : ;; # `settled` says why not
-    *) systemctl restart --no-block "$1" ;;
-    esac
+    was=$(systemctl is-active "$1") || :
+    former=$(systemctl show -P InvocationID "$1")
+    systemctl restart --no-block "$1"
     did "restarted $1"
+    [ "$was" != active ] || settled "$1" "$former"
 }
 
-settled() { # settled UNITS: until each is ready, or is known to wait for something
+ready() { # ready UNIT [FORMER]: it is, and is not that invocation any more
+    [ -z "${2:-}" ] || [ "$(systemctl show -P InvocationID "$1")" != "$2" ] || return 1
+    [ "$(systemctl is-active "$1")" = active ]
+}
+
+settled() { # settled UNITS [FORMER]: until each is ready, or is known to wait for something
     wait=${PILLION_INSTALL_WAIT_S:-120} # more for a machine in emulation
-    deadline=$(($(date +%s) + wait))
-    for unit in $1; do
-        while [ "$(systemctl is-active "$unit")" != active ]; do
-            status=$(systemctl show -P StatusText "$unit")
-            if [ "$unit" = pillion-agent.service ] && [ ! -s $etc/join-token ] && [ ! -e /var/lib/pillion-agent/home.json ]; then
+    for waited in $1; do
+        deadline=$(($(date +%s) + wait))
+        until ready "$waited" "${2:-}"; do
+            status=$(systemctl show -P StatusText "$waited")
+            if [ "$waited" = pillion-agent.service ] && [ ! -s $etc/join-token ] && [ ! -e /var/lib/pillion-agent/home.json ]; then
                 say "the node has not joined yet: on the controller run \`pillion node token ${name:-NAME}\`, here \`$0 node --token FILE\`"
-                return 0
+                continue 2
             fi
             case $status in *"compiling for this kernel"*) deadline=$(($(date +%s) + wait)) ;; esac # the agent itself limits that
-            [ "$(date +%s)" -lt $deadline ] || die "$unit is not ready after $wait s: ${status:-no reason given}" "see: journalctl -u $unit"
+            [ "$(date +%s)" -lt $deadline ] || die "$waited is not ready after $wait s: ${status:-no reason given}" "see: journalctl -u $waited"
             sleep 1
         done
     done
@@ -307,39 +346,59 @@ settled() { # settled UNITS: until each is ready, or is known to wait for someth
 
 # ---- the three actions
 
-check() { exec python3 "$here/pillion/preflight.py" "$role"; }
+check() {
+    command -v python3 >/dev/null || die "no python3 here to look at this host with" "apt-get install python3; installing does that itself"
+    exec python3 "$here/pillion/preflight.py" "$role"
+}
 
 alone() { # one of these at a time
-    exec 9>/run/pillion-install.lock
-    flock -n 9 || { say "another install.sh is at work here; waiting for it"; flock 9; }
+    while :; do
+        exec 9>$run_lock
+        flock -n 9 || { say "another install.sh is at work here; waiting for it"; flock 9; }
+        [ /proc/$$/fd/9 -ef $run_lock ] && break # or the one that had it has taken it away
+    done
+    locked=yes
+    scratch=$(mktemp -d)
 }
 
 install() {
     supported
     alone
-    new_code='' new_units='' new_settings='' new_proxy=''
+    own_command
+    new_code='' new_units='' new_settings='' new_proxy='' unfinished=''
     umask 022
     mkdir -p $record $etc
+    [ -e $record/$role ] || : >$record/$role
+    if [ -e $record/pending ]; then
+        unfinished=yes
+        did "what an earlier run changed is not in use yet: all is restarted"
+    fi
     packages
     case $role in controller) user pillion-controller ;; node) user pillion-proxy ;; esac
     environment
     settings_$role
     install_units
-    [ -e $record/$role ] || touch $record/$role
     begin
     old_environments
     [ $changed = yes ] && say "done: $role" || say "nothing to do: $role is installed and runs as it should"
 }
 
 withdraw_all() {
-    [ -x $root/current/bin/pillion ] || return 0
+    # Nothing is enrolled before that file is there
+    [ -x $root/current/bin/pillion ] && [ -e $etc/workloads.yaml ] || return 0
     $root/current/bin/pillion withdraw --all || die "enrolled units could not be withdrawn" "see the message above"
 }
 
 remove() {
     supported
     alone
-    if [ ! -e $record/$role ]; then say "nothing to do: no $role is installed here"; return 0; fi
+    other=controller
+    [ $role = controller ] && other=node
+    # Without any role it is what a run left that was cut short
+    if [ ! -e $record/$role ] && { [ -e $record/$other ] || [ ! -e $record ]; }; then
+        say "nothing to do: no $role is installed here"
+        return 0
+    fi
     if [ "$role" = node ]; then
         withdraw_all
         group=/sys/fs/cgroup/pillion.slice
@@ -354,9 +413,15 @@ remove() {
         did "stopped agent and proxy"
         # Links and maps are gone with their file system, and with the links all enforcement
         systemctl stop run-pillion-bpf.mount 2>/dev/null || :
+        ! mountpoint -q /run/pillion/bpf || umount /run/pillion/bpf ||
+            die "/run/pillion/bpf is in use, and so are the programs in it" "see: fuser -vm /run/pillion/bpf; then run this again"
         for veth in $(ip -o link show type veth 2>/dev/null | sed -n 's/^[0-9]*: \([^@:]*\).*/\1/p'); do
-            tc filter show dev "$veth" ingress 2>/dev/null | grep -q pillion-veth || continue
-            tc filter del dev "$veth" ingress prio 1 2>/dev/null || :
+            tc filter show dev "$veth" ingress 2>/dev/null |
+                sed -n 's/.* pref \([0-9]*\) bpf .* handle \(0x[0-9a-f]*\) .*pillion-veth .*/\1 \2/p' >"$scratch/filters"
+            [ -s "$scratch/filters" ] || continue
+            while read -r preference handle; do
+                tc filter del dev "$veth" ingress protocol all prio "$preference" handle "$handle" bpf || :
+            done <"$scratch/filters"
             [ -n "$(tc filter show dev "$veth" ingress; tc filter show dev "$veth" egress)" ] || tc qdisc del dev "$veth" clsact || :
         done
         systemctl stop pillion-agent.slice pillion-proxy.slice pillion.slice 2>/dev/null || :
@@ -365,48 +430,52 @@ remove() {
     else
         systemctl -q disable --now pillion-controller.service 2>/dev/null || :
         did "stopped the controller"
-        rm -f /etc/tmpfiles.d/pillion.conf /run/pillion/controller.sock
+        rm -f /etc/tmpfiles.d/pillion.conf /etc/tmpfiles.d/pillion.conf.new /run/pillion/controller.sock
         rm -rf /run/pillion-controller
         states=/var/lib/pillion-controller settings=controller.env
     fi
-    for unit in $(unit_files); do rm -f "$units/$unit"; done
+    for unit in $(unit_files); do rm -f "$units/$unit" "$units/$unit.new"; done
     systemctl daemon-reload
     for unit in $(unit_files); do systemctl reset-failed "$unit" 2>/dev/null || :; done
-    for file in $settings; do rm -f "$etc/$file"; done
+    for file in $settings; do rm -f "$etc/$file" "$etc/$file.new"; done
     if [ $keep_state = yes ]; then say "kept $states"; else rm -rf $states; fi
-    rm -f $record/$role
     did "removed units, settings and state of the $role"
-    [ -e $record/controller ] || [ -e $record/node ] || remove_rest
+    # What says that there is something to remove goes last
+    if [ -e $record/$other ]; then rm -f $record/$role; else remove_rest; fi
 }
 
-remove_rest() { # the last role took everything with it
-    rmdir $etc 2>/dev/null || say "kept $etc: it holds files that are not ours"
+remove_rest() { # the last role takes everything with it
+    [ ! -e $etc ] || rmdir $etc 2>/dev/null || say "kept $etc: it holds files that are not ours"
     rm -rf /run/pillion
     [ "$(readlink $command_path 2>/dev/null)" != $root/current/bin/pillion ] || rm -f $command_path
     if [ -e $record/users ]; then
-        sort -u $record/users | while read -r each; do
-            userdel "$each" 2>/dev/null || :
+        for each in $(sort -u $record/users); do
+            getent passwd "$each" >/dev/null || continue
+            said=$(userdel "$each" 2>&1) || die "the user $each could not be removed: $said" "then run this again"
             say "removed the user $each"
         done
     fi
     if [ -s $record/packages ]; then
-        ours=$(mktemp)
-        sort -u $record/packages >"$ours"
+        log=$scratch/apt
+        # As many of them as are there: an install that was cut short had not come to all
+        sort -u $record/packages | while read -r each; do
+            ! dpkg-query -W -f '${Status}' "$each" 2>/dev/null | grep -q ' installed$' || echo "$each"
+        done >"$scratch/ours"
         # shellcheck disable=SC2046
-        others=$(apt-get -s purge $(cat "$ours") 2>/dev/null | awk '/^(Purg|Remv) / {print $2}' | sort -u | comm -23 - "$ours")
+        others=$(apt-get -s purge $(cat "$scratch/ours") 2>/dev/null | awk '/^(Purg|Remv) / {print $2}' | sort -u | comm -23 - "$scratch/ours")
         if [ -n "$others" ]; then
             say "kept the packages it had installed: $(echo $others) need them by now"
-        else
+        elif [ -s "$scratch/ours" ]; then
             # shellcheck disable=SC2046
-            DEBIAN_FRONTEND=noninteractive apt-get purge -y $(cat "$ours") >/dev/null 2>&1 || say "apt-get could not remove: $(tr '\n' ' ' <"$ours")"
+            apt purge -y $(cat "$scratch/ours") >"$log" 2>&1 || apt_failed
             say "removed the packages it had installed"
         fi
-        rm -f "$ours"
     fi
     rmdir $units "$(dirname $units)" 2>/dev/null || :
-    rm -rf $root
+    find $root -mindepth 1 -maxdepth 1 ! -name installed -exec rm -rf {} +
+    rm -rf $record
+    rmdir $root
     did "removed $root"
 }
 
 $action
-rm -f /run/pillion-install.lock

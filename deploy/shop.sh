@@ -87,7 +87,7 @@ client="pillion run --service client --namespace shop --" intruder="pillion run 
 n2() {
     apt_install redis-tools curl
     catalog catalog-v2 v2
-    peer=${PEER:-192.168.77.11}
+    peer=${PEER:-192.168.56.11}
     say "what the mesh does, from n2 ($(uname -r)):"
     seen "a service on this node" '"by": "catalog-v2"' $client curl -sS -m 10 http://catalog-v2.shop.mesh/items
     seen "a service on the other node, by mutual TLS" '"by": "catalog-v1a"' $client curl -sS -m 10 http://catalog-v1.shop.mesh/items

@@ -37,6 +37,7 @@ MAPS = {"ring buffer": (27, 0, 0, 4096, 0), "longest prefix": (11, 20, 4, 16, 1)
 SCHED_CLS, SK_SKB, SK_MSG = (3, 0), (14, 5), (16, 7)
 SOCKHASH = (18, 8, 4, 16, 0)
 STOP = "stop what listens there: ss -ltnp"
+DISTRIBUTIONS = ("debian 12", "debian 13", "ubuntu 24.04")  # as install.sh has them
 PORTS = {"node": (15001, 15008, 15053), "controller": (15443,)}
 KERNEL = "use a distribution's kernel with CONFIG_CGROUP_BPF, such as Debian's or Ubuntu's"
 CHILD_TIMEOUT_S = 20
@@ -46,12 +47,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Seen(NamedTuple):
-    """``needed`` is False where the mesh goes on without it, more slowly or without that kind of workload."""
+    """``needed`` is False where the mesh goes on without it, more slowly or without that kind of workload, and where
+    install.sh has yet to bring it (``later``)."""
 
     ok: bool
     what: str
     remedy: str = ""
     needed: bool = True
+    later: bool = False
+
+    @property
+    def state(self) -> str:
+        return "ok" if self.ok else "later" if self.later else "MISSING" if self.needed else "off"
 
 
 def _bpf(command: int, attributes: bytes) -> int:
@@ -138,8 +145,13 @@ def root() -> Seen:
 
 
 def machine() -> Seen:
-    name = platform.machine()
-    return Seen(name == "x86_64", name)
+    return Seen(platform.machine() == "x86_64", platform.machine())
+
+
+def distribution() -> Seen:
+    told = dict(line.partition("=")[::2] for line in Path("/etc/os-release").read_text().splitlines())
+    name = " ".join(told.get(key, "").strip("\"'") for key in ("ID", "VERSION_ID"))
+    return Seen(name in DISTRIBUTIONS, name)
 
 
 def python() -> Seen:
@@ -199,9 +211,9 @@ def bpffs() -> Seen:
     return Seen(True, apart(work, CLONE_NEWNS), "")
 
 
-def btf() -> Seen:
-    there = Path("/sys/kernel/btf/vmlinux").exists()
-    return Seen(there, "/sys/kernel/btf/vmlinux" if there else "none")
+def exists(path: str) -> Seen:
+    there = Path(path).exists()
+    return Seen(there, path if there else f"no {path}")
 
 
 def destroy() -> Seen:
@@ -273,16 +285,8 @@ def compiler() -> Seen:
 
 
 def library() -> Seen:
-    try:
-        ctypes.CDLL("libbpf.so.1")
-    except OSError as error:
-        return Seen(False, str(error))
+    ctypes.CDLL("libbpf.so.1")
     return Seen(True, "libbpf.so.1")
-
-
-def headers() -> Seen:
-    there = Path("/usr/include/linux/types.h").exists()
-    return Seen(there, "/usr/include/linux" if there else "none")
 
 
 def programs() -> Seen:
@@ -322,16 +326,16 @@ def ports(role: str) -> Seen:
                 probe.bind(("0.0.0.0", port))  # as the mesh itself would, then gone
             except OSError:
                 taken.append(port)
-    mine = bool(taken) and Path("/opt/pillion/installed", role).exists()
-    good = not taken or mine
+    mine = bool(taken) and (INSTALLED / role).exists()
     said = f"{taken} {'in use by the mesh' if mine else 'taken'}" if taken else "free: " + ", ".join(map(str, PORTS[role]))
-    return Seen(good, said, STOP)
+    return Seen(not taken or mine, said, STOP)
 
 
 Check = Callable[[], Seen]
 COMMON: dict[str, tuple[Check, str]] = {
     "root": (root, "run it as root: sudo"),
     "machine": (machine, "use an x86-64 host: the proxy's system call filter is for that"),
+    "distribution": (distribution, "install.sh knows " + ", ".join(DISTRIBUTIONS) + "; elsewhere use the lab"),
     "python": (python, "use a distribution with Python 3.11 or newer"),
     "systemd": (manager, "install where systemd runs; elsewhere use the lab"),
 }
@@ -340,32 +344,40 @@ NODE: dict[str, tuple[Check, str]] = {
     "hooks": (hooks, KERNEL),
     "maps": (maps, KERNEL),
     "bpffs": (bpffs, "use a kernel with CONFIG_BPF_SYSCALL, and leave mount() to root"),
-    "btf": (btf, "without it every request goes through the proxy: use a kernel with CONFIG_DEBUG_INFO_BTF"),
+    "btf": (lambda: exists("/sys/kernel/btf/vmlinux"), "without it every request goes through the proxy: CONFIG_DEBUG_INFO_BTF"),
     "ending connections": (destroy, "without it what is denied falls silent and times out: CONFIG_INET_DIAG_DESTROY; iproute2"),
     "namespace cookies": (cookies, KERNEL),
     "listeners' takeover": (takeover, "allow pidfd_getfd: a container's or security module's policy refuses it"),
     "seccomp": (seccomp, "use a kernel with CONFIG_SECCOMP_FILTER"),
     "bcc": (compiler, "apt install python3-bpfcc; deploy/install.sh does"),
     "libbpf": (library, "apt install libbpf1; deploy/install.sh does"),
-    "headers": (headers, "apt install linux-libc-dev; deploy/install.sh does"),
-    "programs": (programs, "see the message; after bcc, libbpf and headers are there"),
+    "headers": (lambda: exists("/usr/include/linux/types.h"), "apt install linux-libc-dev; deploy/install.sh does"),
+    "programs": (programs, "see the message"),
     "pods (veth, tc)": (pods, "only workloads with a namespace of their own need it: modprobe sch_ingress cls_bpf veth"),
     "express (sockmap)": (express, "without it every request goes through the proxy: CONFIG_BPF_STREAM_PARSER"),
 }
 # As nodeagent/optional.py goes on without; the kernel's types (btf) are for express
 OPTIONAL = ("pods (veth, tc)", "express (sockmap)", "btf", "ending connections")
+BROUGHT = ("bcc", "libbpf", "headers")  # by install.sh, and "programs" need all of them
+INSTALLED = Path("/opt/pillion/installed")
 
 
 def examine(role: str) -> dict[str, Seen]:
     """By feature, for ``node`` or ``controller``. Nothing raises, nothing stays."""
     checks = COMMON | (NODE if role == "node" else {}) | {"ports": (lambda: ports(role), STOP)}
-    found = {}
+    found: dict[str, Seen] = {}
     for name, (check, remedy) in checks.items():
+        if name == "programs" and any(found[each].later for each in BROUGHT):
+            found[name] = Seen(False, "tried when all that is there", needed=False, later=True)
+            continue
         try:
             seen = check()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             seen = Seen(False, getattr(error, "strerror", None) or str(error), remedy)
-        found[name] = seen._replace(needed=name not in OPTIONAL, remedy="" if seen.ok else seen.remedy or remedy)
+        if not seen.ok and name in BROUGHT and not (INSTALLED / role).exists():
+            found[name] = Seen(False, f"install.sh brings it ({seen.what})", needed=False, later=True)
+        else:
+            found[name] = seen._replace(needed=name not in OPTIONAL, remedy="" if seen.ok else seen.remedy or remedy)
     return found
 
 
@@ -378,10 +390,9 @@ def main() -> int:
     found = examine(role)
     width = max(map(len, found))
     for name, seen in found.items():
-        state = "ok" if seen.ok else "MISSING" if seen.needed else "off"
-        print(
-            f"{name:<{width}}  {state:<7}  {seen.what}" + (f"\n{'':<{width}}           -> {seen.remedy}" if seen.remedy else "")
-        )
+        print(f"{name:<{width}}  {seen.state:<7}  {seen.what}")
+        if seen.remedy:
+            print(f"{'':<{width}}           -> {seen.remedy}")
     return int(any(seen.needed and not seen.ok for seen in found.values()))
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "deploy/requirements.lock"
 # Of the stand-ins, or looked at apart
 OURS = re.compile(
-    r"run/systemd|run/fake|run/lock|wheels|tmp|usr/share|usr/local/sbin|"
+    r"run/systemd|run/mount|run/fake|run/lock|wheels|tmp|usr/share|usr/local/sbin|"
     r"etc/(\.pwd\.lock|passwd|g?shadow|group|sub[ug]id)-?$"
 )
 SETUP = r"""
@@ -50,18 +50,32 @@ echo "$*" >>/run/fake/calls
 words=$* quiet=no
 for each; do case $each in -q | --no-block | --now | -P) shift ;; *) break ;; esac; done
 verb=$1; shift
+at_it() { # a restart: until then the unit that was is still active
+    [ -e "/run/fake/next-$1" ] || return 1
+    mv "/run/fake/next-$1" "/run/fake/invocation-$1"
+    date +%N >"/run/fake/invocation-$1"
+    [ ! -e "/run/fake/slowly-$1" ] || cp "/run/fake/slowly-$1" "/run/fake/slow-$1"
+}
 for each; do
     case $verb$each in is-active* | show* | *--now | *--no-block | *-P | *-q) continue ;; esac
     case $verb in
     enable) : >"/run/fake/enabled-$each" ;;
-    start | restart) : >"/run/fake/active-$each" ;;
+    start) : >"/run/fake/active-$each" ;;
+    restart)
+        : >"/run/fake/active-$each" >"/run/fake/next-$each"
+        [ -e /run/fake/late ] || at_it "$each" ;;
     stop) rm -f "/run/fake/active-$each" ;;
     disable) rm -f "/run/fake/enabled-$each" "/run/fake/active-$each" ;;
     esac
 done
 case $verb in
-show) cat /run/fake/says 2>/dev/null ;;
+show)
+    case $words in
+    *InvocationID*) cat "/run/fake/invocation-$each" 2>/dev/null || echo one; at_it "$each" || : ;;
+    *) cat /run/fake/says 2>/dev/null ;;
+    esac ;;
 is-active)
+    ! at_it "$1" || { echo active; exit 0; }
     left=$(cat "/run/fake/slow-$1" 2>/dev/null || echo 0) # so many looks until it is
     [ "$left" = 0 ] || [ ! -e "/run/fake/active-$1" ] || { echo $((left - 1)) >"/run/fake/slow-$1"; echo activating; exit 3; }
     [ -e "/run/fake/active-$1" ] && echo active || { echo inactive; exit 3; } ;;
@@ -92,9 +106,11 @@ with IPRoute() as route:
     route.link("add", ifname="pod", kind="veth", peer="pod1")
     (index,) = route.link_lookup(ifname="pod")
     route.tc("add", "clsact", index)
-    of = {"fd": preflight.load(*preflight.SCHED_CLS), "name": tc.NAME, "classid": 1, "direct_action": True}
+    of = {"fd": preflight.load(*preflight.SCHED_CLS), "classid": 1, "direct_action": True}
     where = {"parent": tc.INGRESS_PARENT, "prio": tc.PREFERENCE, "protocol": tc.ETH_P_ALL}
-    route.tc("add-filter", "bpf", index, 1, **of, **where)
+    route.tc("add-filter", "bpf", index, 1, name=tc.NAME, **of, **where)
+    if OTHERS:
+        route.tc("add-filter", "bpf", index, 2, name="others", **of, **where)
 """
 
 
@@ -128,13 +144,28 @@ class Host:
 
     def install(self, *arguments: str, wait_s: int = 120) -> subprocess.CompletedProcess[str]:
         """install.sh of this checkout."""
+        with self.installing(*arguments, wait_s=wait_s) as running:
+            out, err = running.communicate(timeout=100)
+        return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+
+    def installing(self, *arguments: str, wait_s: int = 120, script: str = f"{ROOT}/deploy/install.sh") -> subprocess.Popen[str]:
         for name in ("calls", "pip"):
             (self.root / "run/fake" / name).write_text("")
         more = () if "--remove" in arguments else ("--wheelhouse", "/wheels")
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
         environment["PILLION_INSTALL_WAIT_S"] = str(wait_s)
-        argv = [*self.enter, str(ROOT / "deploy/install.sh"), *arguments, *more]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=environment)
+        argv = [*self.enter, script, *arguments, *more]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def cut(self, before: str, *arguments: str) -> None:
+        """The same, killed before this line of it."""
+        text = (ROOT / "deploy/install.sh").read_text()
+        assert text.count(f"\n{before}\n") == 1, before
+        shutil.copytree(ROOT / "deploy", self.root / "run/fake/cut/deploy", dirs_exist_ok=True)
+        (self.root / "run/fake/cut/deploy/install.sh").write_text(text.replace(f"\n{before}\n", f"\nkill -9 $$\n{before}\n"))
+        with self.installing(*arguments, script="/run/fake/cut/deploy/install.sh") as running:
+            out, err = running.communicate(timeout=100)
+        assert running.returncode == -signal.SIGKILL, f"{before}: {out}{err}"
 
     def calls(self, *verbs: str) -> list[str]:
         """What systemctl was asked to do."""
@@ -207,14 +238,16 @@ def test_twice_is_once_and_removed_is_removed(host: Host) -> None:
     assert "nothing to do" in ok(host.install("node", "--remove"))
 
 
-def test_removed_is_removed_from_the_kernel_too(host: Host) -> None:
-    """A program of `pillion run` ends: nothing would hold it to a policy. Cgroups go, and a pod's filter with what it hung on."""
+@pytest.mark.parametrize("others", [False, True])
+def test_removed_is_removed_from_the_kernel_too(host: Host, others: bool) -> None:
+    """A program of `pillion run` ends: nothing would hold it to a policy. Cgroups go, and a pod's filter with what it hung on,
+    unless there is another's beside it."""
     host.fake_pip()
     ok(host.install(*NODE))
     for name in ("pillion-agent.slice", "pillion-proxy.slice/pillion-proxy.service", "workloads/run-shop.web"):
         (host.cgroup / "pillion.slice" / name).mkdir(parents=True)
     network = ["nsenter", "-t", str(host.holder.pid), "-n"]
-    subprocess.run([*network, sys.executable, "-c", POD], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*network, sys.executable, "-c", POD.replace("OTHERS", str(others))], cwd=ROOT, check=True, timeout=60)
     rules = ["sh", "-c", "tc qdisc show dev pod; tc filter show dev pod ingress"]
     assert "pillion-veth" in subprocess.run([*network, *rules], capture_output=True, text=True, check=True).stdout
     with subprocess.Popen(["sleep", "60"]) as program:
@@ -224,7 +257,7 @@ def test_removed_is_removed_from_the_kernel_too(host: Host) -> None:
     assert "ended the programs of `pillion run`" in said
     assert not (host.cgroup / "pillion.slice").exists()
     left = subprocess.run([*network, *rules], capture_output=True, text=True, check=True).stdout
-    assert "pillion" not in left and "clsact" not in left
+    assert "pillion" not in left and ("clsact" in left) is ("others" in left) is others
 
 
 def test_an_upgrade_restarts_both_roles_from_one_new_environment(host: Host) -> None:
@@ -239,7 +272,22 @@ def test_an_upgrade_restarts_both_roles_from_one_new_environment(host: Host) -> 
     assert new != old and environments == [Path(new).name]
     # All, or one would go on from an environment that is no more; the agent before the proxy, which then gets all from it
     order = ("pillion-controller", "pillion-agent", "pillion-proxy")
-    assert host.calls("restart") == [f"restart {unit}.service" for unit in order]
+    assert host.calls("restart") == [f"restart --no-block {unit}.service" for unit in order]
+
+
+def test_one_is_ready_before_the_next_is_restarted(host: Host) -> None:
+    """However long it compiles, and although the manager may begin late: until then the unit that was is still active."""
+    host.fake_pip()
+    host.put("token", "a-token")
+    ok(host.install(*NODE, "--token", "/token"))
+    host.put("wheels/pillion-1.0-py3-none-any.whl", "another build")
+    host.put("run/fake/says", "compiling for this kernel: nodeagent.loader, 90 s so far\n")
+    host.put("run/fake/slowly-pillion-agent.service", "2\n")
+    host.put("run/fake/late", "")
+    ok(host.install("node", wait_s=1))
+    asked = host.calls("restart", "is-active")
+    agent, proxy = (asked.index(f"restart --no-block pillion-{name}.service") for name in ("agent", "proxy"))
+    assert asked[agent:proxy].count("is-active pillion-agent.service") == 3, asked
 
 
 def test_what_still_runs_keeps_its_environment(host: Host) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_this_kernel_has_all_that_a_node_needs() -> None:
     found = preflight.examine("node")
     lacking = {name: seen for name, seen in found.items() if seen.needed and not seen.ok}
-    assert lacking.keys() <= {"systemd", "ports"}, lacking  # what this machine is, not what its kernel can do
+    assert lacking.keys() <= {"systemd", "ports", "distribution"}, lacking  # what this machine is, not what its kernel can do
     assert not list(cgroups.mount_point().glob("pillion-check-*"))
 
 
@@ -43,13 +44,15 @@ def test_it_runs_on_a_bare_host() -> None:
 
 @pytest.mark.parametrize("feature", [*preflight.COMMON, *preflight.NODE, "ports"])
 def test_each_that_is_missing_is_told_alone_with_its_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], feature: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], feature: str, tmp_path: Path
 ) -> None:
     for name in ("COMMON", "NODE"):
         known = getattr(preflight, name)
         monkeypatch.setattr(preflight, name, {each: (lambda: preflight.Seen(True, "there"), known[each][1]) for each in known})
     monkeypatch.setattr(preflight, "ports", lambda _: preflight.Seen(True, "free"))
     monkeypatch.setattr(sys, "argv", ["preflight.py", "node"])
+    monkeypatch.setattr(preflight, "INSTALLED", tmp_path)
+    (tmp_path / "node").touch()  # or install.sh would bring some
     assert preflight.main() == 0 and "->" not in capsys.readouterr().out
 
     def no(*_: object) -> preflight.Seen:
@@ -66,6 +69,36 @@ def test_each_that_is_missing_is_told_alone_with_its_remedy(
     (number,) = (index for index, line in enumerate(lines) if "forced" in line)
     assert lines[number].startswith(feature) and (" off " if optional else " MISSING ") in lines[number]
     assert lines[number + 1].strip().startswith("-> ") and sum("->" in line for line in lines) == 1
+
+
+def test_what_an_install_brings_is_no_failure_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And what needs it is not tried; afterwards both are."""
+    there = {name: (lambda: preflight.Seen(True, "there"), "") for name in preflight.NODE}
+    lacks = {name: (lambda: preflight.Seen(False, "no such module"), "apt install it") for name in ("bcc", "programs")}
+    monkeypatch.setattr(preflight, "COMMON", {})
+    monkeypatch.setattr(preflight, "NODE", there | lacks)
+    monkeypatch.setattr(preflight, "ports", lambda _: preflight.Seen(True, "free"))
+    monkeypatch.setattr(preflight, "INSTALLED", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "node"])
+    assert preflight.main() == 0
+    told = capsys.readouterr().out
+    assert "later    install.sh brings it (no such module)" in told and "MISSING" not in told and "->" not in told
+    (tmp_path / "node").touch()
+    assert preflight.main() == 1
+    assert capsys.readouterr().out.count("MISSING  no such module") == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "good"), [('ID=debian\nVERSION_ID="13"\n', True), ("ID=fedora\nVERSION_ID=42\n", False), ("ID=debian\n", False)]
+)
+def test_only_what_the_installer_knows_will_do(monkeypatch: pytest.MonkeyPatch, told: str, good: bool) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: told)
+    assert preflight.distribution().ok is good
+    monkeypatch.undo()
+    case = next(line for line in (ROOT / "deploy/install.sh").read_text().splitlines() if '"debian 12" |' in line)
+    assert tuple(re.findall(r'"([a-z]+ [0-9.]+)"', case)) == preflight.DISTRIBUTIONS
 
 
 def test_what_the_mesh_goes_on_without_is_what_is_optional() -> None:

@@ -18,7 +18,7 @@ left() {
     stamp=/etc/machine-id # written at boot
     { # files that are newer than that, or ours by their name; users, groups; units; cgroups; mounts; filters of traffic
         find /etc /opt /usr /var -xdev ! -type d -cnewer $stamp ! -path '*shop*' \
-            ! -path '/var/log/*' ! -path '/var/cache/*' ! -path '/var/lib/systemd/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/apt/*' \
+            ! -path '/var/log/*' ! -path '/var/cache/*' ! -path '/var/lib/systemd/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/apt/*' ! -path '/var/lib/redis/*' ! -path '/var/lib/ubuntu-advantage/*' \
             ! -path '/etc/rc?.d/*' ! -path /etc/ld.so.cache ! -path /etc/mtab ! -name .updated ! -path $stamp ! -regex '/etc/\(\.pwd\.lock\|passwd\|g?shadow\|group\|sub[ug]id\)-?'
         find /etc /opt /usr /var /run /dev /tmp /sys/fs/bpf /sys/fs/cgroup -iname '*pillion*' -cnewer $stamp ! -name '*pillion-lab-tokens*' \
             ! -path '/var/log/*' ! -path '/var/cache/*'
