@@ -13,18 +13,23 @@ from pillion.errors import CliError
 
 WAIT_S = 75.0  # below a unit's usual 90 s to start
 LOOK_S = 0.1
+UNGRANTED = "identity_not_granted: "  # how the agent tells the controller's no for want of a grant
+ASKED_AGAIN_S = 15.0  # such a no that stands so long is no older than a grant: agents ask again every ten
 FAILED = 255  # lower ones would only skip the unit
 
 
-def await_workload(client: Client, namespace: str, name: str, wait_s: float = WAIT_S) -> str:
-    """Empty, or what is missing."""
-    deadline = time.monotonic() + wait_s
+def await_workload(client: Client, namespace: str, name: str, wait_s: float = WAIT_S, ungranted_s: float = float("inf")) -> str:
+    """Empty, or what is missing after ``wait_s``; sooner where it has no grant for ``ungranted_s``. Other refusals may pass by
+    themselves, as a port does that another workload is about to give back."""
+    deadline, ungranted_since = time.monotonic() + wait_s, float("inf")
     while True:
         try:
             missing = _missing(client, namespace, name)
         except CliError as error:
             missing = error.what
-        if not missing or time.monotonic() > deadline:
+        now = time.monotonic()
+        ungranted_since = min(now, ungranted_since) if missing.startswith(UNGRANTED) else float("inf")
+        if not missing or now > deadline or now - ungranted_since >= ungranted_s:
             return missing
         time.sleep(LOOK_S)
 

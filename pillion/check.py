@@ -148,10 +148,7 @@ def check_before(form: Format, role: str) -> None:
         raise CliError(f"{role!r} is no role", "use --role node or --role controller", USAGE)
     found = preflight.examine(role)
     if form is Format.TABLE:
-        rows = [
-            (name, "ok" if seen.ok else "MISSING" if seen.needed else "off", seen.what, seen.remedy)
-            for name, seen in found.items()
-        ]
+        rows = [(name, seen.state, seen.what, seen.remedy) for name, seen in found.items()]
         output.table(("FEATURE", "STATE", "SEEN", "REMEDY"), rows)
     else:
         output.machine([{"feature": name, **seen._asdict()} for name, seen in found.items()], form)

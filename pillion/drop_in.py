@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 CURRENT = Path("/opt/pillion/current")
 SLICES = "pillion-workloads.slice"
 AGENT = "pillion-agent.service"
+PINS = "run-pillion-bpf.mount"
+AWAITING = "-m pillion.awaiting "
 MARK = "# Made by `pillion enrol`; `pillion withdraw` removes it."
 # Each is a way out of a cgroup or a namespace, or past the programs; see docs/hosts.md
 STRONG = (
     "CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT CAP_SYS_BOOT CAP_BPF CAP_PERFMON CAP_NET_ADMIN "
     "CAP_NET_RAW CAP_MKNOD CAP_DAC_READ_SEARCH CAP_DAC_OVERRIDE CAP_MAC_ADMIN CAP_MAC_OVERRIDE"
 )
+# So are these for who has them and is not root: to another's user, or to a file that another's program runs or believes
+AMBIENT = f"{STRONG} CAP_SETUID CAP_SETGID CAP_CHOWN CAP_FOWNER CAP_SETFCAP"
 # Who reaches one of these has a program started elsewhere: by the system's manager, or by the user's own, which logind starts
 BUS = "-/run/dbus/system_bus_socket"
 MANAGER_SOCKETS = f"-/run/systemd/private -/run/user {BUS}"
@@ -31,6 +36,13 @@ def slice_of(unit: str) -> str:
     return f"{SLICES.removesuffix('.slice')}-{escape(unit.removesuffix('.service'))}.slice"
 
 
+def unit_of(slice_: str) -> str:
+    """The unit whose workload is that slice."""
+    text = slice_.removeprefix(f"{SLICES.removesuffix('.slice')}-").removesuffix(".slice").encode()
+    name = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), text)
+    return f"{name.decode(errors='replace')}.service"
+
+
 def python() -> str:
     """The interpreter by a path that an upgrade keeps."""
     installed = CURRENT.exists() and CURRENT.resolve() == Path(sys.prefix).resolve()
@@ -44,12 +56,14 @@ def service_drop_in(unit: str, workload: str, allow_dbus: bool = False) -> str:
         "[Unit]",
         "# A restart of the agent is none of this unit's",
         f"Wants={AGENT}",
-        f"After={AGENT}",
+        "# The programs end with that mount, which a restart of the agent leaves alone",
+        f"BindsTo={PINS}",
+        f"After={AGENT} {PINS}",
         "",
         "[Service]",
         f"Slice={slice_of(unit)}",
         "# Before anything else of it: not until the agent enforces and serves it",
-        f"ExecCondition=+{python()} -I -m pillion.awaiting {workload}",
+        f"ExecCondition=+{python()} -I {AWAITING}{workload}",
         "# It keeps its cgroup, so its identity (threats: the file system, new privileges, tracing, the service manager)",
         "ProtectControlGroups=yes",
         "NoNewPrivileges=yes",
@@ -73,13 +87,14 @@ def socket_drop_in(unit: str, workload: str) -> str:
             "DefaultDependencies=no",
             "Requires=sysinit.target",
             f"Wants={AGENT}",
-            f"After=sysinit.target {AGENT}",
+            f"BindsTo={PINS}",
+            f"After=sysinit.target {AGENT} {PINS}",
             "Conflicts=shutdown.target",
             "Before=shutdown.target",
             "",
             "[Socket]",
             f"Slice={slice_of(unit)}",
-            f"ExecStartPre=+{python()} -I -m pillion.awaiting {workload}",
+            f"ExecStartPre=+{python()} -I {AWAITING}{workload}",
             "",
         )
     )

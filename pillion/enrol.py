@@ -8,78 +8,43 @@ agent enforces and serves it, after a reboot as well. The workloads file, which 
 from __future__ import annotations
 
 import os
-import pwd
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from pillion.awaiting import await_workload
+from pillion.awaiting import ASKED_AGAIN_S, UNGRANTED, WAIT_S, await_workload
 from pillion.client import Client
 from pillion.context import FormatOption, chosen, labels_of
-from pillion.drop_in import AGENT, SLICES, STRONG, service_drop_in, slice_of, slice_unit, socket_drop_in
+from pillion.drop_in import AMBIENT, slice_of
+from pillion.enrol_files import DROP_IN, files_left, files_of, locked, put, put_back, read_workloads, remove, write_workloads
+from pillion.enrol_files import units as units_of_files
+from pillion.enrol_systemd import (
+    AS_ROOT,
+    Command,
+    again,
+    cgroup_of_slice,
+    commands,
+    elsewhere,
+    facts,
+    running,
+    sockets_of,
+    starts_as_root,
+    systemctl,
+    undone,
+)
 from pillion.errors import USAGE, CliError
 from pillion.output import Format, machine
-from pillion.run import cgroup2_mount
+from pillion.run import cgroup2_mount, grant_line
 
-UNITS = Path("/etc/systemd/system")
-WORKLOADS = Path("/etc/pillion/workloads.yaml")
-DROP_IN = "50-pillion.conf"
-PARENT = "pillion.slice"
-SHOWN = (
-    "LoadState", "ActiveState", "FragmentPath", "Type", "User", "DynamicUser", "Slice", "TriggeredBy", "PrivateNetwork",
-    "NetworkNamespacePath", "AmbientCapabilities", "Delegate", "ControlGroup",
-)  # fmt: skip
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,200}\.service\Z")
 DBUS_OPENS = (
     "may ask for programs outside the mesh by D-Bus: logind starts a manager of its user's for it (set-self-linger), and "
     "systemd what polkit lets it; root anything"
 )
 NOT_FOR_A_MESH = ("pillion-", "systemd-", "dbus", "user@", "getty@", "serial-getty@", "ssh.", "ssh@", "sshd")
-
-
-def systemctl(*arguments: str) -> str:
-    """Its output. Raises CliError."""
-    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise CliError(f"systemctl {' '.join(arguments)}: {done.stderr.strip() or done.returncode}", "see: journalctl -xe")
-    return done.stdout
-
-
-def facts(unit: str) -> dict[str, str]:
-    """What systemd says of a unit."""
-    out = systemctl("show", unit, *(f"--property={name}" for name in SHOWN))
-    found = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
-    return {**found, "User": user_of(found.get("User", ""))}
-
-
-def user_of(text: str) -> str:
-    """One name for each uid, though a unit may say another of its names, or its number. As it stands if nobody has it (yet)."""
-    try:
-        return pwd.getpwuid(int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid).pw_name
-    except KeyError:
-        return text
-
-
-def sockets_of(unit: str, known: dict[str, str]) -> list[str]:
-    """The .socket units that make the service's listeners. TriggeredBy= alone knows those that systemd has loaded so far."""
-    found = {each for each in known.get("TriggeredBy", "").split() if each.endswith(".socket")}
-    files = systemctl("list-unit-files", "--type=socket", "--plain", "--no-legend")
-    there = [line.split()[0] for line in files.splitlines() if line.split() and "@." not in line.split()[0]]
-    for text in systemctl("show", "--property=Id,Triggers", *there).split("\n\n") if there else ():
-        shown = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        if unit in shown.get("Triggers", "").split():
-            found.add(shown["Id"])
-    return sorted(found)
-
-
-def cgroup_of_slice(mount: Path, name: str) -> Path:
-    """Where systemd has it."""
-    return mount / (facts(name).get("ControlGroup", "").lstrip("/") or f"{PARENT}/{SLICES}/{name}")
 
 
 def label(text: str) -> str:
@@ -97,8 +62,9 @@ def account_of(text: str) -> tuple[str, str]:
     return namespace or "default", account
 
 
-def refusals(unit: str, known: dict[str, str], users: dict[str, str]) -> list[tuple[str, str]]:
-    """(why not, remedy) of what no drop-in can mend. ``users``: user -> another unit enrolled with it. Pure."""
+def refusals(unit: str, known: dict[str, str], users: dict[str, str], runs: dict[str, list[Command]]) -> list[tuple[str, str]]:
+    """(why not, remedy) of what no drop-in can mend. ``users``: user -> another unit enrolled with it. ``runs``: what the
+    service and its sockets run. Pure."""
     found = []
     root = known.get("User", "") in ("", "root", "0") and known.get("DynamicUser") != "yes"
     if root:
@@ -110,9 +76,26 @@ def refusals(unit: str, known: dict[str, str], users: dict[str, str]) -> list[tu
         )
     elif other := users.get(known.get("User", "")):
         found.append((f"shares the user {known['User']} with {other}: one may trace the other", "give each its own User="))
-    strong = set(known.get("AmbientCapabilities", "").upper().split()) & set(STRONG.split())
+    strong = set(known.get("AmbientCapabilities", "").upper().split()) & set(AMBIENT.split())
     if strong:
-        found.append((f"is given {', '.join(sorted(strong))}, which leads out of its cgroup", "take AmbientCapabilities= away"))
+        what = f"is given {', '.join(sorted(strong))}, which leads out of its cgroup or to another's user"
+        found.append((what, "take AmbientCapabilities= away"))
+    if name := known.get("PAMName"):
+        found.append((f"opens a session ({name}), for which logind moves it out of its cgroup", "take PAMName= away"))
+    theirs = {each: [command for command in listed if not command.ours] for each, listed in runs.items()}
+    as_root = [str(command) for command in theirs.get(unit, ()) if set(command.flags) & AS_ROOT.keys()]
+    if known.get("PermissionsStartOnly") == "yes":
+        as_root.append("PermissionsStartOnly=yes")
+    if as_root:
+        what = f"has {', '.join(as_root)}: as root, and by + outside all that an enrolment closes"
+        found.append((what, f"have another unit do that, or take the prefix away: systemctl edit --full {unit}"))
+    first = next((command for command in runs.get(unit, ()) if command.setting == "ExecCondition"), None)
+    if first is not None and not first.ours:
+        found.append((f"has {first}, which runs before the mesh is asked", "make it an ExecStartPre="))
+    for each in sorted(theirs.keys() - {unit}):
+        if theirs[each]:
+            what = f"has {each} with {', '.join(str(command) for command in theirs[each])}, which nothing closes"
+            found.append((what, "have the service do that"))
     return found
 
 
@@ -130,58 +113,6 @@ def impossible(unit: str, known: dict[str, str], allow_dbus: bool = False) -> tu
     if known.get("Delegate") == "yes":
         return f"{unit} manages cgroups itself (Delegate=)", "run what it contains as workloads of their own"
     return None
-
-
-# ---- files
-
-
-def read_workloads() -> list[dict[str, Any]]:
-    """Of the workloads file. Raises CliError for one that is damaged."""
-    try:
-        entries = (yaml.safe_load(WORKLOADS.read_text()) or {}).get("workloads") or []
-    except FileNotFoundError as error:
-        raise CliError(f"no {WORKLOADS}: this host is no node", "install one: deploy/install.sh node --name NAME") from error
-    except (yaml.YAMLError, AttributeError) as error:
-        raise CliError(f"{WORKLOADS}: {' '.join(str(error).split())}", "mend it, or restore a copy") from error
-    return list(entries)
-
-
-def write_workloads(entries: list[dict[str, Any]]) -> None:
-    """As a whole or not at all."""
-    text = "# Written by pillion enrol and pillion withdraw; watched by the agent\n" + yaml.safe_dump(
-        {"workloads": entries}, sort_keys=False
-    )
-    write(WORKLOADS, text, 0o600)
-
-
-def write(path: Path, text: str, mode: int = 0o644) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    fresh.chmod(mode)
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
-def files_of(unit: str, sockets: list[str], workload: str, allow_dbus: bool = False) -> dict[Path, str]:
-    """Every file of an enrolment. Pure."""
-    out = {
-        UNITS / slice_of(unit): slice_unit(unit),
-        UNITS / f"{AGENT}.wants" / slice_of(unit): slice_unit(unit),  # a link in effect: see `enrol`
-        UNITS / f"{unit}.d" / DROP_IN: service_drop_in(unit, workload, allow_dbus),
-    }
-    for each in sockets:
-        out[UNITS / f"{each}.d" / DROP_IN] = socket_drop_in(unit, workload)
-    return out
-
-
-def drop_ins_of(unit: str) -> list[Path]:
-    """Those of an enrolment that are there: the unit's own and its sockets'."""
-    found = [UNITS / f"{unit}.d" / DROP_IN]
-    wanted = f"Slice={slice_of(unit)}\n"
-    found += [path for path in UNITS.glob(f"*.socket.d/{DROP_IN}") if wanted in path.read_text()]
-    return [path for path in found if path.exists()]
 
 
 # ---- commands
@@ -217,59 +148,85 @@ def enrol(
     unit = full_name(unit)
     namespace, account = account_of(as_)
     labels = labels_of(account, label_)
+    systemctl("daemon-reload")  # what is judged is what will run
     known = facts(unit)
     if reason := impossible(unit, known, allow_dbus):
         raise CliError(*reason)
-    entries = read_workloads()
-    others = [entry for entry in entries if entry.get("unit") != unit]
-    identity = f"{namespace}/{account}"
-    users = {
-        facts(str(entry["unit"])).get("User", ""): str(entry["unit"])
-        for entry in others
-        if entry.get("unit") and f"{entry.get('namespace')}/{entry.get('serviceAccount')}" != identity
-    }
-    for what, remedy in refusals(unit, known, users):
-        if not force:
-            raise CliError(f"{unit} {what}", f"{remedy}; or accept it with --force")
-        print(f"pillion: warning: {unit} {what}; {remedy}", file=sys.stderr)
-    if allow_dbus:
-        print(f"pillion: warning: {unit} {DBUS_OPENS}", file=sys.stderr)
-    client = Client(chosen.endpoints().agent_of(None))
-    node = str(client.get("/v1/status")["node"])
-    name = name or label(f"{unit.removesuffix('.service')}-{node}")
-    sockets = sockets_of(unit, known)
-    entry = {
-        "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
-        "cgroup": "", "ports": sorted(port or []), "unit": unit,
-    }  # fmt: skip
-    for path, text in files_of(unit, sockets, f"{namespace}/{name}", allow_dbus).items():
-        if path.parent.name == f"{AGENT}.wants":
-            path.parent.mkdir(exist_ok=True)
-            path.unlink(missing_ok=True)
-            path.symlink_to(UNITS / path.name)
-        else:
-            write(path, text)
-    systemctl("daemon-reload")
-    systemctl("start", slice_of(unit))
-    entry["cgroup"] = str(cgroup_of_slice(cgroup2_mount(Path("/proc/self/mountinfo").read_text()), slice_of(unit)))
-    write_workloads([*others, entry])
-    problem = await_workload(client, namespace, name)
+    with locked():
+        entries = read_workloads()
+        others = [entry for entry in entries if entry.get("unit") != unit]
+        identity = f"{namespace}/{account}"
+        users = {
+            facts(str(entry["unit"])).get("User", ""): str(entry["unit"])
+            for entry in others
+            if entry.get("unit") and f"{entry.get('namespace')}/{entry.get('serviceAccount')}" != identity
+        }
+        sockets = sockets_of(unit, known)
+        known["PermissionsStartOnly"] = "yes" if starts_as_root(unit) else "no"
+        for what, remedy in refusals(unit, known, users, {each: commands(each) for each in (unit, *sockets)}):
+            if not force:
+                raise CliError(f"{unit} {what}", f"{remedy}; or accept it with --force")
+            print(f"pillion: warning: {unit} {what}; {remedy}", file=sys.stderr)
+        if allow_dbus:
+            print(f"pillion: warning: {unit} {DBUS_OPENS}", file=sys.stderr)
+        client = Client(chosen.endpoints().agent_of(None))
+        before = client.get("/v1/status")
+        node = str(before["node"])
+        name = name or label(f"{unit.removesuffix('.service')}-{node}")
+        entry = {
+            "name": name, "namespace": namespace, "serviceAccount": account, "labels": labels,
+            "cgroup": "", "ports": sorted(port or []), "unit": unit,
+        }  # fmt: skip
+        _install(entry, others, sockets, allow_dbus)
+    # A no that was there before may be older than a grant; one that comes now is not
+    known_as = {f"{each['namespace']}/{each['name']}" for each in before["workloads"]}
+    ungranted_s = ASKED_AGAIN_S if f"{namespace}/{name}" in known_as else 0.0
+    problem = await_workload(client, namespace, name, WAIT_S, ungranted_s)
+    if problem.startswith(UNGRANTED):
+        what = problem.removeprefix(UNGRANTED).partition("; ")[0]
+        remedy = f"{grant_line(node, namespace, account)}; then repeat this, or undo it with: pillion withdraw {unit}"
+        raise CliError(f"{namespace}/{name} is not enforced: {what}", remedy)
     if problem:
         raise CliError(
             f"{namespace}/{name} is not enforced: {problem}", f"see: pillion status; undo with: pillion withdraw {unit}"
         )
     said = [f"{unit} is {namespace}/{name}, service account {account}"]
-    active = [each for each in (unit, *sockets) if facts(each).get("ActiveState") == "active"]
-    if active and restart:
-        systemctl("stop", *active)
-        systemctl("start", *active)
-        said.append(f"restarted {' '.join(active)} in the mesh")
-    elif active:
-        said.append(f"{' '.join(active)} runs outside the mesh until it is restarted")
+    up = running((unit, *sockets))
+    if up and restart:
+        systemctl("stop", *up)
+        started = again(up)
+        for each in started:
+            if group := elsewhere(each, slice_of(unit)):
+                raise CliError(f"{each} runs in {group}, outside the mesh", f"see: systemctl status {each}")
+        said += [f"restarted {' '.join(started)} in the mesh"] if started else []
+        said += [f"{each} was stopping, and is down" for each in up if each not in started]
+    elif up:
+        said.append(f"{' '.join(up)} runs outside the mesh until it is restarted")
     if form is Format.TABLE:
         print("\n".join(said))
     else:
-        machine({"unit": unit, "workload": f"{namespace}/{name}", "in_force": restart or not active, "said": said}, form)
+        machine({"unit": unit, "workload": f"{namespace}/{name}", "in_force": restart or not up, "said": said}, form)
+
+
+def _install(entry: dict[str, Any], others: list[dict[str, Any]], sockets: list[str], allow_dbus: bool) -> None:
+    """The entry and all files of it, in force; or none of it. Raises CliError."""
+    unit = str(entry["unit"])
+    texts = files_of(unit, sockets, f"{entry['namespace']}/{entry['name']}", allow_dbus)
+    before = put(unit, texts)
+    try:
+        systemctl("daemon-reload")
+        for path, text in texts.items():
+            each = path.parent.name.removesuffix(".d")
+            if path.name == DROP_IN and (lines := undone(each, text)):
+                remedy = f"take its lines away, or name it so that it comes before {DROP_IN}: systemctl cat {each}"
+                raise CliError(f"another drop-in of {each} undoes {', '.join(lines)} of ours", remedy)
+        systemctl("start", slice_of(unit))
+        entry["cgroup"] = str(cgroup_of_slice(cgroup2_mount(Path("/proc/self/mountinfo").read_text()), slice_of(unit)))
+        write_workloads([*others, entry])
+    except BaseException:
+        put_back(before)
+        systemctl("daemon-reload")
+        raise
 
 
 def withdraw(
@@ -282,8 +239,11 @@ def withdraw(
     need_root()
     if all_ == (unit is not None):
         raise CliError("name one service, or --all", "for example: pillion withdraw web.service", USAGE)
-    entries = read_workloads()
-    chosen_units = [full_name(unit)] if unit else [str(entry["unit"]) for entry in entries if entry.get("unit")]
+    if unit:
+        chosen_units = [full_name(unit)]
+    else:
+        named = [str(entry["unit"]) for entry in read_workloads(needed=False) if entry.get("unit")]
+        chosen_units = list(dict.fromkeys([*named, *sorted(units_of_files())]))
     said = {each: _withdraw(each, restart) for each in chosen_units}
     if form is not Format.TABLE:
         machine([{"unit": each, "said": text} for each, text in said.items()], form)
@@ -293,32 +253,24 @@ def withdraw(
 
 def _withdraw(unit: str, restart: bool) -> str:
     """What became of it."""
-    entries = read_workloads()
-    rest = [entry for entry in entries if entry.get("unit") != unit]
-    drop_ins = drop_ins_of(unit)
-    if len(rest) == len(entries) and not drop_ins:
+    left = files_left(unit)
+    if not left and all(entry.get("unit") != unit for entry in read_workloads(needed=False)):
         return f"{unit} is not enrolled"
-    units = [path.parent.name.removesuffix(".d") for path in drop_ins]
-    active = [each for each in units if facts(each).get("ActiveState") == "active"]
-    if active and restart:
-        systemctl("stop", *active)  # in the mesh to its end: never a moment with neither
-    write_workloads(rest)
-    for path in drop_ins:
-        path.unlink()
-        try:
-            path.parent.rmdir()
-        except OSError:
-            pass  # others' drop-ins
-    for path in (UNITS / f"{AGENT}.wants" / slice_of(unit), UNITS / slice_of(unit)):
-        path.unlink(missing_ok=True)
-    try:
-        (UNITS / f"{AGENT}.wants").rmdir()
-    except OSError:
-        pass
-    systemctl("daemon-reload")
-    if active and restart:
-        systemctl("stop", slice_of(unit))
-        systemctl("start", *active)
-    return f"{unit} is out of the mesh" + (
-        "" if restart or not active else "; it runs on, denied everything, until it is restarted"
-    )
+    drop_ins = [path.parent.name.removesuffix(".d") for path in left if path.suffix == ".conf"]
+    up = running(dict.fromkeys([unit, *drop_ins]))
+    if up and restart:
+        systemctl("stop", *up)  # in the mesh to its end: never a moment with neither
+    with locked():
+        entries = read_workloads(needed=False)
+        rest = [entry for entry in entries if entry.get("unit") != unit]
+        if rest != entries:
+            write_workloads(rest)
+        for path in files_left(unit):
+            remove(path)
+        systemctl("daemon-reload")
+    if up and not restart:
+        return f"{unit} is out of the mesh; it runs on, denied everything, until it is restarted"
+    systemctl("stop", slice_of(unit))
+    started = again(up)
+    stopped = [each for each in up if each not in started]
+    return f"{unit} is out of the mesh" + (f"; {' '.join(stopped)} was stopping, and is down" if stopped else "")

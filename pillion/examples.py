@@ -36,6 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "policy why": (
         "pillion policy why shop/client shop/web GET /admin",
         "pillion policy why unknown redis.shop.mesh",
+        "pillion policy why spiffe://mesh.local/ns/shop/sa/client shop/web GET /",
         "pillion policy why shop/client shop/web GET / --header 'x-user: ann' --port 8080",
     ),
     "express status": ("pillion express status", "pillion express status --node n1 -o json"),

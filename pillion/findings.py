@@ -42,7 +42,7 @@ class Finding:
     remedy: str = ""
 
 
-def _judged(check: str, wrong: list[str], fine: str, remedy: str, unknown: Iterable[str] = ()) -> Finding:
+def judged(check: str, wrong: list[str], fine: str, remedy: str, unknown: Iterable[str] = ()) -> Finding:
     """Not enforced if something is wrong, else unknown if something could not be read."""
     unknown = list(unknown)
     if wrong:
@@ -81,7 +81,7 @@ def _agent(status: dict[str, Any], agent: Process | None) -> Finding:
     if not (status.get("controller") or {}).get("connected"):
         wrong.append("no stream from the controller")
     unknown = [] if agent is not None else ["its process cannot be seen"]
-    return _judged(
+    return judged(
         "agent", wrong, f"ready, revision {status.get('revision')}", "see: pillion status, and the agent's log", unknown
     )
 
@@ -96,7 +96,7 @@ def _programs(status: dict[str, Any], facts: Facts) -> Finding:
     elif not facts.links:
         unknown.append("no pinned link was found")
     fine = f"{len(programs)} programs; {len(facts.links)} links on the node's cgroup, by the kernel's word"
-    return _judged("programs", wrong, fine, "restart the agent and read its log; another kernel may be needed", unknown)
+    return judged("programs", wrong, fine, "restart the agent and read its log; another kernel may be needed", unknown)
 
 
 def _cables(status: dict[str, Any], facts: Facts) -> Finding:
@@ -104,7 +104,7 @@ def _cables(status: dict[str, Any], facts: Facts) -> Finding:
     pods = {f"{w['namespace']}/{w['name']}" for w in status.get("workloads", []) if w.get("netns")}
     wrong = [f"{name}: no filter on its veth" for name in sorted(pods) if facts.cables.get(name) is False]
     unknown = [f"{name}: the filters on its veth cannot be listed" for name in sorted(pods) if facts.cables.get(name) is None]
-    return _judged(
+    return judged(
         "pods' cables",
         wrong,
         f"the filter is on {len(pods)}, by the kernel's word",
@@ -118,7 +118,7 @@ def _parts(status: dict[str, Any]) -> Finding:
     """What this kernel can not do (nodeagent/optional.py). Express is no defence."""
     parts: dict[str, dict[str, Any]] = status.get("optional") or {}
     wrong = [f"{part}: {seen.get('why')}; {seen.get('instead')}" for part, seen in parts.items() if not seen.get("on")]
-    return _judged(
+    return judged(
         "parts of the kernel",
         [text for text in wrong if not text.startswith("express:")],
         "filters on cables, and ending connections, work here",
@@ -138,14 +138,14 @@ def _lease(status: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("policy lease", Verdict.ENFORCED, f"{lease:g} s")
     stale = age is None or age > (lease or 60.0)
     seen = "never confirmed" if age is None else f"confirmed {age:.0f} s ago"
-    yield _judged("policy age", [seen] if stale else [], seen, "see why the controller is not heard: pillion status")
+    yield judged("policy age", [seen] if stale else [], seen, "see why the controller is not heard: pillion status")
 
 
 def _kernel(facts: Facts) -> Finding:
     value = facts.sysctls.get("kernel.unprivileged_bpf_disabled")
     wrong = ["anyone may load eBPF programs"] if value == "0" else []
     unknown = ["kernel.unprivileged_bpf_disabled cannot be read"] if value is None else []
-    return _judged(
+    return judged(
         "unprivileged eBPF", wrong, "off", "sysctl -w kernel.unprivileged_bpf_disabled=1, and in /etc/sysctl.d", unknown
     )
 
@@ -162,7 +162,7 @@ def _proxy(facts: Facts) -> Iterator[Finding]:
     there = [found for found in facts.proxies.values() if found is not None]
 
     def each(check: str, wrong: list[str], fine: str) -> Finding:
-        return _judged(check, wrong, fine, restart, gone)
+        return judged(check, wrong, fine, restart, gone)
 
     yield each(
         "proxy user",
@@ -176,10 +176,10 @@ def _proxy(facts: Facts) -> Iterator[Finding]:
     reach = [
         f"pid {p.pid} has {', '.join(set(p.interfaces) - {'lo'})}" for p in there if p.interfaces and set(p.interfaces) > {"lo"}
     ]
-    yield _judged(
+    yield judged(
         "proxy network", reach, "an empty namespace", restart, [*gone, *(f"pid {p.pid}" for p in there if p.interfaces is None)]
     )
-    yield _judged(
+    yield judged(
         "proxy memory",
         [f"pid {p.pid} can be dumped by its own user" for p in there if p.dumpable],
         "may not be dumped or traced by its user",
@@ -191,7 +191,7 @@ def _proxy(facts: Facts) -> Iterator[Finding]:
         for p in there
         if not p.cgroup.endswith("/proxy") and "/pillion-proxy.slice/" not in p.cgroup
     ]
-    yield _judged("proxy cgroup", outside, "<node>/proxy", "start the proxy in the cgroup `proxy` below the node's", gone)
+    yield judged("proxy cgroup", outside, "<node>/proxy", "start the proxy in the cgroup `proxy` below the node's", gone)
 
 
 # ---- files
@@ -205,9 +205,9 @@ def _files(facts: Facts) -> Iterator[Finding]:
         wrong += _loose(bpf)
     remedy = "let the agent mount its own: an empty --bpf-dir, root's, 0700"
     unknown = [] if bpf else ["its directory cannot be seen"]
-    yield _judged("bpffs", wrong, f"{bpf.path} is the mesh's own" if bpf else "", remedy, unknown)
+    yield judged("bpffs", wrong, f"{bpf.path} is the mesh's own" if bpf else "", remedy, unknown)
     rest = {name: mode for name, mode in facts.files.items() if name != "bpffs"}
-    yield _judged(
+    yield judged(
         "sockets and state",
         [text for mode in rest.values() if mode is not None for text in _loose(mode)],
         f"{len(rest)} of root alone",
@@ -228,7 +228,7 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
     unseen = [f"{name}: its processes cannot be seen" for name, found in facts.workloads.items() if found is None]
     there = [(name, p) for name, found in facts.workloads.items() for p in found or ()]
     strong = {name: why for name, p in there if (why := _way_out(p))}
-    yield _judged(
+    yield judged(
         "workloads confined",
         [f"{name} {why}" for name, why in strong.items()],
         f"{len(facts.workloads)} cannot leave their cgroups",
@@ -237,7 +237,7 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
         unseen,
     )
     asks = {name: f"{name} (pid {p.pid}) reaches {' and '.join(p.managers)}" for name, p in there if p.managers}
-    yield _judged(
+    yield judged(
         "service managers",
         list(asks.values()),
         f"out of reach of {len(facts.workloads)}",
@@ -249,7 +249,7 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
         if mode is not None and (mode.uid or mode.mode & 0o022):
             wrong.append(f"{name}: {mode.path} belongs to uid {mode.uid}, {mode.mode:04o}")
     unknown = [f"{name}: its cgroup cannot be seen" for name, mode in facts.cgroups.items() if mode is None]
-    yield _judged(
+    yield judged(
         "workloads' cgroups", wrong, "of root alone", "chown root and chmod go-w: who writes there picks an identity", unknown
     )
     yield _moves(status)
@@ -260,7 +260,7 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
             continue  # a pod: its own pid namespace is its runtime's affair
         users.setdefault(p.uid, {})[str(named.get(name, {}).get("spiffe") or name)] = name
     shared = [f"uid {uid}: {', '.join(sorted(names.values()))}" for uid, names in users.items() if len(names) > 1]
-    yield _judged(
+    yield judged(
         "one user an identity",
         shared,
         "no two on this host share one",
@@ -269,14 +269,14 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
     )
     now = time.time()
     bare = [f"{name}: {w.get('detail') or 'no certificate'}" for name, w in named.items() if not _certified(w, now)]
-    yield _judged("certificates", bare, f"{len(named)} workloads have one", "see: pillion identity list, and the agent's log")
+    yield judged("certificates", bare, f"{len(named)} workloads have one", "see: pillion identity list, and the agent's log")
 
 
 def _moves(status: dict[str, Any]) -> Finding:
     moves: dict[str, Any] | None = status.get("moves")
     told = moves or {}
     before = sum(value for name, value in told.items() if name.startswith("process_moved"))
-    return _judged(
+    return judged(
         "processes in place",
         [f"{stray['workload']}: pid {stray['pid']} left it and is in {stray['into']}" for stray in told.get("strays", ())],
         "each is in its workload's cgroup" + (f"; {before} moves since the agent's start" if before else ""),
@@ -314,12 +314,12 @@ def _policy(state: State | None, node: str) -> Iterator[Finding]:
         ("outbound", config.outbound, "workloads may reach anything outside the mesh"),
     ):
         wrong = [f"ALLOW: {what}"] if action is not Action.DENY else []
-        yield _judged(check, wrong, "DENY", f"set {check}: DENY in MeshConfig, after policies for what must pass")
+        yield judged(check, wrong, "DENY", f"set {check}: DENY in MeshConfig, after policies for what must pass")
     open_to_all = [entry.cidr for entry in config.outbound_allow if entry.cidr in ("0.0.0.0/0", "::/0")]
-    yield _judged("outboundAllow", open_to_all, f"{len(config.outbound_allow)} ranges", "name the ranges that are needed")
+    yield judged("outboundAllow", open_to_all, f"{len(config.outbound_allow)} ranges", "name the ranges that are needed")
     local = [item for item in state.values() if isinstance(item, Workload) and item.node == node]
     plain = [f"{w.namespace}/{w.name}" for w in local if w.tls is TlsMode.PERMISSIVE]
-    yield _judged(
+    yield judged(
         "mutual TLS", plain, "STRICT for all", "PERMISSIVE lets in plaintext from anyone: set mode: STRICT in PeerAuthentication"
     )
     dry = [
@@ -327,4 +327,4 @@ def _policy(state: State | None, node: str) -> Iterator[Finding]:
         for item in state.values()
         if isinstance(item, Policy) and item.dry_run
     ]
-    yield _judged("audit mode", dry, "every policy is enforced", "look at its audited flows, then set mode: enforce")
+    yield judged("audit mode", dry, "every policy is enforced", "look at its audited flows, then set mode: enforce")

@@ -124,10 +124,15 @@ def _join(client: Client, body: dict[str, Any]) -> None:
         if not isinstance(error.body, dict) or error.body.get("reason") != "identity_not_granted":
             raise
         node, namespace, account = client.get("/v1/status")["node"], body["namespace"], body["service_account"]
-        metadata = f"{{name: {f'{node}-{namespace}-{account}'[:63].rstrip('-')}}}"
-        spec = f"{{node: {node}, serviceAccounts: [{namespace}/{account}]}}"
-        grant = f"{{apiVersion: mesh.pillion.dev/v1alpha1, kind: NodeGrant, metadata: {metadata}, spec: {spec}}}"
-        raise CliError(error.what, f"an operator grants it: echo '{grant}' | pillion apply -f -") from error
+        raise CliError(error.what, grant_line(node, namespace, account)) from error
+
+
+def grant_line(node: str, namespace: str, account: str) -> str:
+    """What an operator runs so that the node may run the service account."""
+    metadata = f"{{name: {f'{node}-{namespace}-{account}'[:63].rstrip('-')}}}"
+    spec = f"{{node: {node}, serviceAccounts: [{namespace}/{account}]}}"
+    grant = f"{{apiVersion: mesh.pillion.dev/v1alpha1, kind: NodeGrant, metadata: {metadata}, spec: {spec}}}"
+    return f"an operator grants it: echo '{grant}' | pillion apply -f -"
 
 
 def missing_service(namespace: str, labels: dict[str, str], service: str, port: int) -> str:

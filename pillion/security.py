@@ -14,6 +14,8 @@ from mesh.model import State
 from pillion import node_facts, output
 from pillion.client import Client
 from pillion.context import chosen
+from pillion.endpoints import HOST_AGENT
+from pillion.enrolled import enrolled
 from pillion.errors import CliError
 from pillion.findings import Finding, Verdict, judge
 from pillion.node_facts import Facts, Process
@@ -85,7 +87,8 @@ def examine(client: Client) -> list[Finding]:
         status, pid = client.get("/v1/status", timeout_s=10.0), agent_pid(client.url)
     except CliError as error:
         return [Finding("agent", Verdict.UNKNOWN, error.what, error.remedy)]
-    return judge(gather(status, pid, socket), status, state_of(client))
+    of_host = [enrolled()] if client.url == HOST_AGENT else []  # the lab's services are no units
+    return [*judge(gather(status, pid, socket), status, state_of(client)), *of_host]
 
 
 def check_security(form: Format, node: str | None) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from pillion import awaiting, drop_in, enrol
+from pillion import awaiting, drop_in, enrol, enrol_files, enrol_systemd
 from pillion.context import chosen
 from pillion.errors import CliError
 from tests.pillion.conftest import serve
+from tests.trees import PROJECT
 
 KNOWN = {
     "LoadState": "loaded", "ActiveState": "inactive", "User": "web", "DynamicUser": "no", "TriggeredBy": "",
-    "PrivateNetwork": "no",
-    "NetworkNamespacePath": "", "AmbientCapabilities": "", "Delegate": "no",
+    "PrivateNetwork": "no", "NetworkNamespacePath": "", "AmbientCapabilities": "", "Delegate": "no", "PAMName": "",
 }  # fmt: skip
+LISTS = ("InaccessiblePaths", "Wants", "After", "BindsTo", "Requires", "Conflicts", "Before")
 
 
 class Host:
@@ -35,9 +36,36 @@ class Host:
         if arguments[:2] == ("show", "--property=Id,Triggers"):
             return "\n".join(f"Triggers={self.sockets[name]}\nId={name}\n" for name in arguments[2:])
         if arguments[0] == "show":
-            return "\n".join(f"{key}={value}" for key, value in self.units.get(arguments[1], {"LoadState": "not-found"}).items())
+            shown = {**self.units.get(arguments[1], {"LoadState": "not-found"}), **self.drop_ins(arguments[1])}
+            return "\n".join(f"{key}={line}" for key, value in shown.items() for line in value.split("\n"))
+        if arguments[0] == "cat":
+            return self.units[arguments[1]].get("text", "")
         self.asked.append(arguments)
         return ""
+
+    def drop_ins(self, unit: str) -> dict[str, str]:
+        """As systemd takes them together: by the order of their names, the last word counts, lists grow, nothing empties them."""
+        found: dict[str, str] = {}
+        for path in sorted((self.root / "units" / f"{unit}.d").glob("*.conf")):
+            for line in path.read_text().splitlines():
+                name, equals, value = line.partition("=")
+                if not equals or line.startswith("#"):
+                    continue
+                if not value:
+                    found.pop(name, None)
+                elif name.startswith("Exec"):
+                    flags = "privileged" if value.startswith("+") else ""
+                    argv = value.lstrip("+!-")
+                    for shown, last in ((name, "ignore_errors=no"), (f"{name}Ex", f"flags={flags}")):
+                        text = f"{{ path={argv.split()[0]} ; argv[]={argv} ; {last} ; pid=0 }}"
+                        found[shown] = f"{found[shown]}\n{text}" if shown in found else text
+                elif name in LISTS:
+                    found[name] = f"{found.get(name, '')} {value}".strip()
+                elif name == "CapabilityBoundingSet":
+                    found[name] = "" if value.startswith("~") else value.lower()
+                else:
+                    found[name] = value
+        return found
 
     def files(self) -> dict[str, str]:
         return {
@@ -55,9 +83,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     made = Host(tmp_path)
     (tmp_path / "units").mkdir()
     (tmp_path / "workloads.yaml").write_text("workloads: []\n")
-    monkeypatch.setattr(enrol, "UNITS", tmp_path / "units")
-    monkeypatch.setattr(enrol, "WORKLOADS", tmp_path / "workloads.yaml")
+    monkeypatch.setattr(enrol_files, "UNITS", tmp_path / "units")
+    monkeypatch.setattr(enrol_files, "WORKLOADS", tmp_path / "workloads.yaml")
     monkeypatch.setattr(enrol, "systemctl", made.systemctl)
+    monkeypatch.setattr(enrol_systemd, "systemctl", made.systemctl)
     monkeypatch.setattr(enrol, "need_root", lambda: None)
     monkeypatch.setattr(enrol, "await_workload", lambda *_: "")
     agent, server = serve(tmp_path / "agent.sock")
@@ -90,9 +119,9 @@ def test_a_service_gets_a_slice_that_is_its_workload(host: Host) -> None:
     entry = host.entries()[0]
     assert entry["cgroup"].endswith("/pillion.slice/pillion-workloads.slice/pillion-workloads-web.slice")
     assert (entry["namespace"], entry["name"], entry["serviceAccount"], entry["unit"]) == ("shop", "web-n1", "web", "web.service")
-    drop_in = host.files()["web.service.d/50-pillion.conf"]
+    drop_in = host.files()["web.service.d/zz-pillion.conf"]
     for line in (
-        "Slice=pillion-workloads-web.slice", "After=pillion-agent.service", "Wants=pillion-agent.service",
+        "Slice=pillion-workloads-web.slice", "After=pillion-agent.service run-pillion-bpf.mount", "Wants=pillion-agent.service",
         "ProtectControlGroups=yes", "NoNewPrivileges=yes",
     ):  # fmt: skip
         assert f"{line}\n" in drop_in
@@ -107,6 +136,7 @@ def test_systemd_reads_the_drop_ins(host: Host, tmp_path: Path) -> None:
     (units / "web.service").write_text("[Service]\nExecStart=/bin/true\nUser=daemon\n")
     (units / "web.socket").write_text("[Socket]\nListenStream=8080\n")
     (units / "pillion-agent.service").write_text("[Service]\nExecStart=/bin/true\n")
+    (units / drop_in.PINS).write_text((PROJECT / "deploy/systemd" / drop_in.PINS).read_text())
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "web.service", "web.socket", "pillion-workloads-web.slice"],
         env={"SYSTEMD_UNIT_PATH": f"{units}:", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60, check=False,
@@ -117,17 +147,17 @@ def test_systemd_reads_the_drop_ins(host: Host, tmp_path: Path) -> None:
 def test_its_sockets_go_with_it(host: Host) -> None:
     host.units["web.service"]["TriggeredBy"] = "web.socket web.timer"
     into()
-    drop_in = host.files()["web.socket.d/50-pillion.conf"]
+    drop_in = host.files()["web.socket.d/zz-pillion.conf"]
     assert "Slice=pillion-workloads-web.slice\n" in drop_in and "ExecStartPre=+" in drop_in
     assert "DefaultDependencies=no" in drop_in, "sockets.target comes before every service, the agent as well"
-    assert "web.timer.d/50-pillion.conf" not in host.files()
+    assert "web.timer.d/zz-pillion.conf" not in host.files()
 
 
 def test_its_sockets_go_with_it_before_systemd_has_loaded_them(host: Host) -> None:
     """TriggeredBy= is empty until then, and the listener would be made outside the mesh."""
     host.sockets = {"front.socket": "web.service", "other.socket": "other.service", "web@.socket": "web@.service"}
     into()
-    assert "Slice=pillion-workloads-web.slice\n" in host.files()["front.socket.d/50-pillion.conf"]
+    assert "Slice=pillion-workloads-web.slice\n" in host.files()["front.socket.d/zz-pillion.conf"]
     assert not [path for path in host.files() if path.startswith(("other", "web@"))]
 
 
@@ -185,7 +215,7 @@ def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
     """Neither the system's, nor the user's own, which logind starts for whoever asks by D-Bus (polkit's set-self-linger)."""
     host.units["web.service"]["User"] = user
     into(force=True)
-    drop_in = host.files()["web.service.d/50-pillion.conf"].splitlines()
+    drop_in = host.files()["web.service.d/zz-pillion.conf"].splitlines()
     lines = [line.partition("=")[2].split() for line in drop_in if line.startswith("InaccessiblePaths=")]
     assert {path.lstrip("-") for line in lines for path in line} == {
         "/run/pillion",
@@ -196,7 +226,7 @@ def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
 
 
 def hidden(host: Host) -> set[str]:
-    lines = [line.partition("=") for line in host.files()["web.service.d/50-pillion.conf"].splitlines()]
+    lines = [line.partition("=") for line in host.files()["web.service.d/zz-pillion.conf"].splitlines()]
     return {path.lstrip("-") for name, _, paths in lines if name == "InaccessiblePaths" for path in paths.split()}
 
 

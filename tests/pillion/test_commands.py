@@ -423,6 +423,10 @@ def test_policy_why_decides_here_on_the_controllers_state(cli: Cli, controller: 
         assert wrong.code == 2 and said in wrong.err
     unknown = cli("--controller", controller.url, "policy", "why", "shop/nobody", "shop/web")
     assert unknown.code == 2 and "shop/nobody" in unknown.err
+    gone = {key: item for key, item in items.items() if not key.endswith("cli")}
+    controller.on("GET /v1/state", {"revision": 12, "items": gone})
+    alone = cli(*why[:-2], f"{spiffe}cli", "shop/web", "GET", "/")
+    assert alone.code == 0 and alone.out.startswith("ALLOWED by shop/web#0\n") and "no workload runs as it now" in alone.out
     controller.on("GET /v1/state", {"revision": 12, "items": {"x": {"kind": "New"}}})
     assert "version" in cli(*why).err
 

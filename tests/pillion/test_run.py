@@ -17,8 +17,10 @@ import yaml
 from lab import Lab
 from lab.pace import PATIENCE
 from mesh.resources import NodeGrant, load
+from pillion import awaiting
+from pillion.client import Client
 from pillion.context import chosen
-from pillion.run import cgroup2_mount, is_internet_socket, missing_service
+from pillion.run import cgroup2_mount, grant_line, is_internet_socket, missing_service
 from tests.pillion.conftest import Cli, Fake
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +199,30 @@ def test_outside_the_grant_nothing_runs(lab: Lab) -> None:
     assert isinstance(grant, NodeGrant)
     assert (grant.spec.node, grant.spec.service_accounts) == ("n1", ["elsewhere/x"])
     assert groups(lab, "n1") == []
+
+
+def test_an_enrolled_workload_without_a_grant_is_told_of_at_once(lab: Lab) -> None:
+    """And when the grant comes the agent has asked again before its old answer is taken for a new one."""
+    file, cgroup, client = (
+        lab.paths.workloads_file("n1"),
+        lab.cgroup / "n1/workloads/later",
+        Client(f"unix://{lab.paths.agent_socket('n1')}"),
+    )
+    before, began = file.read_text(), time.monotonic()
+    entry = {"name": "later", "namespace": "elsewhere", "serviceAccount": "later", "cgroup": str(cgroup)}
+    cgroup.mkdir(parents=True)
+    try:
+        file.write_text(yaml.safe_dump({"workloads": [*(yaml.safe_load(before)["workloads"] or ()), entry]}))
+        said = awaiting.await_workload(client, "elsewhere", "later", awaiting.WAIT_S, 0.0)
+        assert said.startswith(awaiting.UNGRANTED) and "n1 is not granted elsewhere/later" in said
+        assert time.monotonic() - began < awaiting.WAIT_S / 3
+        lab.apply(grant_line("n1", "elsewhere", "later").split("echo '")[1].split("'")[0])
+        assert awaiting.await_workload(client, "elsewhere", "later", awaiting.WAIT_S, awaiting.ASKED_AGAIN_S * PATIENCE) == ""
+    finally:
+        file.write_text(before)
+        until(lambda: "later" not in workloads(lab, "n1"))
+        lab.delete("NodeGrant", "", "n1-elsewhere-later")
+        cgroup.rmdir()
 
 
 def test_no_descriptor_is_inherited(lab: Lab) -> None:
