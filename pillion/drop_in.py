@@ -22,6 +22,11 @@ AMBIENT = f"{STRONG} CAP_SETUID CAP_SETGID CAP_CHOWN CAP_FOWNER CAP_SETFCAP"
 # Who reaches one of these has a program started elsewhere: by the system's manager, or by the user's own, which logind starts
 BUS = "-/run/dbus/system_bus_socket"
 MANAGER_SOCKETS = f"-/run/systemd/private -/run/user {BUS}"
+# In there are sockets of daemons that resolve names for whoever asks, past the mesh's DNS. The folders are covered, there or not
+# yet: a mount over a socket goes with it, and each start of its daemon makes another
+RESOLVED = "/run/systemd/resolve"
+RESOLVERS = f"{RESOLVED}:ro /run/nscd:ro /run/avahi-daemon:ro"
+CONFS = f"-{RESOLVED}/stub-resolv.conf -{RESOLVED}/resolv.conf"  # /etc/resolv.conf is a link to one of them
 
 
 def escape(text: str) -> str:
@@ -73,6 +78,9 @@ def service_drop_in(unit: str, workload: str, allow_dbus: bool = False) -> str:
         "ProtectKernelTunables=yes",
         "InaccessiblePaths=-/run/pillion",
         f"InaccessiblePaths={MANAGER_SOCKETS.removesuffix(BUS).strip() if allow_dbus else MANAGER_SOCKETS}",
+        "# Names are the mesh's DNS's to answer",
+        f"TemporaryFileSystem={RESOLVERS}",
+        f"BindReadOnlyPaths={CONFS}",
     ]
     return "\n".join(lines) + "\n"
 

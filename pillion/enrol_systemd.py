@@ -145,4 +145,7 @@ def _in_force(name: str, value: str, seen: str) -> bool:
         return not set(value.lstrip("~").lower().split()) & set(seen.lower().split())
     if name in ("Slice", "DefaultDependencies") or value in ("yes", "no"):
         return seen == value
-    return set(value.split()) <= set(seen.split())
+    words = set(seen.split())
+    if name == "BindReadOnlyPaths":  # shown with where it is to be seen, and how
+        return all(words & {each, f"{each}:{each.lstrip('-')}", f"{each}:{each.lstrip('-')}:rbind"} for each in value.split())
+    return set(value.split()) <= words

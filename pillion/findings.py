@@ -241,7 +241,8 @@ def _workloads(facts: Facts, status: dict[str, Any]) -> Iterator[Finding]:
         "service managers",
         list(asks.values()),
         f"out of reach of {len(facts.workloads)}",
-        "it may have programs started outside the mesh: enrol it as a service, without --allow-dbus unless it needs D-Bus",
+        "it may have programs started outside the mesh, or names resolved past the mesh's DNS: enrol it as a service, without "
+        "--allow-dbus unless it needs D-Bus",
         unseen,
     )
     wrong = []

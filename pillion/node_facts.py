@@ -18,8 +18,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 PROC = Path("/proc")
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 BPFFS_MAGIC = 0xCAFE4A11
-# Who reaches one of these may have a program started elsewhere; the first answers root alone. As pillion/drop_in.py hides them
-MANAGERS = ("/run/systemd/private", "/run/dbus/system_bus_socket")
+# Who reaches one of these may have a program started elsewhere, the first answers root alone; or names resolved past the mesh's
+# DNS. As pillion/drop_in.py hides them
+RESOLVERS = ("/run/systemd/resolve/io.systemd.Resolve", "/run/nscd/socket", "/run/avahi-daemon/socket")
+MANAGERS = ("/run/systemd/private", "/run/dbus/system_bus_socket", *RESOLVERS)
 PROCESSES_MAX = 4096  # of one workload that are looked at
 _LINK_INFO_BYTES = 64
 CABLE_FILTER = "pillion-veth"  # nodeagent/tc.py attaches it to the host's side of each pod's cable

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pillion import awaiting, drop_in, enrol, enrol_files, enrol_systemd
+from pillion import awaiting, drop_in, enrol, enrol_files, enrol_systemd, node_facts
 from pillion.context import chosen
 from pillion.errors import CliError
 from tests.pillion.conftest import serve
@@ -20,7 +20,7 @@ KNOWN = {
     "LoadState": "loaded", "ActiveState": "inactive", "User": "web", "DynamicUser": "no", "TriggeredBy": "",
     "PrivateNetwork": "no", "NetworkNamespacePath": "", "AmbientCapabilities": "", "Delegate": "no", "PAMName": "",
 }  # fmt: skip
-LISTS = ("InaccessiblePaths", "Wants", "After", "BindsTo", "Requires", "Conflicts", "Before")
+LISTS = ("InaccessiblePaths", "TemporaryFileSystem", "Wants", "After", "BindsTo", "Requires", "Conflicts", "Before")
 
 
 class Host:
@@ -59,6 +59,9 @@ class Host:
                     for shown, last in ((name, "ignore_errors=no"), (f"{name}Ex", f"flags={flags}")):
                         text = f"{{ path={argv.split()[0]} ; argv[]={argv} ; {last} ; pid=0 }}"
                         found[shown] = f"{found[shown]}\n{text}" if shown in found else text
+                elif name == "BindReadOnlyPaths":
+                    binds = " ".join(f"{path}:{path.lstrip('-')}:rbind" for path in value.split())
+                    found[name] = f"{found.get(name, '')} {binds}".strip()
                 elif name in LISTS:
                     found[name] = f"{found.get(name, '')} {value}".strip()
                 elif name == "CapabilityBoundingSet":
@@ -223,6 +226,30 @@ def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
         "/run/dbus/system_bus_socket",
         "/run/user",
     }
+
+
+@pytest.mark.parametrize("shown", ["-{0}", "-{0}:{0}", "-{0}:{0}:rbind"])
+def test_resolv_conf_is_bound_back_however_it_is_shown(host: Host, monkeypatch: pytest.MonkeyPatch, shown: str) -> None:
+    into()
+    text = host.files()["web.service.d/zz-pillion.conf"]
+    real = host.drop_ins
+    confs = [path.lstrip("-") for path in drop_in.CONFS.split()]
+
+    def undone(paths: list[str]) -> list[str]:
+        seen = {"BindReadOnlyPaths": " ".join(["/other:/other:rbind", *(shown.format(path) for path in paths)])}
+        monkeypatch.setattr(host, "drop_ins", lambda unit: {**real(unit), **seen})
+        return enrol_systemd.undone("web.service", text)
+
+    assert undone(confs) == []
+    assert undone(confs[:1]) == undone(confs[1:]) == ["BindReadOnlyPaths="]
+
+
+@pytest.mark.parametrize("path", node_facts.RESOLVERS)
+def test_whoever_resolves_is_hidden_with_the_folder(path: str) -> None:
+    """And the folders are audited."""
+    folders = [word.removesuffix(":ro") for word in drop_in.RESOLVERS.split()]
+    assert [Path(path).is_relative_to(folder) for folder in folders].count(True) == 1
+    assert len(folders) == len(node_facts.RESOLVERS)
 
 
 def hidden(host: Host) -> set[str]:

@@ -53,7 +53,8 @@ def test_what_an_operator_edits_does_not_undo_it(host: Host) -> None:
     "line",
     [
         "Slice=own.slice", "NoNewPrivileges=no", "ProtectControlGroups=no", "ExecCondition=", "RestrictNamespaces=net",
-        "CapabilityBoundingSet=CAP_SYS_ADMIN", "InaccessiblePaths=", "ProtectKernelModules=no",
+        "CapabilityBoundingSet=CAP_SYS_ADMIN", "InaccessiblePaths=", "ProtectKernelModules=no", "TemporaryFileSystem=",
+        "BindReadOnlyPaths=",
     ],
 )  # fmt: skip
 def test_refused_where_another_has_the_last_word(host: Host, line: str) -> None:
