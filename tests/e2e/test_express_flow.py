@@ -179,9 +179,7 @@ def test_an_answer_of_a_gigabyte(mesh: Mesh) -> None:
     received, sent, total = (max(column) for column in zip(*held, strict=True))
     assert 0 < received < QUEUE_MB_MAX, f"{received:.2f} MB received for the proxy"
     assert 0 < sent < QUEUE_MB_MAX, f"{sent:.2f} MB sent by the proxy"
-    assert total < others + 3 * QUEUE_MB_MAX, (
-        f"{total:.2f} MB in TCP's queues (the server's, the proxy's two)"
-    )
+    assert total < others + 3 * QUEUE_MB_MAX, f"{total:.2f} MB in TCP's queues (the server's, the proxy's two)"
 
 
 def test_ten_thousand_short_connections(mesh: Mesh) -> None:
