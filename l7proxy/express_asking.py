@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 APART, PLANNED, ASKING, PAIRED, PARTING, OVER = range(6)
 
-TRIES_MAX = 3  # refusals that may pass, for one connection
+TRIES_MAX = 3  # refusals that may pass, for one connection; then
+AGAIN_S = 10.0  # between two: an agent that starts has none of what it is asked about, for seconds where processors are slow
 ANSWER_S = 1.0
 SETTLE_S = 0.01  # after HOLD: what another CPU had begun is visible by then
 LOOK_S = 0.00001  # of the worker's time, about
@@ -32,28 +33,25 @@ class Asking(asyncio.Protocol):
 
     __slots__ = (
         "armed", "complete", "consumed", "delay", "desk", "dialling", "done", "ends", "futility", "held", "kept", "kept_eof",
-        "leaving", "limbo", "more", "number", "recorded", "rested", "sent", "session", "sock", "state", "timer", "tries",
-        "unsettled", "used", "wanted", "watch",
+        "leaving", "limbo", "more", "number", "patient", "recorded", "rested", "sent", "session", "sock", "state", "timer",
+        "tries", "unsettled", "used", "wanted", "watch",
     )  # fmt: skip
 
     def __init__(self, desk: Desk, session: HttpSession) -> None:
         self.desk, self.session = desk, session
         self.state = APART
-        self.number = 0
+        self.number = self.dialling = self.tries = self.consumed = self.sent = 0
         self.recorded = False  # the kernel has a record of it
         self.complete = True  # a takeover has all its sockets
         self.ends: list[UpstreamEnd] = []
         self.limbo: list[UpstreamEnd] = []  # of a record that vanished: an answer may still come there
         self.used: list[UpstreamEnd] = []  # since it was armed last
-        self.consumed = self.sent = 0
         self.kept, self.kept_eof = b"", False  # came while the kernel was busy
         self.armed = self.held = self.done = False
         self.more = False  # to be paired anew, with all ends it has by now
         self.leaving = False  # the worker ends: to be left to the next one as soon as it rests
-        self.dialling = self.tries = 0
         self.wanted: set[PairEnd] = set()  # dialled once
-        self.rested = 0.0
-        self.delay = 0.0
+        self.rested = self.delay = self.patient = 0.0  # patient: not asked before then
         self.timer: asyncio.TimerHandle | None = None
         self.watch, self.futility, self.unsettled = Watch(), Futility(), Unsettled()
         self.sock: Any = None
@@ -129,7 +127,7 @@ class Asking(asyncio.Protocol):
 
     def _may_have(self, connection: UpstreamConnection) -> bool:
         if self.state == APART:
-            if self.tries >= TRIES_MAX or not self.desk.open(self.session):
+            if self.tries >= TRIES_MAX or self.session.clock.now < self.patient or not self.desk.open(self.session):
                 return False
         elif self.state not in (PLANNED, PAIRED) or len(self.ends) >= PAIR_ENDS_MAX:
             return False
@@ -254,6 +252,8 @@ class Asking(asyncio.Protocol):
 
     def refused(self, reason: str, *, tell: bool = False) -> None:
         self.tries += 1
+        if self.tries >= TRIES_MAX:
+            self.tries, self.patient = TRIES_MAX - 1, self.session.clock.now + AGAIN_S
         self.desk.count(f"express_refused_{reason}")
         self._apart(tell=tell or self.recorded)
 

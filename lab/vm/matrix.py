@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", default=None, help="the table goes to this file")
     parser.add_argument("--name", default="kernels", help="which VM lab")
     parser.add_argument("--resume", action="store_true", help="go on with suites that were cut, and try again what failed")
-    parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) // CPUS_MIN, help="VMs at the same time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="VMs at the same time, at most")
     parser.add_argument("--slow", type=float, default=1.0, help="deadlines so many times as long, on a machine with other work")
     options = parser.parse_args(arguments)
     kernels, suites = options.kernels.split(","), [each for each in options.suites.split(",") if each != HOSTS]
@@ -302,11 +302,13 @@ def main(arguments: list[str] | None = None) -> int:
     with VmLab(options.name, say) as lab:
         if RUNNING in kernels and suites:  # alone: its tests have the deadlines of a machine at rest
             kernel_run(seen[RUNNING], suites, lab, 0, say, note, options.slow, options.resume)
-        jobs = max(1, min(options.jobs, len(others)))
-        cpus = max(CPUS_MIN, min(4, (os.cpu_count() or 1) // jobs))
+        jobs, processors = max(1, min(options.jobs, len(others))), os.cpu_count() or 1
+        cpus = max(CPUS_MIN, min(4, processors // jobs))
+        # Two VMs on two processors are done sooner than one after the other: most tests wait, or keep one processor
+        slow = options.slow * max(1.0, jobs * cpus / processors)
 
         def in_a_vm(kernel: str) -> None:
-            kernel_run(seen[kernel], suites, lab, cpus, say, note, options.slow, options.resume)
+            kernel_run(seen[kernel], suites, lab, cpus, say, note, slow, options.resume)
 
         with ThreadPoolExecutor(jobs) as pool:
             try:

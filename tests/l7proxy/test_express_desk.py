@@ -110,6 +110,31 @@ def test_an_upstream_that_the_agent_refuses_goes_to_the_pool(mesh: Mesh, start: 
     express.close()
 
 
+class Unpaired(Dialogue):
+    def __init__(self, express: Express) -> None:
+        self.express, self.kernel, self.sent, self.got = express, express.kernel, 0, 0
+        self.sock = express.rig.connect(express.client, express.web)
+        self.port = self.sock.getsockname()[1]
+
+
+def test_what_is_refused_for_a_while_is_asked_again(express: Express, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by an agent that starts and has no state yet; after a few times not at every exchange."""
+    monkeypatch.setattr(express_asking, "AGAIN_S", 0.3)
+    paired, express.answer = express.answer, lambda pair: link.Paired(pair.session, False, reason="no_state")
+    talk, asked = Unpaired(express), list[float]()
+
+    def goes_on() -> int:
+        talk.exchange()
+        asked.extend([perf_counter()] * (len(express.pairs) - len(asked)))
+        return len(asked)
+
+    wait_for(lambda: goes_on() == 5, "it asks again, and again")
+    assert asked[4] - asked[3] > 0.2
+    express.answer = paired
+    wait_for(lambda: goes_on() and express.events().get("express_paired"), "a pair")
+    talk.sock.close()
+
+
 def test_over_the_rate_of_the_kernel_is_429(express: Express) -> None:
     talk = express.dialogue()
     express.kernel.views[talk.port] = View(-1, punt="rate")
