@@ -65,6 +65,8 @@ class Moves:
         if home is not None and now.get(pid) == home.workload:
             return
         into = now.get(pid) or self._path(pid)
+        if not into or self._born(pid) != born:  # it has ended meanwhile
+            return
         self.counts["process_moved_between" if pid in now else "process_moved_out"] += 1
         log.warning("process_moved", pid=pid, workload=workload, into=into)
         if home is not None or len(self._strays) < STRAYS_MAX:
@@ -87,5 +89,5 @@ class Moves:
         try:
             lines = (self._proc / str(pid) / "cgroup").read_text().splitlines()
         except OSError:
-            return "?"
+            return ""
         return next((line[3:] for line in lines if line.startswith("0::")), "?")

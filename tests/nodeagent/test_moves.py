@@ -105,6 +105,16 @@ def test_a_number_that_another_process_has_by_now(groups: Groups) -> None:
     assert looker.report() == {**QUIET, "strays": []}
 
 
+def test_who_ends_while_he_is_looked_at(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    looker, pid = Moves(), groups.program("a")
+    looker.look(groups.known)
+    born = looker._born(pid)
+    groups.end()
+    monkeypatch.setattr(looker, "_born", lambda _: born)  # a moment ago he lived
+    looker.look(groups.known)
+    assert looker.report() == {**QUIET, "strays": []}
+
+
 def test_the_list_is_bounded(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moves, "STRAYS_MAX", 1)
     looker, pids = Moves(), [groups.program("a") for _ in range(3)]
