@@ -252,7 +252,7 @@ class Asking(asyncio.Protocol):
 
     def refused(self, reason: str, *, tell: bool = False) -> None:
         self.tries += 1
-        if self.tries >= TRIES_MAX:
+        if self.tries == TRIES_MAX:  # and not past it, where nothing is asked any more
             self.tries, self.patient = TRIES_MAX - 1, self.session.clock.now + AGAIN_S
         self.desk.count(f"express_refused_{reason}")
         self._apart(tell=tell or self.recorded)

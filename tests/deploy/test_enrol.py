@@ -194,25 +194,6 @@ def test_a_running_service_is_stopped_before_it_is_started_elsewhere(host: Host)
     assert host.asked[-2:] == [("stop", "web.service"), ("start", "web.service")]
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"User": ""}, "runs as root"),
-        ({"User": "root"}, "runs as root"),
-        ({"AmbientCapabilities": "cap_net_bind_service cap_sys_admin"}, "CAP_SYS_ADMIN"),
-    ],
-)
-def test_weak_units_are_refused_unless_forced(
-    host: Host, change: dict[str, str], word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    host.units["web.service"].update(change)
-    with pytest.raises(CliError, match=word):
-        into()
-    assert host.files() == {} and host.entries() == []
-    into(force=True)
-    assert word in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("user", ["web", ""])
 def test_no_service_manager_can_be_asked(host: Host, user: str) -> None:
     """Neither the system's, nor the user's own, which logind starts for whoever asks by D-Bus (polkit's set-self-linger)."""

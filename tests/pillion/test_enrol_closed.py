@@ -125,6 +125,9 @@ def runs(setting: str, flags: str, path: str = "/bin/x") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
+        ({"User": ""}, "runs as root"),
+        ({"User": "root"}, "runs as root"),
+        ({"AmbientCapabilities": "cap_net_bind_service cap_sys_admin"}, "CAP_SYS_ADMIN"),
         ({"AmbientCapabilities": "cap_setuid"}, "CAP_SETUID"),
         ({"AmbientCapabilities": "cap_setgid cap_chown"}, "CAP_CHOWN, CAP_SETGID"),
         ({"PAMName": "login"}, "opens a session"),
