@@ -30,6 +30,7 @@ from nodeagent.worker_link import close_all, duplicates
 
 log = structlog.get_logger()
 
+STARTING = "starting"
 REAP_EVERY_S = 1.0
 # An agent that is to end waits so long for the successor of a worker that ends too; one that was told to at the same moment
 # has said so by then, and a successor has its first sockets so long after what was left to it
@@ -56,7 +57,7 @@ class Express:
         self._former: list[int] = []
         self._started = 0.0
         self.path: ExpressPath | None = None
-        self.why = "starting" if wanted else "off by --express"
+        self.why = STARTING if wanted else "off by --express"
         self.probes: dict[str, str] = {}
         self._programs: Programs | None = None
         self._pairs: Pairs | None = None
@@ -203,7 +204,9 @@ class Express:
                     self._awaits(worker)
 
     def _ask(self, worker: str, ask: link.Pair | link.Leg, fds: list[int]) -> None:
-        refusal = "off" if not self.on else "malformed" if isinstance(ask, link.Leg) and len(fds) != 1 else ""
+        refusal = "malformed" if isinstance(ask, link.Leg) and len(fds) != 1 else ""
+        if not self.on:
+            refusal = "not_ready" if self.why in ("", STARTING) else "off"  # it starts, or has ended
         if refusal or not self._turns.ask(worker):
             close_all(fds)
             self._fleet.tell(worker, _refused(ask, refusal or "busy"))
@@ -382,15 +385,8 @@ class Express:
     def _metrics(self) -> str:
         path, pairs = self.path, self._pairs
         programs = list(self._programs.all.values()) if self._programs else []
-        return metrics_text(
-            programs,
-            path.stats() if path else {},
-            path.counters() if path else {},
-            self._asked(),
-            len(pairs.all) if pairs else 0,
-            self.on,
-            self.probes,
-        )
+        stats, counters = (path.stats(), path.counters()) if path else ({}, {})
+        return metrics_text(programs, stats, counters, self._asked(), len(pairs.all) if pairs else 0, self.on, self.probes)
 
 
 def _refused(ask: link.Pair | link.Leg, reason: str) -> Paired | Legged:

@@ -7,7 +7,7 @@ argv: JSON {host, port, mode, …}. Prints JSON.
  spell {targets, warm}: each target on a kept connection -> [[status, body]…]
  options {what}: see OPTIONS; the exchange after it -> {answer, after}
  sleep {size, seconds}: an answer of so many bytes, not read until for so long no more has come -> {waited: bytes, after}
-`warms`: exchanges on a connection before."""
+Each connection exchanges `warms` requests before, and more until there is a file `until`."""
 
 import array
 import fcntl
@@ -20,7 +20,7 @@ import sys
 import termios
 import time
 
-ask = {"step": 1, "seconds": 3.0, "warm": "/size/10/warm", "warms": 50} | json.loads(sys.argv[1])
+ask = {"step": 1, "seconds": 3.0, "warm": "/size/10/warm", "warms": 50, "until": "/"} | json.loads(sys.argv[1])
 HOST, PORT, MODE = ask["host"], ask["port"], ask["mode"]
 ADDRESS = socket.getaddrinfo(HOST, PORT, type=socket.SOCK_STREAM)[0]
 NAME = f"{os.getpid():x}"
@@ -34,9 +34,11 @@ class Connection:
         self.sock.connect(ADDRESS[4])
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer, self.low_water = b"", False
-        for turn in range(WARMS if warm else 0):
+        turn = 0
+        while warm and (turn < WARMS or not os.path.exists(ask["until"])):
             self.get(warm[turn % len(warm)])
             time.sleep(PAUSE_S)
+            turn += 1
 
     def get(self, target: str) -> tuple[dict[str, str], bytes]:
         self.sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode("latin-1"))
