@@ -1,9 +1,11 @@
-"""``python deploy/lock.py`` writes deploy/requirements.lock: what of requirements.lock a host runs with. `make lock` calls it."""
+"""``python deploy/lock.py`` writes requirements.lock and build.lock beside it: what of ../requirements.lock a host runs with,
+and what the wheel is built with. `make lock` calls it."""
 
 from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")  # Debian 12, Ubuntu 24.04, Debian 13
-HEAD = "# Made by `make lock`: what of ../requirements.lock a host runs with. Not edited by hand.\n"
+HEAD = "# Made by `make lock`: what of ../requirements.lock {}. Not edited by hand.\n"
 
 
 def entries(lock: str) -> dict[str, str]:
@@ -47,12 +49,18 @@ def applies(need: Requirement, version: str) -> bool:
     return need.marker is None or need.marker.evaluate(environment)
 
 
-def text() -> str:
-    """The file's content. Raises KeyError for a package that is not locked."""
+def texts() -> dict[str, str]:
+    """File name -> content. Raises KeyError for a package that is not locked."""
     locked = entries((ROOT / "requirements.lock").read_text())
-    return HEAD + "".join(locked[name] for name in sorted(wanted("pillion")))
+    built_with = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    found = {
+        "requirements.lock": ("a host runs with", wanted("pillion")),
+        "build.lock": ("the wheel is built with", {canonicalize_name(Requirement(text).name) for text in built_with}),
+    }
+    return {file: HEAD.format(what) + "".join(locked[name] for name in sorted(names)) for file, (what, names) in found.items()}
 
 
 if __name__ == "__main__":
-    (ROOT / "deploy" / "requirements.lock").write_text(text())
+    for file, text in texts().items():
+        (ROOT / "deploy" / file).write_text(text)
     sys.exit(0)

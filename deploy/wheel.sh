@@ -1,6 +1,7 @@
 #!/bin/sh
 # wheel.sh DIR: builds Pillion's wheel from this checkout into DIR and prints its path. Leaves nothing else behind; the
-# same sources give the same wheel. PYTHON names the interpreter to build with (default /usr/bin/python3), PIP its pip.
+# same sources give the same wheel. PYTHON names the interpreter to build with (default /usr/bin/python3), PIP its pip. It
+# is built with what build.lock names, by its hash; BUILD_WITH=own: with what that interpreter has.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
@@ -13,7 +14,17 @@ for part in pyproject.toml README.md LICENSE mesh nodeagent l7proxy controller p
     cp -R "$here/$part" "$work/src/"
 done
 find "$work/src" -name __pycache__ -prune -exec rm -rf {} +
+PIP_ROOT_USER_ACTION=ignore
+export PIP_ROOT_USER_ACTION
+pip="$python ${PIP:--m pip}" quiet="-q --disable-pip-version-check --no-deps"
+if [ "${BUILD_WITH:-}" != own ]; then
+    # shellcheck disable=SC2086 # words
+    $pip install $quiet --require-hashes --only-binary :all: --target "$work/build" -r "$here/deploy/build.lock"
+    PYTHONPATH=$work/build
+    export PYTHONPATH
+fi
+# shellcheck disable=SC2086 # words
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-315532800} PYTHONDONTWRITEBYTECODE=1 \
-    "$python" ${PIP:--m pip} wheel -q --disable-pip-version-check --no-deps ${WHEEL_OPTIONS:-} -w "$work/out" "$work/src"
+    $pip wheel $quiet --no-build-isolation -w "$work/out" "$work/src"
 cp "$work/out"/pillion-*.whl "$out/"
 basename "$work/out"/pillion-*.whl | sed "s#^#$out/#"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 import subprocess
@@ -21,6 +22,7 @@ STEPS = ("ExecCondition", "ExecStartPre", "ExecStart", "ExecStartPost", "ExecRel
 OF_SOCKETS = ("ExecStartPre", "ExecStartPost", "ExecStopPre", "ExecStopPost")
 AS_ROOT = {"privileged": "+", "no-setuid": "!"}  # `!!` is neither where the kernel has ambient capabilities, as all of ours do
 DOWN = ("inactive", "failed")
+BUS_TIMEOUT = "120s"  # its own 25 s are too few to read all unit files on a slow machine
 _COMMAND = re.compile(r"^(Exec[A-Za-z]+?)(?:Ex)?=\{ path=(.*?) ; argv\[\]=(.*?) ; (?:flags|ignore_errors)=([^;]*) ;", re.M | re.S)
 
 
@@ -43,7 +45,8 @@ class Command(NamedTuple):
 def systemctl(*arguments: str) -> str:
     """Its output. Raises CliError."""
     try:
-        done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=300, check=False)
+        env = {**os.environ, "SYSTEMD_BUS_TIMEOUT": BUS_TIMEOUT}
+        done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=300, check=False, env=env)
     except subprocess.TimeoutExpired as error:
         what = f"systemctl {' '.join(arguments)}: not done after {error.timeout:.0f} s"
         raise CliError(what, "see: systemctl list-jobs") from error

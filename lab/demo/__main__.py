@@ -1,4 +1,5 @@
-"""`python -m lab.demo [--keep]`: brings the shop up, shows what the mesh does, and exits 0 only if each thing was seen."""
+"""`python -m lab.demo [--keep]`: brings the shop up, shows what the mesh does, and exits 0 only if each thing was seen.
+With --hosts it shows the same of a shop that deploy/shop.sh put on hosts."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from lab import Lab, LabError
+from lab.demo.inlab import LabShop
+from lab.demo.onhosts import HostShop
 from lab.demo.report import Report, Shown
 from lab.demo.scenes import SCENES
 from lab.demo.shop import NotSeen, Shop
@@ -43,11 +47,15 @@ def show(report: Report, title: str, scene: Callable[[], str]) -> bool:
     return ok
 
 
+def wanted(title: str, only: list[str]) -> bool:
+    return not only or any(part in title for part in only)
+
+
 def run(report: Report, lab: Lab, only: list[str]) -> bool:
     """Up, every scene, table. True if all was seen."""
     report.title("A shop on two nodes: nginx, a Python service in two versions, redis, mariadb, a client, an intruder")
     lab.down()
-    shop = Shop(lab)
+    shop = LabShop(lab)
 
     def bring_up() -> str:
         began = time.monotonic()
@@ -58,13 +66,28 @@ def run(report: Report, lab: Lab, only: list[str]) -> bool:
 
     ready = show(report, "up", bring_up)
     for title, scene in SCENES.items():
-        if only and not any(part in title for part in only):
+        if not wanted(title, only):
             continue
         if not lab.is_up:
             report.add(Shown(title, False, "not tried: the lab did not come up", 0.0))
             continue
-        show(report, title, lambda scene=scene: scene(shop))  # type: ignore[misc]  # bound now, called now
+        show(report, title, partial(scene, shop))
     return report.table() and ready
+
+
+def run_on_hosts(report: Report, shop: Shop, only: list[str]) -> bool:
+    report.title(f"The shop on hosts: what {shop.near} sees of it, with {shop.far}")
+    for title, scene in SCENES.items():
+        if wanted(title, only):
+            show(report, title, partial(scene, shop))
+    return report.table()
+
+
+def hosts(text: str) -> dict[str, str]:
+    found = dict(each.split("=", 1) for each in text.split(",") if "=" in each)
+    if len(found) != 2 or text.count(",") != 1:
+        raise argparse.ArgumentTypeError("two hosts: NODE=ADDRESS,NODE=ADDRESS")
+    return found
 
 
 def _stop(_number: int, _frame: object) -> None:
@@ -77,8 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the shop up")
     parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="only scenes whose title has these words")
     parser.add_argument("--name", default=NAME, help=f"of the lab (default: {NAME})")
+    two = "show it of deploy/shop.sh's services instead: this host, which has the client, and the other"
+    parser.add_argument("--hosts", type=hosts, metavar="NODE=ADDRESS,NODE=ADDRESS", help=two)
     options = parser.parse_args(arguments)
     report = Report()
+    if options.hosts:
+        return 0 if run_on_hosts(report, HostShop(options.hosts), options.only) else 1
     lab = Lab(options.name, report.say)
     seen = False
     signal.signal(signal.SIGTERM, _stop)

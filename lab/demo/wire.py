@@ -6,15 +6,16 @@ import ssl
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Sequence
+from subprocess import CompletedProcess
 from typing import Any
 
 from cryptography import x509
 
-from lab import Lab, Workload, process
+from lab import Lab
 from lab.capture import Capture
 from lab.demo.shop import SERVICES, NotSeen
 from lab.pace import SLOW
-from lab.process import Place
 from mesh.ports import HBONE_PORT
 
 SERVING_S_MAX = 20.0 * SLOW  # from a server's start to its first word
@@ -30,18 +31,14 @@ _SHOW = textwrap.dedent("""
 """)
 
 
-def shown_certificate(observer: Workload, address: str, name: str) -> tuple[str, str]:
-    """(serial, URI) of the certificate that an endpoint's :15008 shows to anyone who asks.
-
-    Asked from the observer's network namespace, by a program outside the mesh: its dials are captured by nobody.
-    """
-    place = Place(observer.lab.nodes[observer.node].place.cgroup, observer.netns)
-    done = process.run(place, [sys.executable, "-c", _SHOW, address, str(HBONE_PORT), name])
+def certificate(run: Callable[[Sequence[str]], CompletedProcess[str]], address: str) -> tuple[str, str]:
+    """(serial, URI) of what the catalog at `address` shows on :15008 to anyone who asks. `run`: outside the mesh."""
+    done = run([sys.executable, "-c", _SHOW, address, str(HBONE_PORT), "catalog.shop.mesh.local"])
     if done.returncode != 0:
         raise NotSeen(f"no TLS handshake with {address}:{HBONE_PORT}: {done.stderr.strip()[-300:]}")
-    certificate = x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(done.stdout.strip()))
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return f"{certificate.serial_number:x}", str(names.get_values_for_type(x509.UniformResourceIdentifier)[0])
+    shown = x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(done.stdout.strip()))
+    names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return f"{shown.serial_number:x}", str(names.get_values_for_type(x509.UniformResourceIdentifier)[0])
 
 
 def tcp_on(seen: Capture, port: int) -> list[Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.state import LabError
@@ -45,32 +45,36 @@ def base_disk(say: Callable[[str], None]) -> Path:
         say(f"making a disk with {SUITE} (some minutes, once)")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             root = Path(scratch) / "root"
-            _debootstrap(root, Path(scratch) / "log")
-            _settle(root)
+            debootstrap(root, Path(scratch) / "log", SUITE, PACKAGES)
+            settle(root)
             _image(root, Path(scratch) / "disk", DISK_SIZE)
             (Path(scratch) / "disk").rename(place)
         stamp.write_text(wanted)
         return place
 
 
-def _mirror() -> list[str]:
+def _mirror(suite: str) -> list[str]:
     """Where this host has that suite's packages from; nothing, and debootstrap knows one, where it runs another suite."""
-    wanted = ["Created-By: Packages", f"Codename: {SUITE}", "Component: main"]
+    wanted = ["Created-By: Packages", f"Codename: {suite}", "Component: main"]
     argv = ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).stdout.split()[:1]
 
 
-def _debootstrap(root: Path, log: Path) -> None:
-    argv = [str(require("debootstrap")), "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root), *_mirror()]
+def debootstrap(
+    root: Path, log: Path, suite: str, packages: Sequence[str], options: Sequence[str] = (), mirror: Sequence[str] = ()
+) -> None:
+    """Unpack a system. `mirror`: its address, and the script where debootstrap does not know the suite. Raises LabError."""
+    include = f"--include={','.join(packages)}"
+    argv = [str(require("debootstrap")), "--variant=minbase", include, *options, suite, str(root)]
+    argv = ["timeout", str(BASE_TIMEOUT_S), *argv, *(mirror or _mirror(suite))]
     with log.open("wb") as output:
-        argv = ["timeout", str(BASE_TIMEOUT_S), *argv]
         env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
         done = subprocess.run(argv, stdout=output, stderr=subprocess.STDOUT, env=env, check=False)
     if done.returncode != 0:
         raise LabError(f"debootstrap failed: {log.read_text(errors='replace')[-800:]}", "can this machine reach the mirror?")
 
 
-def _settle(root: Path) -> None:
+def settle(root: Path) -> None:
     """As a machine that was just installed: nothing of ours, no services that a package started by itself."""
     for path in (root / "var/cache/apt/archives").glob("*.deb"):
         path.unlink()

@@ -96,7 +96,7 @@ def _release(scratch: Path) -> Path:
 
 def _wheel(release: Path, house: Path) -> Path:
     """The release's wheel, in `house`."""
-    env = [f"PYTHON={sys.executable}", "WHEEL_OPTIONS=--no-build-isolation"]
+    env = [f"PYTHON={sys.executable}", "BUILD_WITH=own"]
     return Path(tool("env", *env, str(release / "deploy" / "wheel.sh"), str(house)).strip().splitlines()[-1])
 
 

@@ -93,7 +93,11 @@ class Counted:
                 return sum(mesh.refused_by_controller(reason) for reason in reasons)
             return sum(mesh.denied(node, reason) for reason in reasons)
 
-        before = now()
+        before, others = now(), {} if node == "controller" else mesh.reasons(node)
         yield
-        until(lambda: now() >= before + times, f"{' or '.join(reasons)} was not counted {times} times on {node}")
+        try:
+            until(lambda: now() >= before + times, f"{' or '.join(reasons)} was not counted {times} times on {node}")
+        except AssertionError as error:
+            rose = mesh.reasons(node) - others if others else {}
+            raise AssertionError(f"{error}; counted instead: {dict(rose)}") from error
         self.reasons.update(reasons)

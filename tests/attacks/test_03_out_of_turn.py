@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from lab.pace import SLOW
 from tests.attacks.express_world import attack, two
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e import express
@@ -29,7 +30,7 @@ def test_the_client_hears_the_server_that_was_asked_alone(forged: Mesh, counted:
     """And the other's connection is closed and counted."""
     before = {name: express.event(forged, name) for name in ("carried", "unasked")}
     closed = forged.metric("n1", "pillion_proxy_events_total", event="unsolicited_response")
-    found = attack(forged, "listen", seconds=4.0)
+    found = attack(forged, "listen", seconds=4.0 * SLOW)
     assert found["asked"] > 100 and not found["wrong"] and not found["forged"], found
     assert express.event(forged, "carried") > before["carried"] + 50
     assert express.event(forged, "unasked") > before["unasked"]
@@ -40,4 +41,4 @@ def test_the_client_hears_the_server_that_was_asked_alone(forged: Mesh, counted:
 @pytest.mark.red("a server that speaks out of turn", ANYBODY_ANSWERS)
 def test_the_client_hears_another_without(broken: Mesh) -> None:
     with two(broken):
-        assert attack(broken, "listen", seconds=4.0)["forged"] > 0
+        assert attack(broken, "listen", seconds=4.0 * SLOW)["forged"] > 0

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from lab.pace import SLOW
 from tests.attacks.actions import FAMILIES, Dialled, address, dial, host, loopback, on_host, run
 from tests.attacks.mutants import Counted, Mutant
 from tests.e2e.mesh import HTTP_PORT, Mesh
@@ -189,7 +190,7 @@ def test_a_flood_of_connects_evicts_an_origin_without(broken: Mesh) -> None:
 
 
 def redirected(mesh: Mesh, to: str = "127.0.0.1") -> str:
-    return str(run(mesh.w["intruder"], "redirect.py", to, 9999, 15001)["error"])
+    return str(run(mesh.w["intruder"], "redirect.py", to, 9999, 15001, 5.0 * SLOW)["error"])
 
 
 @pytest.mark.attack("a NAT rule towards the listener")

@@ -1,9 +1,9 @@
-"""``python -m tests.deploy.provision [--root DIR]… [--write docs/hosts.md]``: how the Vagrant lab's machines are made,
+"""``python -m tests.deploy.provision [--suite trixie]… [--write docs/hosts.md]``: how the Vagrant lab's machines are made,
 each line as the Vagrantfile has it, on hosts of lab/host in their place, with the addresses that they have there; then that
 a second install changes nothing, that the kernel carries requests there, and that `--remove` leaves nothing.
 
---root names another system, unpacked in a folder (debootstrap's, say), whose packages are installed: these hosts reach each other
-and nothing else. `/` is this machine's. Wheels are downloaded for each system's Python, by the lock's hashes."""
+Each system is unpacked by debootstrap with all its packages, since these hosts reach each other and nothing else. Wheels are
+downloaded for each one's Python, by the lock's hashes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lab.host import Container
 from lab.pace import SLOW
 from lab.state import LabError
 from lab.vm.kernels import tool
+from tests.deploy import roots
 
 PROJECT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- provisioning: made by python -m tests.deploy.provision -->", "<!-- provisioning: end -->"
 SWITCH = "pl-provision"
 LINE_S = 900.0 * SLOW
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64")
-BUILT_WITH = "setuptools>=77"  # as pyproject.toml has it
 SEEN = "/vagrant/tests/deploy/programs/after.sh"
 # When all machines are made: (machine, line) -> what it must say
 AFTER = {
     ("controller", "/vagrant/deploy/install.sh controller"): "nothing to do",
     ("n1", "/vagrant/deploy/install.sh node"): "nothing to do",
-    ("n1", f"{SEEN} carried"): "express: on",
+    ("n2", f"{SEEN} carried"): "express: on",
     ("n1", "/vagrant/deploy/install.sh node --remove"): "removed /opt/pillion",
     ("n1", f"{SEEN} left"): "nothing is left",
     ("controller", "/vagrant/deploy/install.sh controller --remove"): "removed /opt/pillion",
@@ -67,8 +67,8 @@ def wheels(folder: Path, python: str) -> None:
     platforms = [word for each in PLATFORMS for word in ("--platform", each)]
     download = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d", str(folder)]
     pip = [*download, "--only-binary", ":all:", "--python-version", python, *platforms]
-    tool(*pip, "--require-hashes", "-r", str(PROJECT / "deploy/requirements.lock"), timeout_s=600)
-    tool(*pip, BUILT_WITH)
+    for lock in ("requirements.lock", "build.lock"):
+        tool(*pip, "--require-hashes", "-r", str(PROJECT / "deploy" / lock), timeout_s=600)
 
 
 def system_of(root: Path) -> tuple[str, str]:
@@ -132,10 +132,11 @@ def table(found: dict[str, dict[tuple[str, str], str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.deploy.provision", description=__doc__)
-    parser.add_argument("--root", type=Path, action="append", help="a system, unpacked; may repeat (default: /)")
+    parser.add_argument("--suite", choices=roots.SUITES, action="append", help="may repeat (default: all of them)")
     parser.add_argument("--write", type=Path, help="the document whose table is replaced")
     options = parser.parse_args()
-    text = table({system_of(root)[0]: run(root) for root in options.root or [Path("/")]})
+    systems = [roots.root_of(suite) for suite in options.suite or roots.SUITES]
+    text = table({system_of(root)[0]: run(root) for root in systems})
     print(text)
     if options.write:
         before, _, rest = options.write.read_text().partition(f"{BEGIN}\n")

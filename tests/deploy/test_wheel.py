@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(folder: Path) -> Path:
-    environment = {**os.environ, "PYTHON": sys.executable, "WHEEL_OPTIONS": "--no-build-isolation"}
+    environment = {**os.environ, "PYTHON": sys.executable, "BUILD_WITH": "own"}
     done = subprocess.run(
         [str(ROOT / "deploy/wheel.sh"), str(folder)], env=environment, capture_output=True, text=True, check=True, timeout=110
     )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,15 @@ class Mesh:
         return self.metric(node, "pillion_datapath_total", reason=reason) + self.metric(
             node, "pillion_denied_total", reason=reason
         )
+
+    def reasons(self, node: str) -> Counter[str]:
+        """All that was counted as `denied` tells of one."""
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.lab.agent_api(node, "GET", "/metrics")):
+            for sample in family.samples:
+                if sample.name in ("pillion_datapath_total", "pillion_denied_total"):
+                    found[sample.labels["reason"]] += int(sample.value)
+        return found
 
     def flows(self, node: str) -> list[dict[str, Any]]:
         text = self.lab.agent_api(node, "GET", "/v1/flows?limit=1000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, LabError
-from lab.demo.__main__ import show
+from lab.demo.__main__ import hosts, show
+from lab.demo.inlab import specs
+from lab.demo.onhosts import HostShop
 from lab.demo.report import Report, Shown
 from lab.demo.scenes import SCENES
-from lab.demo.shop import HERE, NotSeen, is_virtual, specs
+from lab.demo.shop import CATALOGS, HERE, NotSeen, is_virtual
 from mesh.resources import load
 from tests.conftest import SESSION
 
@@ -62,6 +65,33 @@ def test_the_shops_resources_are_good_and_select_its_workloads() -> None:
         if resource.key[0] == "Service":
             selector = resource.spec.selector  # type: ignore[attr-defined]
             assert any(selector.items() <= each.items() for each in labels), resource.key
+
+
+def test_two_hosts_are_named() -> None:
+    assert hosts("n2=192.0.2.2,n1=192.0.2.1") == {"n2": "192.0.2.2", "n1": "192.0.2.1"}
+    for text in ("", "n1=192.0.2.1", "n1=192.0.2.1,n1=192.0.2.2", "n1=1,n2=2,n3=3", "n1,n2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="two hosts"):
+            hosts(text)
+
+
+def test_on_hosts_the_first_is_asked() -> None:
+    shop = HostShop({"n2": "192.0.2.2", "n1": "192.0.2.1"})
+    found = {name: shop[name].address for name in ("client", "front", "redis", *CATALOGS, "mariadb")}
+    assert {name for name, address in found.items() if address == "192.0.2.1"} == {"catalog-v1b", "catalog-v2", "mariadb"}
+    for ask in (lambda: shop.agent_api("n1", "GET", "/v1/status"), lambda: shop.outside("n1", ["true"])):
+        with pytest.raises(NotSeen, match="n1"):
+            ask()
+    assert shop.outside("n2", ["echo", "yes"]).stdout == "yes\n"
+
+
+def test_each_program_of_a_host_has_a_port_of_its_own() -> None:
+    """Those of one host share its address."""
+    for place in ("near", "far"):
+        ports = [port for node, _, port in CATALOGS.values() if node == place]
+        assert len({*ports}) == len(ports)
+    services = {resource.key[2]: resource.spec for resource in load((HERE / "shop.yaml").read_text(), "shop.yaml")}
+    for name, (_, version, port) in CATALOGS.items():
+        assert services[f"catalog-{version}"].ports[0].target == port, name  # type: ignore[attr-defined]
 
 
 def test_virtual_addresses() -> None:

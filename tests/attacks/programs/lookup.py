@@ -2,12 +2,14 @@
 and prints the last one's."""
 
 import json
+import os
 import socket
 import sys
 
 import dns.message
 import dns.rcode
 
+SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # lab/pace.py
 server, port, transport, kind, names = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:]
 family = socket.AF_INET6 if ":" in server else socket.AF_INET
 
@@ -24,11 +26,11 @@ def exactly(conn: socket.socket, count: int) -> bytes:
 
 def ask(wire: bytes) -> bytes:
     if transport == "tcp":
-        with socket.create_connection((server, port), timeout=5) as conn:
+        with socket.create_connection((server, port), timeout=5 * SLOW) as conn:
             conn.sendall(len(wire).to_bytes(2, "big") + wire)
             return exactly(conn, int.from_bytes(exactly(conn, 2), "big"))
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(3)
+        sock.settimeout(3 * SLOW)
         sock.sendto(wire, (server, port))
         return sock.recv(4096)
 

@@ -24,7 +24,8 @@ ask = {"step": 1, "seconds": 3.0, "warm": "/size/10/warm", "warms": 50, "until":
 HOST, PORT, MODE = ask["host"], ask["port"], ask["mode"]
 ADDRESS = socket.getaddrinfo(HOST, PORT, type=socket.SOCK_STREAM)[0]
 NAME = f"{os.getpid():x}"
-TIMEOUT_S, PAUSE_S, WARMS = 5.0, 0.004, ask["warms"]
+SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # lab/pace.py
+TIMEOUT_S, PAUSE_S, WARMS = 5.0 * SLOW, 0.004, ask["warms"]
 
 
 class Connection:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # after.sh carried|left, on a machine of the Vagrant lab: says in its last line what was seen, exits 0 only if it should be so.
-#   carried   on n1: the kernel carries requests of one connection, from a client to a service of this host
+#   carried   on n2: the kernel carries requests of one connection, from a client to a service of this host
 #   left      after install.sh ROLE --remove: nothing of it, but what an operator (or deploy/shop.sh) put there
 set -eu
 
@@ -18,7 +18,7 @@ left() {
     stamp=/etc/machine-id # written at boot
     { # files that are newer than that, or ours by their name; users, groups; units; cgroups; mounts; filters of traffic
         find /etc /opt /usr /var -xdev ! -type d -cnewer $stamp ! -path '*shop*' \
-            ! -path '/var/log/*' ! -path '/var/cache/*' ! -path '/var/lib/systemd/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/apt/*' ! -path '/var/lib/redis/*' ! -path '/var/lib/ubuntu-advantage/*' \
+            ! -path '/var/log/*' ! -path '/var/cache/*' ! -path '/var/lib/systemd/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/apt/*' ! -path '/var/lib/redis/*' ! -path '/var/lib/mysql/*' ! -path '/usr/lib/mysql/*' ! -path '/var/lib/ubuntu-advantage/*' \
             ! -path '/etc/rc?.d/*' ! -path /etc/ld.so.cache ! -path /etc/mtab ! -name .updated ! -path $stamp ! -regex '/etc/\(\.pwd\.lock\|passwd\|g?shadow\|group\|sub[ug]id\)-?'
         find /etc /opt /usr /var /run /dev /tmp /sys/fs/bpf /sys/fs/cgroup -iname '*pillion*' -cnewer $stamp ! -name '*pillion-lab-tokens*' \
             ! -path '/var/log/*' ! -path '/var/cache/*'
