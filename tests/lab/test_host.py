@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from lab import cgroups
@@ -25,16 +23,3 @@ def test_it_boots_and_leaves_nothing(tmp_path: Path) -> None:
     assert not group.exists() and not host.folder.exists()
     assert not Path("/etc/systemd/system/one.service").exists()
     assert f"pillion/host/{host.name}" not in Path("/proc/self/mountinfo").read_text()
-
-
-def test_another_system_keeps_what_its_packages_enabled() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as layer:  # of another file system than the layer below
-        units = Path(layer) / "etc/systemd/system"
-        wants = units / "multi-user.target.wants"
-        wants.mkdir(parents=True)
-        Path(layer).chmod(0o755)
-        os.setxattr(units, "trusted.overlay.opaque", b"y")  # nothing of this machine's
-        (units / "kept.service").write_text("[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n")
-        (wants / "kept.service").symlink_to("../kept.service")
-        with Container(f"{SESSION}o", root=Path(f"{layer}:/")) as host:
-            assert host.active("kept.service")
