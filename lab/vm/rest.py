@@ -10,12 +10,14 @@ from lab.vm.capabilities import Outcome, Run, merge
 def rest(arguments: Sequence[str], earlier: Run) -> tuple[list[str], list[Outcome]]:
     """pytest's arguments without the files that were seen to their end, what failed there first; and what stays of `earlier`.
 
-    Of a run that was cut, the file it was in is run anew. A file of which no test is chosen is always left to be run."""
+    Of a run that was cut, the file it was in is run anew. A file of which no test is chosen is always left to be run. No
+    arguments: there is nothing left, and options alone would choose every test there is."""
     cut = {each.path for each in earlier.outcomes[-1:]} if earlier.error else set()
     kept = [each for each in earlier.outcomes if each.path not in cut]
     seen = {each.path for each in kept}
     failed = [each.id for each in kept if each.message]
-    return [*failed, *(each for each in arguments if each.partition("::")[0] not in seen)], kept
+    left = [*failed, *(each for each in arguments if each.partition("::")[0] not in seen)]
+    return left if any(".py" in each for each in left) else [], kept
 
 
 def joined(kept: Sequence[Outcome], later: Sequence[Outcome]) -> list[Outcome]:

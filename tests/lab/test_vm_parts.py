@@ -266,6 +266,8 @@ def test_a_run_that_was_cut_goes_on_with_the_file_it_was_in() -> None:
     assert rest(paths, cut) == (["tests/a.py::test_1", "tests/b.py", "tests/c.py::test_4", "-m", "attack"], [failed, fine])
     whole = Run([failed, fine, last, Outcome("tests/c.py", "test_4")])
     assert rest(paths, whole) == (["tests/a.py::test_1", "-m", "attack"], whole.outcomes)
+    done = Run([Outcome("tests/a.py", "test_1"), *whole.outcomes[1:]])
+    assert rest(paths, done) == ([], done.outcomes)
     again = joined([failed, fine], [Outcome("tests/a.py", "test_1"), last])
     assert [(each.name, each.message, each.again) for each in again] == [
         ("test_1", "", True),
