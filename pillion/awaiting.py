@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pillion.client import Client
@@ -13,15 +14,28 @@ from pillion.errors import CliError
 
 WAIT_S = 75.0  # below a unit's usual 90 s to start
 LOOK_S = 0.1
+SILENT_S = 2.0  # what is missing for longer is said
 UNGRANTED = "identity_not_granted: "  # how the agent tells the controller's no for want of a grant
 ASKED_AGAIN_S = 15.0  # such a no that stands so long is no older than a grant: agents ask again every ten
 FAILED = 255  # lower ones would only skip the unit
 
 
-def await_workload(client: Client, namespace: str, name: str, wait_s: float = WAIT_S, ungranted_s: float = float("inf")) -> str:
+def said_on_stderr(text: str) -> None:
+    print(f"pillion: {text}", file=sys.stderr, flush=True)
+
+
+def await_workload(
+    client: Client,
+    namespace: str,
+    name: str,
+    wait_s: float = WAIT_S,
+    ungranted_s: float = float("inf"),
+    say: Callable[[str], None] = said_on_stderr,
+) -> str:
     """Empty, or what is missing after ``wait_s``; sooner where it has no grant for ``ungranted_s``. Other refusals may pass by
-    themselves, as a port does that another workload is about to give back."""
-    deadline, ungranted_since = time.monotonic() + wait_s, float("inf")
+    themselves, as a port does that another workload is about to give back. What it waits for is said, each time it changes."""
+    began = time.monotonic()
+    deadline, ungranted_since, said = began + wait_s, float("inf"), ""
     while True:
         try:
             missing = _missing(client, namespace, name)
@@ -31,6 +45,9 @@ def await_workload(client: Client, namespace: str, name: str, wait_s: float = WA
         ungranted_since = min(now, ungranted_since) if missing.startswith(UNGRANTED) else float("inf")
         if not missing or now > deadline or now - ungranted_since >= ungranted_s:
             return missing
+        if missing != said and now - began >= SILENT_S:
+            say(f"waits up to {deadline - now:.0f} s for {namespace}/{name} to be enforced: {missing}")
+            said = missing
         time.sleep(LOOK_S)
 
 

@@ -104,3 +104,16 @@ def test_a_refusal_that_stands_is_told(asked: Any, monkeypatch: pytest.MonkeyPat
 def test_other_refusals_may_pass(asked: Any) -> None:
     """A port of a workload that is about to go, for one."""
     asked("not registered yet", *["port_taken: another has port 8080"] * 20, "")
+
+
+def test_what_it_waits_for_is_said_once(asked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(awaiting, "SILENT_S", 0.0)
+    asked(*["not registered yet"] * 5, *["port_taken: another has port 8080"] * 5, "")
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "waits up to" in line)
+    assert "75 s for shop/web-n1 to be enforced: not registered yet" in first
+    assert second.endswith("port_taken: another has port 8080")
+
+
+def test_a_short_wait_says_nothing(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    asked("not registered yet", "")
+    assert "waits" not in capsys.readouterr().err
