@@ -78,6 +78,7 @@ def on_host(
     try:
         body = {"name": name, "namespace": namespace, "service_account": account, "labels": {"app": name}, "ports": list(ports)}
         mesh.lab.agent_api(node, "POST", "/v1/workloads", {**body, "cgroup": str(runner.place.cgroup)})
+        runner.start(["sleep", "infinity"], name=f"{name}-lives")  # who has no process for some seconds is forgotten
         yield runner
         mesh.lab.agent_api(node, "DELETE", f"/v1/workloads/{namespace}/{name}")
     finally:
