@@ -164,7 +164,7 @@ environment() { # the venv, one for each content, and `current` points at it: an
         fi
         # shellcheck disable=SC2086
         "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes $options -r "$lock" ||
-            die "pip could not install the packages" "without a package index: --wheelhouse DIR with the wheels of deploy/requirements.lock"
+            die "pip could not install the packages" "without a package index: --wheelhouse DIR with the wheels of deploy/requirements.lock and build.lock"
         [ -n "$wheel" ] || wheel=$(PYTHON=$venv/bin/python PIP=$pip/pip "$here/deploy/wheel.sh" "$scratch") || die "the wheel could not be built"
         "$venv/bin/python" "$pip/pip" install -q --disable-pip-version-check --no-deps --no-index "$wheel" || die "pip could not install $wheel"
         # The distribution's bcc, and not all of its packages

@@ -54,6 +54,8 @@ apt_install() {
     [ -z "$missing" ] || DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing >/dev/null
 }
 
+off() { for unit; do systemctl -q disable --now "$unit" 2>/dev/null || :; done; } # what a package started by itself
+
 catalog() { # catalog NAME VERSION PORT
     install -D -m 755 "$services/catalog.py" /usr/local/lib/shop/catalog.py
     service "$1" /usr/bin/python3 /usr/local/lib/shop/catalog.py "$@"
@@ -63,11 +65,13 @@ catalog() { # catalog NAME VERSION PORT
 mariadb() {
     user shop-mariadb
     data=/var/lib/shop-mariadb small="--innodb-log-file-size=4M --innodb-buffer-pool-size=16M --skip-log-bin"
-    if [ ! -d $data/mysql ]; then
-        install -d -m 700 -o shop-mariadb -g shop-mariadb $data
+    if [ ! -d $data ]; then # there only when it is whole
+        rm -rf $data.new
+        install -d -m 700 -o shop-mariadb -g shop-mariadb $data.new
         # shellcheck disable=SC2086 # words
-        mariadb-install-db --no-defaults --datadir=$data --user=shop-mariadb --skip-test-db --skip-name-resolve --force \
+        mariadb-install-db --no-defaults --datadir=$data.new --user=shop-mariadb --skip-test-db --skip-name-resolve --force \
             --auth-root-authentication-method=normal $small >/dev/null
+        mv -T $data.new $data
     fi
     install -D -m 644 "$services/shop.sql" /usr/local/lib/shop/shop.sql
     service mariadb /usr/sbin/mariadbd --no-defaults --datadir=$data --socket=/run/shop-mariadb/sock --pid-file=/run/shop-mariadb/pid \
@@ -77,7 +81,7 @@ mariadb() {
 
 n1() {
     apt_install mariadb-server
-    systemctl -q disable --now mariadb.socket mariadb.service 2>/dev/null
+    off mariadb.socket mariadb
     mariadb
     catalog catalog-v1b v1 8000
     catalog catalog-v2 v2 8001
@@ -85,7 +89,7 @@ n1() {
 
 n2() {
     apt_install nginx-light redis-server redis-tools mariadb-client curl python3-scapy
-    systemctl -q disable --now nginx redis-server 2>/dev/null || :
+    off nginx redis-server
     service redis /usr/bin/redis-server --bind '*' -::* --port 6379 --protected-mode no --save '""' --appendonly no --dir /run/shop-redis
     enrolled redis redis 6379
     catalog catalog-v1a v1 8000

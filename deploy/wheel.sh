@@ -16,15 +16,15 @@ done
 find "$work/src" -name __pycache__ -prune -exec rm -rf {} +
 PIP_ROOT_USER_ACTION=ignore
 export PIP_ROOT_USER_ACTION
-pip="$python ${PIP:--m pip}" quiet="-q --disable-pip-version-check --no-deps"
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-315532800} PYTHONDONTWRITEBYTECODE=1
+export SOURCE_DATE_EPOCH PYTHONDONTWRITEBYTECODE
+# shellcheck disable=SC2086 # words
+pip() { what=$1; shift; "$python" ${PIP:--m pip} "$what" -q --disable-pip-version-check --no-deps "$@"; }
 if [ "${BUILD_WITH:-}" != own ]; then
-    # shellcheck disable=SC2086 # words
-    $pip install $quiet --require-hashes --only-binary :all: --target "$work/build" -r "$here/deploy/build.lock"
+    pip install --require-hashes --only-binary :all: --target "$work/build" -r "$here/deploy/build.lock"
     PYTHONPATH=$work/build
     export PYTHONPATH
 fi
-# shellcheck disable=SC2086 # words
-SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-315532800} PYTHONDONTWRITEBYTECODE=1 \
-    $pip wheel $quiet --no-build-isolation -w "$work/out" "$work/src"
+pip wheel --no-build-isolation -w "$work/out" "$work/src"
 cp "$work/out"/pillion-*.whl "$out/"
 basename "$work/out"/pillion-*.whl | sed "s#^#$out/#"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pillion.client import Client
@@ -20,18 +19,7 @@ ASKED_AGAIN_S = 15.0  # such a no that stands so long is no older than a grant: 
 FAILED = 255  # lower ones would only skip the unit
 
 
-def said_on_stderr(text: str) -> None:
-    print(f"pillion: {text}", file=sys.stderr, flush=True)
-
-
-def await_workload(
-    client: Client,
-    namespace: str,
-    name: str,
-    wait_s: float = WAIT_S,
-    ungranted_s: float = float("inf"),
-    say: Callable[[str], None] = said_on_stderr,
-) -> str:
+def await_workload(client: Client, namespace: str, name: str, wait_s: float = WAIT_S, ungranted_s: float = float("inf")) -> str:
     """Empty, or what is missing after ``wait_s``; sooner where it has no grant for ``ungranted_s``. Other refusals may pass by
     themselves, as a port does that another workload is about to give back. What it waits for is said, each time it changes."""
     began = time.monotonic()
@@ -46,7 +34,8 @@ def await_workload(
         if not missing or now > deadline or now - ungranted_since >= ungranted_s:
             return missing
         if missing != said and now - began >= SILENT_S:
-            say(f"waits up to {deadline - now:.0f} s for {namespace}/{name} to be enforced: {missing}")
+            text = f"waits up to {deadline - now:.0f} s for {namespace}/{name} to be enforced: {missing}"
+            print(f"pillion: {text}", file=sys.stderr, flush=True)
             said = missing
         time.sleep(LOOK_S)
 

@@ -19,6 +19,7 @@ from lab.demo.scenes import SCENES
 from lab.demo.shop import NotSeen, Shop
 
 NAME = "demo"
+DISTRIBUTION = "/usr/lib/python3/dist-packages"
 NEXT = """
 The shop is left up. Try:
   .venv/bin/pillion status
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report = Report()
     if options.hosts:
+        sys.path.append(DISTRIBUTION)  # of scapy, which is not of the mesh's own environment
         return 0 if run_on_hosts(report, HostShop(options.hosts), options.only) else 1
     lab = Lab(options.name, report.say)
     seen = False

@@ -165,7 +165,7 @@ class LabShop(Shop):
 
     def serial(self) -> str:
         workloads = self.agent_api(self.far, "GET", "/v1/status")["workloads"]
-        return next(str((each.get("svid") or {}).get("serial")) for each in workloads if each["name"] == self.shown)
+        return next((str((each.get("svid") or {}).get("serial")) for each in workloads if each["name"] == self.shown), "")
 
     def in_the_clear(self, marker: str, requests: int) -> int:
         return wire.marker_without_mesh(f"{self.lab.name}p", marker, requests)

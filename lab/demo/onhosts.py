@@ -15,12 +15,21 @@ from lab import api
 from lab.capture import Capture
 from lab.demo import wire
 from lab.demo.shop import CATALOGS, NAMESPACE, PORTS, NotSeen, Shop
+from lab.pace import SLOW
 
 AGENT = Path("/run/pillion/agent.sock")
 NETNS = Path("/proc/self/ns/net")
-DISTRIBUTION = "/usr/lib/python3/dist-packages"
 LISTEN_TIMEOUT_S = 60.0
 DISCARD_PORT = 9
+STARTS_S = 20.0  # of `pillion run`, until what it runs is enforced
+UNIT_S = 120.0
+
+
+def systemctl(*arguments: str) -> None:
+    """To its end, which for an enrolled unit may be long: it waits for its agent. Raises NotSeen."""
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=UNIT_S * SLOW, check=False)
+    if done.returncode != 0:
+        raise NotSeen(f"systemctl {' '.join(arguments)}: {done.stderr.strip()[-300:]}")
 
 
 class Hosted:
@@ -31,6 +40,7 @@ class Hosted:
 
     def run(self, argv: Sequence[str], *, timeout: float | None = 90.0) -> subprocess.CompletedProcess[str]:
         pillion = [sys.executable, "-P", "-m", "pillion", "run", "--service", self.name, "--namespace", NAMESPACE, "--", *argv]
+        timeout = timeout and (timeout + STARTS_S) * SLOW
         done = subprocess.run(pillion, capture_output=True, text=True, timeout=timeout, check=False)
         said = [line for line in done.stderr.splitlines() if not line.startswith("pillion: ")]
         return subprocess.CompletedProcess(argv, done.returncode, done.stdout, "\n".join(said))
@@ -46,8 +56,6 @@ class HostShop(Shop):
         self.near, self.far = hosts
         self.addresses = dict(hosts)
         self.stranger = (self.near, "catalog-v1b")
-        if DISTRIBUTION not in sys.path:  # scapy is not of the mesh's own environment
-            sys.path.append(DISTRIBUTION)
 
     def __getitem__(self, name: str) -> Hosted:
         far = name == "mariadb" or CATALOGS.get(name, ("near",))[0] == "far"
@@ -75,12 +83,11 @@ class HostShop(Shop):
         return None
 
     def kill(self, name: str) -> None:
-        unit = f"shop-{name}.service"
-        subprocess.run(["systemctl", "kill", "--signal=KILL", unit], check=True, timeout=30)
-        subprocess.run(["systemctl", "stop", unit], check=True, timeout=60)  # or systemd starts it again at once
+        systemctl("kill", "--signal=KILL", f"shop-{name}.service")
+        systemctl("stop", f"shop-{name}.service")  # or systemd starts it again at once
 
     def restore(self, name: str) -> None:
-        subprocess.run(["systemctl", "start", f"shop-{name}.service"], check=True, timeout=60)
+        systemctl("start", f"shop-{name}.service")
         deadline = time.monotonic() + LISTEN_TIMEOUT_S
         while not self.outside(self.near, ["ss", "-Htln", f"sport = :{PORTS[name]}"]).stdout.strip():
             if time.monotonic() > deadline:

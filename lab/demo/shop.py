@@ -112,9 +112,12 @@ class Shop(ABC):
         answer: dict[str, Any] = json.loads(body)
         return answer
 
-    def load(self, source: str, host: str, path: str, amount: str, connections: int = 1, body: str = "") -> dict[str, Any]:
-        """Runs services/load.py to its end."""
-        argv = [sys.executable, str(SERVICES / "load.py"), host, path, amount, str(connections), *([body] if body else [])]
+    def load(
+        self, source: str, host: str, path: str, amount: str, connections: int = 1, body: str = "", *, begun: Path | None = None
+    ) -> dict[str, Any]:
+        """Runs services/load.py to its end; it makes the file `begun` with its first answer."""
+        argv = [sys.executable, str(SERVICES / "load.py"), host, path, amount, str(connections), body]
+        argv += [str(begun)] if begun else []
         done = self[source].run(argv, timeout=120)
         if done.returncode != 0:
             raise NotSeen(f"the load from {source} failed: {done.stderr[-400:]}")

@@ -80,7 +80,8 @@ def settle(root: Path) -> None:
         path.unlink()
     (root / "etc/machine-id").write_text("")
     (root / "etc/fstab").write_text("")
-    for unit in ("nginx.service", "redis-server.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer"):
+    services, timers = ("nginx", "redis-server", "mariadb"), ("apt-daily", "apt-daily-upgrade", "dpkg-db-backup")
+    for unit in (*(f"{each}.service" for each in services), *(f"{each}.timer" for each in timers)):
         for link in (root / "etc/systemd/system").glob(f"*.wants/{unit}"):
             link.unlink()
 

@@ -140,10 +140,14 @@ def observe(
     for suite in suites:
         before = (earlier or {}).get(suite, Run())
         arguments, kept = rest(known[suite], before)
+        if not arguments:
+            seen.runs[suite] = before if kept else Run(error="none of its files is there")
+            note()
+            continue
         began = time.monotonic()
         told = seen.runs[suite] = Run(kept, before.seconds, time.strftime("%-d %B %Y"), before.error)
         try:
-            first = run(arguments, SUITE_LIMIT_S[suite] * slow) if arguments else Report(0)
+            first = run(arguments, SUITE_LIMIT_S[suite] * slow)
             told.outcomes, told.error = joined(kept, first.outcomes), first.error
             failed = [each.id for each in first.outcomes if each.message]
             if first.asked:

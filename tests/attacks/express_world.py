@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,11 +64,13 @@ def attack(
 def on_leg(mesh: Mesh, mode: str, **options: Any) -> Any:
     """The same from the other node, on a connection that goes on with its warming up until it has got a leg."""
     made = express.pairings(mesh, "leg_made", "n2")
-    go = mesh.scratch / f"leg-{mode}-{made:g}"
+    go = mesh.scratch / f"leg-{mode}-{secrets.token_hex(4)}"
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(attack, mesh, mode, who="far-client", until=str(go), **options)
         try:
             until(lambda: found.done() or express.pairings(mesh, "leg_made", "n2") > made, "it gets no leg")
         finally:
             go.touch()
-        return found.result()
+        result = found.result()
+    assert express.pairings(mesh, "leg_made", "n2") > made, result
+    return result

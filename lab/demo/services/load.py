@@ -1,4 +1,5 @@
-"""Requests one after the other over kept connections: `load.py HOST PATH COUNT|Ns [CONNECTIONS] [BODY]`. Prints JSON."""
+"""Requests one after the other over kept connections: `load.py HOST PATH COUNT|Ns [CONNECTIONS] [BODY] [BEGUN]`.
+Makes the file BEGUN when it has its first answer. Prints JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 HOST, PATH, AMOUNT = sys.argv[1:4]
 CONNECTIONS = int(sys.argv[4]) if len(sys.argv) > 4 else 1
-BODY = sys.argv[5] if len(sys.argv) > 5 else None
+BODY = sys.argv[5] if len(sys.argv) > 5 and sys.argv[5] else None
+BEGUN = Path(sys.argv[6]) if len(sys.argv) > 6 else None
 SECONDS = float(AMOUNT[:-1]) if AMOUNT.endswith("s") else None
 COUNT = 0 if SECONDS else int(AMOUNT)
 ERRORS_KEPT = 5
@@ -43,6 +46,8 @@ def worker(count: int) -> None:
                 errors.append((round(start - began, 3), f"{type(error).__name__}: {error}"))
             continue
         with lock:
+            if BEGUN and not by:
+                BEGUN.touch()
             by[name] += 1
             slowest = max(slowest, time.monotonic() - start)
 

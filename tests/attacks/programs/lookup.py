@@ -2,14 +2,14 @@
 and prints the last one's."""
 
 import json
-import os
 import socket
 import sys
 
 import dns.message
 import dns.rcode
 
-SLOW = max(1.0, float(os.environ.get("PILLION_SLOW", "1")))  # lab/pace.py
+from lab.pace import SLOW
+
 server, port, transport, kind, names = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:]
 family = socket.AF_INET6 if ":" in server else socket.AF_INET
 

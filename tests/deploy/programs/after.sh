@@ -5,13 +5,15 @@
 set -eu
 
 carried() {
+    pillion express status -o json >/tmp/before
     # shellcheck disable=SC2046 # words
     pillion run --service client --namespace shop -- curl -sS $(yes http://catalog-v1.shop.mesh/items | head -n 400) >/dev/null
     pillion express status -o json | python3 -c '
 import json, sys
-told = next(iter(json.load(sys.stdin).values()))
-print("express:", "on" if told["on"] and told["carried"]["requests"] else told)
-sys.exit(not told["carried"]["requests"])'
+before, told = (next(iter(json.load(each).values())) for each in (open("/tmp/before"), sys.stdin))
+more = told["carried"]["requests"] - before["carried"]["requests"]
+print("express:", "on" if told["on"] and more > 0 else told)
+sys.exit(more <= 0)'
 }
 
 left() {
