@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.e2e.mesh import HTTP_PORT, NS, PROGRAMS, Mesh, policy, service
 
 pytestmark = pytest.mark.timeout(400)
 REQUESTS = 800
+TRIES = 4
 SHARE_MIN = 0.7  # of them that the kernel carries, at least: each connection begins in user space, some are samples
 HOST = f"{NAME}.{NS}.mesh"
 
@@ -71,12 +73,16 @@ def java(built: Path, name: str) -> list[str]:
     return [tool("java"), "-cp", str(built), name]
 
 
-@contextmanager
-def carried(mesh: Mesh, requests: int, share: float = SHARE_MIN) -> Iterator[None]:
-    before = event(mesh, "carried")
-    yield
-    made = event(mesh, "carried") - before
-    assert made >= requests * share, f"the kernel carried {made:.0f} of {requests}"
+def carried(mesh: Mesh, requests: int, exchange: Callable[[], None]) -> None:
+    """Again where an agent that has other work was late to pair connections which do not last long."""
+    made = []
+    for _ in range(TRIES):
+        before = event(mesh, "carried")
+        exchange()
+        made.append(event(mesh, "carried") - before)
+        if made[-1] >= requests * SHARE_MIN:
+            return
+    raise AssertionError(f"of {requests} the kernel carried {made}")
 
 
 # ---- servers
@@ -110,15 +116,15 @@ def served(mesh: Mesh, name: str, argv: list[str], port: int) -> Iterator[str]:
         mesh.w.pop(name).remove()
 
 
-def curl_many(mesh: Mesh, url: str, count: int, *options: str) -> list[str]:
-    """Status, length and tag of each answer on one connection of curl's."""
-    urls = [f"{url.format(number=number)}" for number in range(count)]
+def curls(mesh: Mesh, url: str, size: int, *options: str) -> None:
+    """Many requests on one connection of curl's; each answer is a 200 of that size."""
+    urls = [f"{url.format(number=number)}" for number in range(REQUESTS)]
     config = "\n".join(f'url = "{each}"\noutput = "/dev/null"' for each in urls)
     form = "%{http_code} %{size_download} %{num_connects}\\n"
     argv = ["curl", "-sS", "--max-time", "60", "-w", form, *options, "-K", "-"]
     done = mesh.w["client"].run(argv, input=config, timeout=90 * SLOW)
     assert done.returncode == 0, done.stderr
-    return str(done.stdout).splitlines()
+    assert done.stdout.splitlines() == [f"200 {size} 1", *[f"200 {size} 0"] * (REQUESTS - 1)]
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -127,12 +133,8 @@ def test_a_server_of_each_runtime(mesh: Mesh, built: Path, name: str) -> None:
     with served(mesh, name, server(name, built, port), port) as url:
         kinds = {"size": 3000} if name != "threaded" else {"size": 3000, "file": 200_000, "parts": 50_000}
         for kind, size in kinds.items():
-            with carried(mesh, REQUESTS):
-                lines = curl_many(mesh, f"{url}/{kind}/{size}/{{number}}", REQUESTS)
-            assert lines == [f"200 {size} 1", *[f"200 {size} 0"] * (REQUESTS - 1)]
-        with carried(mesh, REQUESTS):
-            lines = curl_many(mesh, f"{url}/size/1/{{number}}", REQUESTS, "-d", "b" * 1234)
-        assert lines == ["200 4 1", *["200 4 0"] * (REQUESTS - 1)]
+            carried(mesh, REQUESTS, partial(curls, mesh, f"{url}/{kind}/{size}/{{number}}", size))
+        carried(mesh, REQUESTS, partial(curls, mesh, f"{url}/size/1/{{number}}", 4, "-d", "b" * 1234))
 
 
 def test_nginx_and_wrk(mesh: Mesh) -> None:
@@ -153,30 +155,31 @@ CLIENTS = ("node", "java", "go", "curl")
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_client_of_each_runtime(mesh: Mesh, built: Path, name: str) -> None:
     if name == "curl":
-        with carried(mesh, REQUESTS):
-            lines = curl_many(mesh, f"http://{HOST}:{PORT}/size/777/curl-{{number}}", REQUESTS)
-        assert lines == ["200 777 1", *["200 777 0"] * (REQUESTS - 1)]
+        carried(mesh, REQUESTS, partial(curls, mesh, f"http://{HOST}:{PORT}/size/777/curl-{{number}}", 777))
         return
     argv = {
         "node": lambda: [tool("node", "nodejs"), str(PROGRAMS / "client.mjs")],
         "java": lambda: java(built, "Client"),
         "go": lambda: [go(built), "ask"],
     }[name]()
-    with carried(mesh, REQUESTS):
+
+    def asks() -> None:
         done = mesh.w["client"].run([*argv, HOST, str(PORT), str(REQUESTS)], timeout=90 * SLOW)
-    assert done.stdout, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["ok"] == REQUESTS and not found["wrong"], found
+        assert done.stdout, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["ok"] == REQUESTS and not found["wrong"], found
+
+    carried(mesh, REQUESTS, asks)
 
 
 # ---- what they do with their sockets
 
 
 def test_every_way_to_read(mesh: Mesh) -> None:
-    off = event(mesh, "off")
-    with carried(mesh, 50):
-        question = json.dumps({"host": HOST, "port": PORT})
-        done = mesh.w["client"].run([sys.executable, str(PROGRAMS / "odd_reads.py"), question], timeout=120 * SLOW)
+    off, before = event(mesh, "off"), event(mesh, "carried")
+    question = json.dumps({"host": HOST, "port": PORT})
+    done = mesh.w["client"].run([sys.executable, str(PROGRAMS / "odd_reads.py"), question], timeout=120 * SLOW)
+    assert event(mesh, "carried") - before >= 50 * SHARE_MIN
     assert done.stdout, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     record = {name: said.pop(name) for name in ("MSG_WAITALL", "splice")}
