@@ -4,16 +4,20 @@
 #   left      after install.sh ROLE --remove: nothing of it, but what an operator (or deploy/shop.sh) put there
 set -eu
 
-carried() {
+carried() { # a service that is here alone; again while the agent is late to pair a connection that does not last long
     pillion express status -o json >/tmp/before
-    # shellcheck disable=SC2046 # words
-    pillion run --service client --namespace shop -- curl -sS $(yes http://catalog-v1.shop.mesh/items | head -n 400) >/dev/null
-    pillion express status -o json | python3 -c '
+    for _ in 1 2 3 4 5; do
+        # shellcheck disable=SC2046 # words
+        pillion run --service client --namespace shop -- curl -sS $(yes http://front.shop.mesh/who | head -n 2000) >/dev/null
+        pillion express status -o json >/tmp/after
+        python3 -c '
 import json, sys
-before, told = (next(iter(json.load(each).values())) for each in (open("/tmp/before"), sys.stdin))
-more = told["carried"]["requests"] - before["carried"]["requests"]
-print("express:", "on" if told["on"] and more > 0 else told)
-sys.exit(more <= 0)'
+before, after = (next(iter(json.load(open(each)).values())) for each in ("/tmp/before", "/tmp/after"))
+more = after["carried"]["requests"] - before["carried"]["requests"]
+print("express:", "on" if after["on"] and more > 0 else after)
+sys.exit(more <= 0)' && return
+    done
+    exit 1
 }
 
 left() {
