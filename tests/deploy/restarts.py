@@ -84,9 +84,12 @@ class Host:
         until(lambda: self.answered(self.counts(), {}, AFTER), f"the load goes: {self.counts()}")
         until(self.carries, "the kernel carries requests")
 
+    def paired(self) -> bool:
+        """Whether the connections that are to be paired are."""
+        return bool(shop.express(self.machine)["pairs"] >= KINDS["HTTP, paired"]["connections"])
+
     def carries(self) -> bool:
-        found = shop.express(self.machine)
-        return bool(found["pairs"] >= KINDS["HTTP, paired"]["connections"] and found["carried"]["requests"] > AFTER)
+        return self.paired() and bool(shop.express(self.machine)["carried"]["requests"] > AFTER)
 
     def counts(self) -> shop.Counts:
         return shop.counts(self.machine)
@@ -101,6 +104,7 @@ class Host:
         return bool(after) and all(good(after, kind) - good(before, kind) >= least for kind in KINDS)
 
     def during(self, event: Callable[[], object]) -> Lost:
+        until(self.paired, "what the event before it cut is paired again")
         before = self.counts()
         event()
         over = self.counts()
