@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 from lab import process, services, state
-from lab.cleanup import known_labs
+from lab.cleanup import known_labs, take_down
+from lab.host import container
 from lab.lab import Lab
 from lab.state import LabError
 from lab.topology import PlanError
@@ -32,14 +33,11 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    for name in known_labs() if options.all or options.here else [options.name]:
-        if options.here and (whose := state.checkout_of(name)) != state.CHECKOUT:
-            print(
-                f"lab {name} stays: {whose or 'unknown'} is its checkout; else: pillion lab down --name {name}", file=sys.stderr
-            )
-            continue
-        Lab(name, _say).down()
-        print(f"lab {name} is down, nothing of it is left", file=sys.stderr)
+    every, command = options.all or options.here, "pillion lab down"
+    labs = known_labs() if every else [options.name]
+    take_down("lab", labs, lambda name: Lab(name, _say).down(), command, state.checkout_of if options.here else None)
+    hosts = [name for name in container.known() if every or name == options.name]
+    take_down("host", hosts, container.remove, command, container.checkout_of if options.here else None)
     return 0
 
 
@@ -143,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     up.add_argument("--no-mesh", action="store_true", help="the network alone")
     down = command("down", _down, "remove a lab, whatever state it is in", "", "--name mine")
     which = down.add_mutually_exclusive_group()
-    which.add_argument("--all", action="store_true", help="every lab of this machine")
-    which.add_argument("--here", action="store_true", help="every lab of this checkout")
+    which.add_argument("--all", action="store_true", help="every lab of this machine, and every host of lab/host")
+    which.add_argument("--here", action="store_true", help="every lab and host of this checkout")
     run = command("exec", _exec, "run a program in a workload, or on a node beside the mesh", *EXEC_EXAMPLES)
     run.add_argument("where", metavar="WORKLOAD|NODE")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")

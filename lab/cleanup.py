@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lab import cgroups, netns
-from lab.state import LabError
+from lab.state import CHECKOUT, LabError
 from lab.topology import LAB_NAME, RUN_ROOT, Paths
 
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
@@ -48,3 +50,16 @@ def known_labs() -> list[str]:
         if LAB_NAME.fullmatch(lab) and (cgroups.lab_root(lab) / "supervise").is_dir():  # a lab's own mark
             found.add(lab)
     return sorted(found)
+
+
+def take_down(
+    what: str, names: Iterable[str], down: Callable[[str], object], command: str, whose: Callable[[str], str] | None = None
+) -> None:
+    """Says of each what became of it. With `whose`, which tells a name's checkout: those of this one alone."""
+    for name in names:
+        if whose is not None and (checkout := whose(name)) != CHECKOUT:
+            stays = f"{what} {name} stays: {checkout or 'unknown'} is its checkout"
+            print(f"{stays}; else: {command} --name {name}", file=sys.stderr)
+            continue
+        down(name)
+        print(f"{what} {name} is down, nothing of it is left", file=sys.stderr)

@@ -133,7 +133,7 @@ def _traces() -> frozenset[str]:
         point, kind = line.split()[4], line.partition(" - ")[2].split()[0]
         if "pillion" in point or (kind == "bpf" and point != "/sys/fs/bpf"):
             found.add(f"mount {point}")
-    found |= {f"folder {path}" for path in Path("/run/pillion/lab").glob("*")}
+    found |= {f"folder {path}" for kind in ("lab", "host") for path in Path(f"/run/pillion/{kind}").glob("*")}
     return frozenset(found)
 
 

@@ -13,9 +13,10 @@ from typing import BinaryIO
 from lab import cgroups
 from lab.machine import Machine, Sink
 from lab.pace import SLOW
-from lab.state import LabError, remove_empty
+from lab.state import CHECKOUT, LabError, remove_empty
 
 RUN = Path("/run/pillion/host")
+GROUP = "pillion-host-"
 BOOT_TIMEOUT_S = 60.0 * SLOW
 ADDRESSES = ("10.99.0.1", "fd99::1")
 PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -82,6 +83,34 @@ exec env -i container=other PATH="$3" /lib/systemd/systemd --unit=multi-user.tar
 """
 
 
+def known() -> list[str]:
+    """Hosts with any trace on this machine, also half-made ones, and those whose maker was killed."""
+    found = {path.name.removesuffix(".log") for path in RUN.iterdir()} if RUN.is_dir() else set()
+    return sorted(found | {path.name.removeprefix(GROUP) for path in cgroups.mount_point().glob(f"{GROUP}*")})
+
+
+def checkout_of(name: str) -> str:
+    """Whose it is; empty where that cannot be told."""
+    try:
+        return (RUN / name / "checkout").read_text()
+    except OSError:
+        return ""
+
+
+def group_of(name: str) -> Path:
+    return cgroups.mount_point() / f"{GROUP}{name}"
+
+
+def remove(name: str) -> None:
+    """By its name alone, whatever state it is in. Safe to repeat. What says whose it is goes last. Raises LabError."""
+    if os.geteuid() != 0:
+        raise LabError("only root can take a host down", "run it as root")
+    cgroups.remove(group_of(name))
+    (RUN / f"{name}.log").unlink(missing_ok=True)
+    shutil.rmtree(RUN / name, ignore_errors=True)
+    remove_empty(RUN)
+
+
 class Container(Machine):
     """`with Container("n1") as host: host.run(["systemctl", "status"])`. `root`: another system than this machine's, unpacked."""
 
@@ -96,7 +125,7 @@ class Container(Machine):
         self.name, self.say, self.addresses = name, say, ADDRESSES
         self.binds = dict(binds or {})  # where it is in there, to be read -> folder of this machine
         self.folder = RUN / name
-        self.cgroup = cgroups.mount_point() / f"pillion-host-{name}"
+        self.cgroup = group_of(name)
         self._boot: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of its systemd, as seen from here
 
@@ -119,6 +148,7 @@ class Container(Machine):
         self.down()
         began = time.monotonic()
         self.folder.mkdir(parents=True)
+        (self.folder / "checkout").write_text(CHECKOUT)
         self.cgroup.mkdir()
         # The cgroup namespace's root is where its first process is: the host's own, one level below the real one
         spaces = ["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"]
@@ -161,14 +191,10 @@ class Container(Machine):
         """Nothing of it is left. Safe to repeat."""
         if self._boot is not None and self._boot.poll() is None:
             self._boot.kill()  # its systemd is killed with it, and with that all others of its pid namespace
-        if self.cgroup.exists():
-            cgroups.remove(self.cgroup)
+        remove(self.name)
         if self._boot is not None:
             self._boot.wait()
         self._boot, self._pid = None, 0
-        shutil.rmtree(self.folder, ignore_errors=True)
-        (RUN / f"{self.name}.log").unlink(missing_ok=True)
-        remove_empty(RUN)
 
     # ---- what it does
 

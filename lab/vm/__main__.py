@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from lab.state import CHECKOUT, LabError
+from lab.cleanup import take_down
+from lab.state import LabError
 from lab.vm.plan import LIMIT_S, MEMORY_MIB, Kind
 from lab.vm.qemu import accelerator
 from lab.vm.vms import VmLab, checkout_of, known
@@ -78,13 +79,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
-    for name in known() if options.all or options.here else [options.name]:
-        if options.here and (whose := checkout_of(name)) != CHECKOUT:
-            stays = f"VM lab {name} stays: {whose or 'unknown'} is its checkout"
-            print(f"{stays}; else: pillion lab vm down --name {name}", file=sys.stderr)
-            continue
-        VmLab(name).down()
-        print(f"VM lab {name} is down, nothing of it is left", file=sys.stderr)
+    names = known() if options.all or options.here else [options.name]
+    take_down("VM lab", names, lambda name: VmLab(name).down(), "pillion lab vm down", checkout_of if options.here else None)
     return 0
 
 
