@@ -43,6 +43,7 @@ class LabShop(Shop):
     near, far = "n1", "n2"
     names = ("catalog.shop.mesh", "catalog")
     shown = "catalog-v2"
+    shown_as = ("n2", "catalog-v2")
     stranger = ("n2", "catalog-v1a")
 
     def __init__(self, lab: Lab) -> None:
@@ -162,10 +163,6 @@ class LabShop(Shop):
         """Asked from the client's network namespace, by a program outside the mesh: its dials are captured by nobody."""
         place = Place(self.lab.nodes[self.near].place.cgroup, self["client"].netns)
         return wire.certificate(lambda argv: process.run(place, argv), self[self.shown].address)
-
-    def serial(self) -> str:
-        workloads = self.agent_api(self.far, "GET", "/v1/status")["workloads"]
-        return next((str((each.get("svid") or {}).get("serial")) for each in workloads if each["name"] == self.shown), "")
 
     def in_the_clear(self, marker: str, requests: int) -> int:
         return wire.marker_without_mesh(f"{self.lab.name}p", marker, requests)

@@ -56,6 +56,7 @@ class HostShop(Shop):
         self.near, self.far = hosts
         self.addresses = dict(hosts)
         self.stranger = (self.near, "catalog-v1b")
+        self.shown_as = (self.near, f"shop-{self.shown}-{self.near}")
 
     def __getitem__(self, name: str) -> Hosted:
         far = name == "mariadb" or CATALOGS.get(name, ("near",))[0] == "far"
@@ -99,11 +100,6 @@ class HostShop(Shop):
 
     def certificate(self) -> tuple[str, str]:
         return wire.certificate(lambda argv: self.outside(self.near, argv), self[self.shown].address)
-
-    def serial(self) -> str:
-        name = f"shop-{self.shown}-{self.near}"
-        workloads = self.agent_api(self.near, "GET", "/v1/status")["workloads"]
-        return next((str((each.get("svid") or {}).get("serial")) for each in workloads if each["name"] == name), "")
 
     def in_the_clear(self, marker: str, requests: int) -> int:
         """As datagrams to where nobody listens."""

@@ -219,7 +219,7 @@ def rotation(shop: Shop) -> str:
             new, _ = shop.certificate()
     expect(new != old, f"after 10 s :15008 still shows serial {old}")
     expect(result["errors"] == 0, f"{result['errors']} errors in {result['ok']} requests: {result['first_errors']}")
-    told = shop.serial()
+    told = shop.serial(*shop.shown_as)
     expect(told.lower().lstrip("0") == new.lstrip("0"), f"the wire shows {new}, the agent tells {told}")
     return f"{spiffe}: serial …{old[-8:]} → …{new[-8:]} on the wire, {result['ok']} requests meanwhile, 0 errors"
 

@@ -45,7 +45,8 @@ class Shop(ABC):
     near: str
     far: str
     names: tuple[str, ...]  # by which the client finds the catalog
-    shown: str  # whose certificate is renewed before everybody's eyes
+    shown: str  # whose certificate is renewed before everybody's eyes,
+    shown_as: tuple[str, str]  # its node and its workload there
     stranger: tuple[str, str]  # a node, and whom a program outside the mesh dials from there
 
     @abstractmethod
@@ -82,10 +83,6 @@ class Shop(ABC):
     @abstractmethod
     def certificate(self) -> tuple[str, str]:
         """(serial, URI) of the certificate that `shown` shows on :15008 to anyone who asks."""
-
-    @abstractmethod
-    def serial(self) -> str:
-        """The same serial, from the agent."""
 
     @abstractmethod
     def in_the_clear(self, marker: str, requests: int) -> int:
@@ -132,6 +129,11 @@ class Shop(ABC):
             if line.split("{")[0].split(" ")[0] == name and all(want in line for want in wanted):
                 total += float(line.rsplit(" ", 1)[1])
         return total
+
+    def serial(self, node: str, name: str) -> str:
+        """Of a workload's certificate, from its node's agent."""
+        workloads = self.agent_api(node, "GET", "/v1/status")["workloads"]
+        return next((str((each.get("svid") or {}).get("serial")) for each in workloads if each["name"] == name), "")
 
     def flows(self, node: str, limit: int = 500) -> list[dict[str, Any]]:
         answer = self.agent_api(node, "GET", f"/v1/flows?limit={limit}")

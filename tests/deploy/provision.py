@@ -84,6 +84,7 @@ def run(root: Path) -> dict[tuple[str, str], str]:
     with ExitStack() as stack:
         house = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         wheels(house, python)
+        netns.delete(SWITCH)  # of a run that was killed; its hosts take the place of their former ones, too
         netns.add(SWITCH, {})
         stack.callback(netns.delete, SWITCH)
         netns.batch(SWITCH, ["link add lan type bridge", "link set lan up"])
